@@ -1,0 +1,184 @@
+"""Turns a model into one that HD-PiSSA trains: find the targets, swap their class, give each rank its slices.
+
+The singular vectors are computed once, on rank 0, one matrix at a time, and scattered: every rank holds
+slices of the *same* decomposition, and none but rank 0 ever sees a whole matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import svd, zero3
+from .config import HDPissaConfig
+from .errors import ConfigError
+from .exchange import FactorExchange
+from .factors import FactorStore
+from .layer import SliceLinear
+from .slicing import ShardRange, SlicePlan
+from .targets import Target
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> list[Target]:
+    """The weights that `target_modules` names, in model order; a tied weight once.
+
+    Raises:
+        ConfigError: nothing matches, a match is not a Linear, or a matrix has too few singular vectors.
+    """
+    found: dict[int, Target] = {}
+    for name, module in _matches(model, config):
+        if not isinstance(module, nn.Linear):
+            raise ConfigError(
+                f"hd_pissa.target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear can be "
+                f"trained; name it in hd_pissa.exclude_modules"
+            )
+        known = found.get(id(module.weight))
+        if known:
+            known.modules.append(module)
+        else:
+            found[id(module.weight)] = _describe(name, module, config, plan)
+    if not found:
+        suffixes = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"hd_pissa.target_modules {config.target_modules} matches no module of {type(model).__name__}: "
+            f"name some of its Linears ({', '.join(suffixes) or 'it has none'})"
+        )
+    return list(found.values())
+
+
+def _matches(model: nn.Module, config: HDPissaConfig) -> list[tuple[str, nn.Module]]:
+    """PEFT's rules: a list holds names or suffixes, a string is a regular expression or "all-linear"."""
+    wanted, unwanted = config.target_modules, config.exclude_modules
+    if wanted == ALL_LINEAR:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    else:
+        named = [(n, m) for n, m in model.named_modules() if _named(n, wanted)]
+    return [(n, m) for n, m in named if not _named(n, unwanted) and not zero3.is_anchor(n)]
+
+
+def _named(name: str, wanted: Sequence[str] | str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == key or name.endswith(f".{key}") for key in wanted)
+
+
+def _describe(name: str, module: nn.Linear, config: HDPissaConfig, plan: SlicePlan) -> Target:
+    rows, cols = zero3.full_shape(module.weight)
+    r = next((r for key, r in config.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config.r)
+    if plan.slices * r > min(rows, cols):
+        raise ConfigError(
+            f"{name} is {rows} x {cols} and has {min(rows, cols)} singular vectors, {plan.slices} slices of rank {r} "
+            f"need {plan.slices * r}: use a smaller hd_pissa.r or hd_pissa.slices, a smaller rank for this module "
+            f"in hd_pissa.rank_pattern, or name it in hd_pissa.exclude_modules"
+        )
+    ranges = [ShardRange.of(k, plan.world_size, rows, cols) for k in range(plan.world_size)]
+    return Target(name, module.weight, [module], rows, cols, r, config.scale_for(r), ranges)
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing of the base model is trained by autograd; W changes through its slices only."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+def install(targets: Sequence[Target], store: FactorStore) -> None:
+    """Swaps the class of every target's modules and hands them their factors."""
+    for target in targets:
+        for module in target.modules:
+            module.__class__ = SliceLinear
+            module.slice_factors = store.layers[target.name]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What the decomposition reached: the largest residual over all targets, and where."""
+
+    residual: float = 0.0
+    worst: str = ""
+
+
+def compute_slices(
+    store: FactorStore,
+    exchange: FactorExchange,
+    *,
+    method: str,
+    tol: float,
+    progress: Callable[[str], None] = lambda name: None,
+) -> InitReport:
+    """Fills the store: per target gather W to rank 0, decompose, scatter to each rank its own slices.
+
+    Collective. Rank 0 needs room for one whole matrix in float64 and its workspace.
+
+    Raises:
+        ConfigError: on every rank alike, when rank 0 cannot decompose a matrix.
+    """
+    report = InitReport()
+    for bucket in store.buckets:
+        own_A, own_B = [], []
+        for target in bucket.targets:
+            A, B, residual = _slices_of(target, store.plan, method=method, tol=tol)
+            own_A.append(A)
+            own_B.append(B)
+            if residual > report.residual:
+                report = InitReport(residual, target.name)
+            progress(target.name)
+        store.fill(bucket, torch.cat(own_A), torch.cat(own_B), exchange)
+    return report
+
+
+def _slices_of(target: Target, plan: SlicePlan, *, method: str, tol: float) -> tuple[Tensor, Tensor, float]:
+    """(A, B) of the own slices, flat, and the residual reached (known to rank 0 only, 0 elsewhere)."""
+    W_OI = gather_exact(target, plan)
+    factors, problem, residual = None, None, 0.0
+    if W_OI is not None:
+        try:
+            triplets = svd.top_triplets(W_OI, plan.slices * target.r, method=method, tol=tol)
+            factors, residual = svd.slice_factors(triplets, target.r), triplets.residual
+        except (ValueError, RuntimeError) as error:  # RuntimeError: LAPACK did not converge, or no memory
+            problem = f"{target.name}: {error}; leave it out with hd_pissa.exclude_modules or mend the weights"
+    _raise_together(problem)
+    own = plan.slices_per_rank
+    numel_A, numel_B = own * target.r * target.cols, own * target.r * target.rows
+    received = torch.empty(numel_A + numel_B, device=zero3.device())
+    parts = None
+    if factors is not None:
+        A_SRI, B_SOR = factors
+        owned = [plan.owned_by(rank) for rank in range(plan.world_size)]
+        parts = [
+            torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned
+        ]
+    dist.scatter(received, parts, src=0)
+    return received[:numel_A], received[numel_A:], residual
+
+
+def gather_exact(target: Target, plan: SlicePlan) -> Tensor | None:
+    """The whole fp32 weight (O × I) on rank 0, None elsewhere; collective."""
+    assert target.shard is not None
+    owned = target.own_range(plan)
+    size = max(r.numel for r in target.ranges)
+    part = torch.zeros(size, device=zero3.device())
+    part[: owned.numel].copy_(target.shard.read(0, owned.numel))
+    received = [torch.empty_like(part) for _ in target.ranges] if plan.rank == 0 else None
+    dist.gather(part, received, dst=0)
+    if received is None:
+        return None
+    whole = torch.cat([p[: r.numel] for p, r in zip(received, target.ranges, strict=True)])
+    return whole.view(target.rows, target.cols)
+
+
+def _raise_together(problem: str | None) -> None:
+    """Raises rank 0's problem on every rank, so that none is left waiting in the next collective."""
+    flag = torch.tensor([0 if problem is None else 1], device=zero3.device())
+    dist.broadcast(flag, 0)
+    if flag.item():
+        message = [problem]
+        dist.broadcast_object_list(message, 0, device=zero3.device())
+        raise ConfigError(str(message[0]))

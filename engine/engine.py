@@ -1,0 +1,329 @@
+"""`initialize` and `HDPissaEngine`: composes the parts, owns no mathematics.
+
+    engine = initialize(model=model, config="ds_configs/zero3.json")
+    for batch in batches:                 # a rank's micro-batches, in the order of engine.plan.schedule(...)
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()                     # acts at the end of an accumulation, like DeepSpeed's
+
+DeepSpeed's engine is held, not subclassed: four public methods of it are used, and its internals change often.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import adapt, ds_config, export, pretrained, zero3
+from .config import HDPissaConfig
+from .delta import DeltaRule
+from .errors import ConfigError
+from .exchange import FactorExchange
+from .factors import FactorStore
+from .optimizer import SliceOptimizer, Vote
+from .shards import make_shard
+from .slicing import SlicePlan
+from .targets import Target, make_buckets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in one optimizer step; equal on all ranks but for `bytes_sent`.
+
+    Attributes:
+        step: optimizer steps done, this one included, skipped ones too.
+        applied: False when a gradient was not finite on any rank: nothing was changed then.
+        loss: mean over ranks and micro-batches.
+        grad_norm: L2 norm over all factor gradients of all slices, before clipping.
+        learning_rate: the one used.
+        tokens: input tokens of all ranks, padding excluded.
+        bytes_sent, collectives: of this rank, see `exchange`.
+    """
+
+    step: int
+    applied: bool
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    bytes_sent: int
+    collectives: int
+
+
+class HDPissaEngine:
+    """One rank's handle on an HD-PiSSA run; made by `initialize`.
+
+    Attributes:
+        module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
+        plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
+        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing.
+    """
+
+    def __init__(
+        self, ds: Any, optimizer: SliceOptimizer, plan: SlicePlan, *, accumulation: int, report: adapt.InitReport
+    ) -> None:
+        self.ds, self.optimizer, self.plan = ds, optimizer, plan
+        self.init_report = report
+        self.global_steps = self.skipped_steps = 0
+        self._accumulation = accumulation
+        self._per_slice = accumulation // plan.slices_per_rank
+        self._micro = 0  # backward passes since the last step
+        self._loss = torch.zeros((), dtype=torch.float64, device=zero3.device())
+        self._tokens = torch.zeros((), dtype=torch.float64, device=zero3.device())
+
+    # --- what DeepSpeed's users know -----------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        return self.ds.module
+
+    @property
+    def targets(self) -> list[Target]:
+        return self.optimizer.store.targets
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. In training mode the micro-batch belongs to the slice whose turn it is."""
+        if self.module.training:
+            self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
+            self._tokens += _count_tokens(kwargs)
+        return self.ds(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Accumulates factor gradients; `loss` is the micro-batch's mean, undivided."""
+        if self._micro == self._accumulation:
+            raise RuntimeError(
+                f"backward was called {self._micro + 1} times without step(): call step() after each backward"
+            )
+        if self._micro == 0:
+            zero3.refuse_reentrant_checkpointing(self.module)
+        scaled = self.ds.backward(loss)
+        self._loss += loss.detach()
+        self._micro += 1
+        return scaled
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step` acts."""
+        return self._micro == self._accumulation
+
+    def step(self) -> StepResult | None:
+        """One optimizer step at the end of an accumulation; None, and nothing done, before that.
+
+        Raises:
+            RuntimeError: in the first step, when a target has got no gradient on any rank.
+        """
+        if not self.is_gradient_accumulation_boundary():
+            return None
+        if self.global_steps == 0:
+            self._refuse_unreached()
+        self.optimizer.exchange.reset_count()
+        self.optimizer.reduce()
+        vote = self._vote()
+        if vote.finite:
+            zero3.release_gathered(self.ds)
+            self.optimizer.step()
+            zero3.fence()
+            self.ds.step()
+        else:
+            self.skipped_steps += 1
+            self.ds.optimizer.zero_grad()
+        return self._finish(vote)
+
+    def _vote(self) -> Vote:
+        mean_loss = self._loss / (self._accumulation * self.plan.world_size)
+        return self.optimizer.vote(torch.stack([mean_loss, self._tokens]))
+
+    def _refuse_unreached(self) -> None:
+        """A weight that gets no gradient anywhere would be left out in silence for the whole run."""
+        names = self.optimizer.store.unreached()
+        missing = torch.tensor([float(t.name in names) for t in self.targets], device=zero3.device())
+        dist.all_reduce(missing)
+        silent = [t.name for t, n in zip(self.targets, missing.tolist(), strict=True) if n == self.plan.world_size]
+        if silent:
+            raise RuntimeError(
+                f"{len(silent)} of {len(self.targets)} targets got no gradient in the first step (first: {silent[0]}): "
+                "the loss does not depend on them, or checkpointing is reentrant; exclude them or mend the model"
+            )
+
+    def _finish(self, vote: Vote) -> StepResult:
+        self.global_steps += 1
+        exchange = self.optimizer.exchange
+        result = StepResult(
+            step=self.global_steps,
+            applied=vote.finite,
+            loss=vote.tallies[0],
+            grad_norm=vote.grad_norm,
+            learning_rate=self.get_lr()[0],
+            tokens=int(vote.tallies[1]),
+            bytes_sent=exchange.bytes_sent,
+            collectives=exchange.collectives,
+        )
+        self.zero_grad()
+        return result
+
+    def zero_grad(self) -> None:
+        """Drops what was accumulated since the last step."""
+        self.optimizer.zero_grad()
+        self._micro = 0
+        self._loss.zero_()
+        self._tokens.zero_()
+
+    def train(self, mode: bool = True) -> HDPissaEngine:
+        self.ds.train(mode)
+        return self
+
+    def eval(self) -> HDPissaEngine:
+        return self.train(False)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`module.generate`; all ranks must call it together, because each forward gathers weights."""
+        with torch.no_grad():
+            return self.module.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self._accumulation
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.ds.train_micro_batch_size_per_gpu()
+
+    # --- results -------------------------------------------------------------------------------------
+
+    def export(self, folder: str | Path, *, format: str = "hf", dtype: str = "auto") -> None:
+        """Writes the trained model as a Hugging Face folder; collective.
+
+        Args:
+            format: "hf".
+            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype.
+        """
+        if format != "hf":
+            raise ConfigError(f"export format is {format!r}: must be 'hf'")
+        export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """This rank's persistent bytes: weights (all ZeRO-3 shards), master, factors, gradients and moments."""
+        params = [p for n, p in self.module.named_parameters() if not zero3.is_anchor(n)]
+        store = self.optimizer.store
+        return {
+            "weights": sum(zero3.shard_view(p).nbytes for p in params),
+            "master": sum(t.shard.nbytes for t in self.targets if t.shard is not None),
+            "factors": store.nbytes_factors,
+            "gradients_and_moments": store.nbytes_state,
+        }
+
+
+def _count_tokens(batch: dict[str, Any]) -> Tensor | int:
+    """Input tokens of a micro-batch: the attention mask's ones, else all ids."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return mask.sum()
+    ids = batch.get("input_ids")
+    return 0 if ids is None else ids.numel()
+
+
+def initialize(
+    model: nn.Module,
+    config: str | Path | dict,
+    *,
+    lr: float | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> HDPissaEngine:
+    """Makes an engine out of a model and a DeepSpeed config; collective.
+
+    Args:
+        model: built under `zero.Init` (see `load_pretrained`), or whole on every rank; then rank 0's
+            values are taken and the model is sharded here.
+        config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
+            Trainer would fill become: micro-batch 1, accumulation 1, no clipping.
+        lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
+        progress: called with each target's name when its slices are ready.
+
+    Raises:
+        ConfigError: anything in the config or the model that a user can mend, in one line.
+    """
+    zero3.init_distributed()
+    settings, hd, values = resolve_config(config, lr=lr)
+    plan = make_plan(hd, values.gradient_accumulation_steps)
+    adapt.freeze(model)
+    targets = adapt.find_targets(model, hd, plan)
+    kept = _shard(model, settings, targets, plan)
+    zero3.attach_anchor(model, settings)
+    ds = zero3.wrap(model, settings)
+    model.train()
+    _attach_shards(model, targets, plan, kept, hd)
+    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes)
+    store = FactorStore(plan, buckets, zero3.device())
+    exchange = FactorExchange(plan)
+    report = adapt.compute_slices(store, exchange, method=hd.init.method, tol=hd.init.tol, progress=progress)
+    adapt.install(targets, store)
+    rule = DeltaRule(hd.adam.betas, hd.adam.eps, hd.delta.second_order)
+    optimizer = SliceOptimizer(
+        store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm
+    )
+    return HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
+
+
+def resolve_config(
+    config: str | Path | dict, *, lr: float | None = None
+) -> tuple[dict, HDPissaConfig, ds_config.TrainValues]:
+    """Checks a config and fills its "auto" values with `initialize`'s defaults."""
+    raw, hd = ds_config.split_section(ds_config.read_ds_config(config))
+    ds_config.check_ds_config(raw)
+    defaults = ds_config.TrainValues(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=zero3.read_launcher()[1],
+        max_grad_norm=0.0,
+        learning_rate=2e-5 if lr is None else lr,
+        bf16=False,
+        given=frozenset() if lr is None else frozenset({"learning_rate"}),
+    )
+    filled, values = ds_config.fill_auto(raw, defaults)
+    return ds_config.engine_ds_config(filled), hd, values
+
+
+def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:
+    """The slice plan of this rank; refuses counts that do not divide."""
+    rank, world, _ = zero3.read_launcher()
+    plan = SlicePlan(world if hd.slices == "auto" else hd.slices, world, rank)
+    plan.micro_batches_per_slice(accumulation)
+    return plan
+
+
+def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
+    from transformers import AutoModelForCausalLM
+
+    zero3.init_distributed()
+    settings, _, _ = resolve_config(config)
+    return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
+
+
+def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan) -> dict[int, Tensor]:
+    """Shards a model that is still whole; id of each target's parameter → exact values of the own range."""
+    if zero3.is_sharded(model):
+        return {}
+    keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
+    return zero3.shard_module(model, settings, keep)
+
+
+def _attach_shards(
+    model: nn.Module, targets: list[Target], plan: SlicePlan, kept: dict[int, Tensor], hd: HDPissaConfig
+) -> None:
+    if kept:
+        exact = ((t, kept.pop(id(t.param))) for t in targets)
+    else:
+        exact = pretrained.exact_values(model, targets, plan)
+    for target, values in exact:
+        compute = zero3.shard_getter(target.param)
+        target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)
