@@ -17,7 +17,8 @@ import copy
 import dataclasses
 import difflib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 from .config import HDPissaConfig, fail, show
 from .config import read_ds_config as read_ds_config  # the first of the steps above
@@ -85,8 +86,9 @@ def split_section(ds: dict[str, Any]) -> tuple[dict[str, Any], HDPissaConfig]:
     return rest, HDPissaConfig.from_dict(section).with_optimizer(_object_at(rest, "optimizer.params"))
 
 
-_OBJECTS = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "optimizer.params", "scheduler")
-_OBJECTS += ("zero_optimization.offload_param", "zero_optimization.offload_optimizer", "scheduler.params")
+_OBJECTS: tuple[str, ...] = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "scheduler")
+_OBJECTS += ("zero_optimization.offload_param", "zero_optimization.offload_optimizer")
+_OBJECTS += ("optimizer.params", "scheduler.params")
 
 _QUANTIZED = "the update needs W's own 16-bit shard, not a quantised one"
 _ONE_GROUP = "all ranks together must hold each W in one group of shards"
@@ -119,8 +121,8 @@ _MUST_BE_ONE = {
 }
 # DeepSpeed 0.19.8 raises if one of these is so much as present. Switched on it is refused; switched
 # off (older configs carry `"amp": {"enabled": false}`) it says nothing, and `engine_ds_config` drops it.
-_REMOVED_SECTIONS = ("amp", "elasticity", "sparse_gradients", "sparse_attention", "eigenvalue", "nebula")
-_REMOVED_SECTIONS += ("compression_training", "quantize_training", "graph_harvesting")
+_REMOVED_SECTIONS: tuple[str, ...] = ("amp", "elasticity", "sparse_gradients", "sparse_attention", "nebula")
+_REMOVED_SECTIONS += ("eigenvalue", "compression_training", "quantize_training", "graph_harvesting")
 _REMOVED_SECTIONS += ("curriculum_learning", "progressive_layer_drop")
 
 
@@ -204,7 +206,7 @@ def _scheduler_problems(ds: dict[str, Any]) -> list[str]:
     return [f"scheduler sets {', '.join(said)}: {reason}"] if said else []
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and value >= 1  # type(): a bool is an int to isinstance
 
 
@@ -213,7 +215,7 @@ def _is_amount(value: Any) -> bool:
 
 
 # JSON path: the field of TrainValues, what makes a value valid, and that in words.
-_FILLED = {
+_FILLED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", _is_count, "an integer of at least 1"),
     "gradient_accumulation_steps": ("gradient_accumulation_steps", _is_count, "an integer of at least 1"),
     "gradient_clipping": ("max_grad_norm", _is_amount, "a finite number of at least 0"),

@@ -13,6 +13,7 @@ What ZeRO-3 does to frozen weights that change, and what is done about it here:
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,9 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+
+# DeepSpeed prints its whole config and more at INFO; a run's own lines would drown in it.
+logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
 
 ANCHOR = "_hdpissa_anchor"
 
@@ -62,6 +66,12 @@ def init_distributed() -> None:
     else:
         get_accelerator().set_device(local)
     deepspeed.init_distributed(verbose=False)
+
+
+def shut_down() -> None:
+    """Ends the process group, so that nothing complains at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_cores(local_world_size: int) -> None:

@@ -1,6 +1,6 @@
 """The config: what is accepted unchanged, what is refused, and in which words.
 
-No torch and no deepspeed: both modules are pure functions over dicts.
+`config.py` and `ds_config.py` are pure functions over dicts; neither imports torch or deepspeed.
 """
 
 import copy
@@ -23,12 +23,12 @@ BATCH = """gradient_accumulation_steps="auto" gradient_clipping="auto" train_bat
 FP16 = """fp16.enabled="auto" fp16.loss_scale=0 fp16.loss_scale_window=1000 fp16.initial_scale_power=16
     fp16.hysteresis=2 fp16.min_loss_scale=1 bf16.enabled="auto" """
 PUBLISHED = {
-    "LLaMA-Factory examples/deepspeed/ds_z3_config.json": f"""{BATCH} {FP16} zero_allow_untested_optimizer=true
+    "LLaMA-Factory ds_z3_config.json": f"""{BATCH} {FP16} zero_allow_untested_optimizer=true
         zero.overlap_comm=false zero.contiguous_gradients=true zero.reduce_bucket_size="auto"
         zero.stage3_prefetch_bucket_size="auto" zero.stage3_param_persistence_threshold="auto"
         zero.stage3_max_live_parameters=1e9 zero.stage3_max_reuse_distance=1e9 zero.sub_group_size=1e9
         zero.stage3_gather_16bit_weights_on_model_save=true monitor_config.enabled=true""",
-    "axolotl deepspeed_configs/zero3_bf16.json": f"""{BATCH} bf16.enabled=true wall_clock_breakdown=false
+    "axolotl zero3_bf16.json": f"""{BATCH} bf16.enabled=true wall_clock_breakdown=false
         zero.overlap_comm=true zero.contiguous_gradients=true zero.reduce_bucket_size="auto"
         zero.prefetch_bucket_size="auto" zero.param_persistence_threshold="auto" zero.sub_group_size=0
         zero.max_live_parameters=0 zero.max_reuse_distance=0 zero.gather_16bit_weights_on_model_save=true""",
@@ -44,14 +44,12 @@ PUBLISHED = {
 # huggingface/trl examples/accelerate_configs/deepspeed_zero3.yaml
 TRL = """\
 deepspeed_config:
-  deepspeed_multinode_launcher: standard
   gradient_accumulation_steps: 1
   offload_optimizer_device: none
   offload_param_device: none
   zero3_init_flag: true
   zero3_save_16bit_model: true
   zero_stage: 3
-distributed_type: DEEPSPEED
 mixed_precision: 'bf16'
 """
 
@@ -86,58 +84,44 @@ def all_steps(ds, args=ARGS):
     return dsc.engine_ds_config(filled), config, values
 
 
-# --- the hd_pissa section
-
-
 def test_the_defaults_are_the_papers():
     config = HDPissaConfig.from_dict({})
     assert (config.r, config.slices, config.lora_alpha) == (16, "auto", None)
     assert config.target_modules == list(DEFAULT_TARGETS)
-    assert (config.adam.betas, config.adam.eps) == ((0.9, 0.999), 1e-8)
-    assert config.delta.second_order is True
+    assert (config.adam.betas, config.adam.eps, config.delta.second_order) == ((0.9, 0.999), 1e-8, True)
     assert config.scale_for(16) == config.scale_for(4) == 1.0
     doubled = HDPissaConfig.from_dict({"lora_alpha": 32, "rank_pattern": {"k_proj": 8}})
     assert (doubled.scale_for(16), doubled.scale_for(8)) == (2.0, 4.0)
 
 
 def test_the_config_is_frozen_and_owns_its_lists():
-    section = {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}
+    section = {"target_modules": ["q_proj"]}
     config = HDPissaConfig.from_dict(section)
     section["target_modules"].append("x")
-    section["rank_pattern"]["x"] = 1
-    assert (config.target_modules, config.rank_pattern) == (["q_proj"], {"q_proj": 4})
+    assert config.target_modules == ["q_proj"]
     with pytest.raises(ValueError, match="frozen"):
         config.r = 8
 
 
 BAD_SECTIONS = [
-    # unknown keys: the nearest name, or the place where the key belongs
+    # unknown keys: the nearest name, or the place where the key belongs; then bad values
     ({"target_module": []}, 'target_module: unknown key; did you mean "target_modules"? (valid keys: r,'),
     ({"alpha": 16}, 'alpha: unknown key; did you mean "lora_alpha"?'),
     ({"betas": [0.9, 0.99]}, "betas: unknown key; move it to hd_pissa.adam"),
     ({"init": {"r": 8}}, "init.r: unknown key; move it to hd_pissa itself"),
-    ({"init": {"metod": "full"}}, 'init.metod: unknown key; did you mean "method"?'),
     ({"a\nb": 1}, "a b: unknown key; remove it"),
-    # values
     ({"r": -1}, "r is -1: must be at least 1; leave it out for the default 16"),
     ({"r": True}, "r is true: must be an integer"),
-    ({"r": "16"}, 'r is "16": must be an integer'),
     ({"lora_alpha": 0}, "lora_alpha is 0: must be greater than 0"),
-    ({"lora_alpha": True}, "lora_alpha is true: must be a number"),
     ({"lora_alpha": float("inf")}, "lora_alpha is Infinity: must be finite"),
-    ({"slices": 0}, 'slices is 0: must be an integer of at least 1 or "auto"'),
-    ({"slices": True}, "slices is true: must be"),
+    ({"slices": True}, 'slices is true: must be an integer of at least 1 or "auto"'),
     ({"target_modules": ["q", 1]}, 'target_modules is ["q", 1]: must be a non-empty list'),
-    ({"target_modules": "("}, 'target_modules is "(": "(" is not a valid regular expression'),
-    ({"exclude_modules": "lm_head"}, 'exclude_modules is "lm_head": must be a list'),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0: must be at least 1"),
     ({"rank_pattern": {"(": 4}}, 'rank_pattern is {"(": 4}: "(" is not a valid regular expression'),
     ({"init": {"method": "svd"}}, 'init.method is "svd": must be one of "auto", "gram", "full"'),
-    ({"init": 5}, "init is 5: must be an object"),
     ({"delta": {"second_order": 1}}, "delta.second_order is 1: must be true or false"),
     ({"adam": {"betas": [0.9, 1]}}, "adam.betas.1 is 1: must be less than 1"),
     ({"adam": {"betas": [0.9]}}, "adam.betas is [0.9]: must be a list of two numbers"),
-    ({"adam": {"betas": [0.9, "1"]}}, 'adam.betas.1 is "1": must be a number'),
     ({"master": {"format": "a\nb"}}, 'master.format is "a\\nb": must be one of "split", "fp32"'),
 ]
 
@@ -152,43 +136,35 @@ def test_bad_sections_name_value_rule_and_remedy(section, expected):
 def test_all_problems_of_the_section_stand_in_one_line():
     message = refusal(HDPissaConfig.from_dict, {"r": 0, "rr": 1, "adam": {"eps": -1}, "slices": []})
     assert all(f"hd_pissa.{path}" in message for path in ("r is 0", "rr:", "adam.eps is -1", "slices is []"))
-    assert "hd_pissa is null: must be an object" in refusal(HDPissaConfig.from_dict, None)
 
 
 def test_split_section():
     ds = {**ZERO3, "hd_pissa": {"r": 4}}
-    rest, config = dsc.split_section(ds)
-    assert (rest, config.r, "hd_pissa" in ds) == (ZERO3, 4, True)
+    assert dsc.split_section(ds) == (ZERO3, HDPissaConfig(r=4))
+    assert ds == {**ZERO3, "hd_pissa": {"r": 4}}
     assert dsc.split_section(ZERO3)[1] == HDPissaConfig()
     for name in ("hdpissa", "hd-pissa", "HD_PiSSA"):  # DeepSpeed would ignore it in silence
         assert 'did you mean "hd_pissa"?' in refusal(dsc.split_section, {**ZERO3, name: {"r": 4}})
 
 
 def test_adam_is_taken_over_from_the_optimizer_section():
-    params = {"betas": [0.9, 0.95], "eps": 1e-6}
-    ds = {**ZERO3, "optimizer": {"type": "AdamW", "params": params}}
+    ds = config_of('optimizer.type="AdamW" optimizer.params.betas=[0.9,0.95] optimizer.params.eps=1e-6')
     assert dsc.split_section(ds)[1].adam.model_dump() == {"betas": (0.9, 0.95), "eps": 1e-6}
     ds["hd_pissa"] = {"r": 4, "adam": {"betas": [0.9, 0.95]}}
     config = dsc.split_section(ds)[1]
     assert (config.r, config.adam.eps) == (4, 1e-6)
     ds["hd_pissa"]["adam"]["eps"] = 1e-8
-    expected = "optimizer.params.eps is 1e-06: must equal hd_pissa.adam.eps 1e-08; set it to"
-    assert expected in refusal(dsc.split_section, ds)
-    del ds["hd_pissa"]
-    params["betas"] = [0.9, 2]
-    assert refusal(dsc.split_section, ds).startswith("optimizer.params.betas.1 is 2: must be less than 1")
+    assert "params.eps is 1e-06: must equal hd_pissa.adam.eps 1e-08; set" in refusal(dsc.split_section, ds)
+    message = refusal(dsc.split_section, config_of("optimizer.params.betas=[0.9,2]"))
+    assert message.startswith("optimizer.params.betas.1 is 2: must be less than 1")
 
 
-# --- reading
-
-
-def test_reading_copies(tmp_path):
-    ds = copy.deepcopy(ZERO3)
-    dsc.read_ds_config(ds)["zero_optimization"]["stage"] = 2
-    assert ds == ZERO3
+def test_reading(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(ZERO3))
     assert dsc.read_ds_config(path) == dsc.read_ds_config(str(path)) == ZERO3
+    dsc.read_ds_config(ZERO3)["zero_optimization"]["stage"] = 2
+    assert ZERO3["zero_optimization"]["stage"] == 3
 
 
 BAD_FILES = [
@@ -207,8 +183,6 @@ def test_a_bad_file_names_the_place(tmp_path, name, text, expected):
     assert expected in refusal(dsc.read_ds_config, tmp_path / name)
     assert "cannot be read" in refusal(dsc.read_ds_config, tmp_path)
 
-
-# --- what is refused
 
 REFUSED = """
     zero_optimization=null zero.stage=2 zero.stage=null zero.zero_quantized_weights=true
@@ -253,21 +227,14 @@ def test_switched_off_is_no_problem(setting):
 
 
 def test_all_refusals_stand_in_one_line():
-    ds = {"fp16": {"enabled": True}, "pipeline": {"stages": 2}, "optimizer": {"type": "Muon"}}
-    message = refusal(dsc.check_ds_config, ds)
-    for expected in ("zero_optimization.stage is missing: must be 3", "fp16.enabled", "pipeline", '"Muon"'):
-        assert expected in message
-
-
-# --- what is filled in
+    message = refusal(dsc.check_ds_config, {"fp16": {"enabled": True}, "optimizer": {"type": "Muon"}})
+    assert all(part in message for part in ("stage is missing: must be 3", "fp16.enabled is true", '"Muon"'))
 
 
 def test_the_json_wins_over_our_defaults():
-    batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 16, "gradient_clipping": 1.0}
-    params = {"params": {"lr": 1e-4}}
-    filled, values = dsc.fill_auto(
-        {**ZERO3, **batch, "bf16": {"enabled": "false"}, "optimizer": params}, ARGS
-    )
+    batch = "train_micro_batch_size_per_gpu=1 gradient_accumulation_steps=16 gradient_clipping=1.0"
+    ds = config_of(f'{batch} bf16.enabled="false" optimizer.params.lr=1e-4')
+    filled, values = dsc.fill_auto(ds, ARGS)
     assert values == dsc.TrainValues(1, 16, 8, 1.0, 1e-4, False, 100)
     assert filled["train_batch_size"] == 128
     assert dsc.fill_auto(filled, values) == (filled, values)
@@ -276,9 +243,8 @@ def test_the_json_wins_over_our_defaults():
 
 
 def test_all_mismatches_stand_in_one_line():
-    batch = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 100, "gradient_clipping": 1.0}
-    params = {"params": {"lr": 1e-4}}
-    ds = {**ZERO3, **batch, "bf16": {"enabled": False}, "optimizer": params}
+    batch = "train_micro_batch_size_per_gpu=1 train_batch_size=100 gradient_clipping=1.0"
+    ds = config_of(f"{batch} bf16.enabled=false optimizer.params.lr=1e-4")
     assert refusal(dsc.fill_auto, ds, ALL_GIVEN) == (
         "DeepSpeed config: config and command line must agree: "
         "train_micro_batch_size_per_gpu is 1 but --per_device_train_batch_size is 2, "
@@ -291,43 +257,40 @@ def test_all_mismatches_stand_in_one_line():
 
 
 def test_accumulation_follows_from_a_concrete_batch_size():
-    filled, values = dsc.fill_auto({**ZERO3, "train_batch_size": 128}, ARGS)
+    filled, values = dsc.fill_auto(config_of("train_batch_size=128"), ARGS)
     assert (filled["gradient_accumulation_steps"], values.gradient_accumulation_steps) == (8, 8)
-    fixed = {"train_batch_size": 128, "gradient_accumulation_steps": 4}
-    for ds, args in (
+    fixed = "train_batch_size=128 gradient_accumulation_steps=4"
+    for settings, args in (
         (fixed, ARGS),
-        ({"train_batch_size": 128}, ALL_GIVEN),
-        ({"train_batch_size": 100}, ARGS),
+        ("train_batch_size=128", ALL_GIVEN),
+        ("train_batch_size=100", ARGS),
     ):
-        assert "train_batch_size is 1" in refusal(dsc.fill_auto, {**ZERO3, **ds}, args)
+        assert "train_batch_size is 1" in refusal(dsc.fill_auto, config_of(settings), args)
 
 
-INVALID = [
-    ({"train_micro_batch_size_per_gpu": "2"}, 'train_micro_batch_size_per_gpu is "2": must be an integer'),
-    ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps is true: must be an integer"),
-    ({"gradient_clipping": -1}, "gradient_clipping is -1: must be a finite number of at least 0"),
-    ({"bf16": {"enabled": "maybe"}}, 'bf16.enabled is "maybe": must be true or false'),
-]
+INVALID = {
+    'train_micro_batch_size_per_gpu="2"': 'train_micro_batch_size_per_gpu is "2": must be an integer',
+    "gradient_accumulation_steps=true": "gradient_accumulation_steps is true: must be an integer",
+    "gradient_clipping=-1": "gradient_clipping is -1: must be a finite number of at least 0",
+    'bf16.enabled="maybe"': 'bf16.enabled is "maybe": must be true or false',
+}
 
 
-@pytest.mark.parametrize(("ds", "expected"), INVALID)
-def test_invalid_values_on_either_side(ds, expected):
-    message = refusal(dsc.fill_auto, {**ZERO3, **ds}, replace(ARGS, learning_rate=float("nan")))
-    assert expected in message
+@pytest.mark.parametrize("setting", INVALID)
+def test_invalid_values_on_either_side(setting):
+    message = refusal(dsc.fill_auto, config_of(setting), replace(ARGS, learning_rate=float("nan")))
+    assert INVALID[setting] in message
     assert "--learning_rate is NaN: must be a finite number of at least 0" in message
 
 
 def test_sizes_follow_the_hidden_size():
     ds = config_of(next(iter(PUBLISHED.values())))
     zero = dsc.fill_auto(ds, ARGS)[0]["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (10_000, 9_000)
-    assert zero["stage3_param_persistence_threshold"] == 1_000
+    sizes = [zero[f"stage3_{key}"] for key in ("prefetch_bucket_size", "param_persistence_threshold")]
+    assert [zero["reduce_bucket_size"], *sizes] == [10_000, 9_000, 1_000]
     filled, _ = dsc.fill_auto(ds, replace(ARGS, hidden_size=None))
-    assert filled["zero_optimization"]["stage3_prefetch_bucket_size"] == "auto"
+    assert "auto" in filled["zero_optimization"].values()
     assert "auto" not in dsc.engine_ds_config(filled)["zero_optimization"].values()
-
-
-# --- what DeepSpeed gets
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -339,11 +302,11 @@ def test_published_configs_work_unchanged(name):
     assert dsc.compute_dtype(engine) == "bf16"
     assert '"auto"' not in json.dumps(engine)
     assert (engine["train_batch_size"], engine["gradient_clipping"]) == (64, 0.5)
-    assert engine["managed_gradient_accumulation"] is False
     assert engine["optimizer"]["params"] == {"torch_adam": True, "lr": 2e-5, "weight_decay": 0.0}
-    ours = {"contiguous_gradients": False, "reduce_bucket_size": 10_000}
-    theirs = {key: value for key, value in ds["zero_optimization"].items() if value != "auto"}
-    assert theirs | ours | engine["zero_optimization"] == engine["zero_optimization"]
+    kept = {key: value for key, value in ds["zero_optimization"].items() if value != "auto"}
+    kept |= {"contiguous_gradients": False, "reduce_bucket_size": 10_000}
+    assert engine["zero_optimization"] == engine["zero_optimization"] | kept
+    assert engine["managed_gradient_accumulation"] is False
     assert dsc.engine_ds_config(engine) == engine
     assert all_steps(dict(engine, hd_pissa={}))[0] == engine
 
@@ -354,16 +317,14 @@ def test_trls_accelerate_yaml_works_unchanged(tmp_path):
     engine, _, values = all_steps(dsc.read_ds_config(path))
     assert (values.gradient_accumulation_steps, engine["bf16"]) == (1, {"enabled": True})
     assert engine["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert "offload_param" not in engine["zero_optimization"]
     path.write_text(TRL.replace("bf16", "fp16"))  # an older revision of the file
     assert "fp16.enabled is true" in refusal(dsc.check_ds_config, dsc.read_ds_config(path))
 
 
 def test_compute_dtype():
-    on, off = {"enabled": True}, {"enabled": False}
-    bf16 = [{"bf16": on}, {"bf16": {"enabled": "true"}}, {"bfloat16": on}, {"bf16": None, "bfloat16": on}]
-    fp32 = [{}, {"bf16": off}, {"bf16": off, "bfloat16": on}]  # DeepSpeed reads bf16 first
-    for ds in bf16 + fp32:
-        dtype = "bf16" if ds in bf16 else "fp32"
-        assert dsc.compute_dtype(ds) == dtype
-        assert dsc.compute_dtype(dsc.fill_auto(ds, replace(ARGS, bf16=False))[0]) == dtype
+    bf16 = """bf16.enabled=true;bf16.enabled="true";bfloat16.enabled=true;bf16=null bfloat16.enabled=true"""
+    fp32 = ";bf16.enabled=false;bf16.enabled=false bfloat16.enabled=true"  # DeepSpeed reads bf16 first
+    for dtype, cases in (("bf16", bf16), ("fp32", fp32)):
+        for ds in map(config_of, cases.split(";")):
+            assert dsc.compute_dtype(ds) == dtype
+            assert dsc.compute_dtype(dsc.fill_auto(ds, replace(ARGS, bf16=False))[0]) == dtype

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import time
 
 import datasets
 import pandas
 import pytest
 import torch
+from hdpissa.engine import data
 from hdpissa.engine.batches import EvalBatches, SliceBatches, collate, count_target_tokens
 from hdpissa.engine.data import IGNORE, load_rows, tokenize_rows
 from hdpissa.engine.errors import ConfigError
@@ -123,6 +124,7 @@ def test_bad_sources_are_one_line(tmp_path, jsonl):
         (str(tmp_path / "header.csv"), "train"): "no data",
         (str(tmp_path / "rows.xlsx"), "train"): "convert it",
         (str(jsonl), "validation"): "Unknown split",
+        (str(jsonl), "train[:0]"): "no data",
     }
     for (source, split), message in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:
@@ -207,29 +209,37 @@ def test_second_call_reads_the_cache_and_every_setting_is_in_its_key(jsonl, monk
             encode(rows, **{"tokenizer": tokenizer} | other)
 
 
-CHILD = """
-import sys, datasets
-sys.path[:0] = sys.argv[3:]
-from pathlib import Path
-from test_data import character_tokenizer, encode, load_rows
-import hdpissa.engine.data as data
-datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
-work = data._encode_batch
-def counted(*arguments, **options):
-    print("worked")
-    return work(*arguments, **options)
-data._encode_batch = counted
-print(encode(load_rows(sys.argv[1])).dataset._fingerprint)
-"""
+def tokenise_together(path, barrier, results):
+    """Both children pass the barrier before either looks for the cache."""
+    worked = []
+
+    def slow(*arguments, work=data._encode_batch, **options):
+        worked.append(1)
+        time.sleep(0.3)
+        return work(*arguments, **options)
+
+    data._encode_batch = slow
+    rows = load_rows(path)
+    barrier.wait(30)
+    fingerprint = encode(rows).dataset._fingerprint
+    results.put((len(worked), fingerprint))
 
 
-def test_of_two_processes_at_once_one_tokenises(jsonl, tmp_path):
-    command = [sys.executable, "-c", CHILD, str(jsonl), str(tmp_path / "shared"), *sys.path]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [child.communicate(timeout=60)[0].split() for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sum(output.count("worked") for output in outputs) == 1
-    assert outputs[0][-1] == outputs[1][-1]
+def test_of_two_processes_at_once_one_tokenises(jsonl):
+    # fork, because a fresh interpreter would spend 10 s of this test importing
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    children = [
+        context.Process(target=tokenise_together, args=(str(jsonl), barrier, results)) for _ in range(2)
+    ]
+    for child in children:
+        child.start()
+    outcomes = [results.get(timeout=60) for _ in children]
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert sorted(calls for calls, _ in outcomes) == [0, 1]
+    assert len({fingerprint for _, fingerprint in outcomes}) == 1
 
 
 # ---------------------------------------------------------------- order

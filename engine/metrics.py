@@ -1,0 +1,158 @@
+"""What a run leaves behind for people and programs: metrics.jsonl, run.json, run_state.json, one line per step.
+
+Rank 0 alone writes; the other ranks hold a recorder that does nothing, so that the loop has no branches.
+Figures of a step: `tokens` are input tokens of all ranks without padding, `mfu` counts forward plus the input
+gradient (4 FLOP per weight and token, the floor of a frozen base) against the device's published dense
+bf16 peak, and is null where that is unknown (CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bf16 peak in FLOP/s, by the vendors' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device by its name; None when it is not in the table."""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in device_name), None)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file that a reader never sees half-written."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+class Recorder:
+    """Rank 0's record of a run.
+
+    Args:
+        folder: output folder, exists.
+        total_steps: optimizer steps planned.
+        weights: parameters of the model, for `mfu`.
+        device_name, devices: for `mfu`.
+        quiet: a recorder of another rank; nothing is written.
+    """
+
+    def __init__(
+        self, folder: Path, *, total_steps: int, weights: int, device_name: str, devices: int, quiet: bool
+    ) -> None:
+        self.folder, self.total_steps, self.quiet = folder, total_steps, quiet
+        self._flops_per_token = 4 * weights
+        peak = peak_flops(device_name)
+        self._peak = peak * devices if peak else None
+        self._last = time.perf_counter()
+        self._file: IO[str] | None = None if quiet else (folder / "metrics.jsonl").open("a", buffering=1)
+        self._console = Console(quiet=quiet)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("step", total=total_steps, figures="")
+
+    def start(self) -> None:
+        """Starts the clock of the first step and the bar."""
+        self._progress.start()
+        self._last = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """Leaves out what happened since the last step (evaluation, generation)."""
+        self._last = time.perf_counter()
+
+    def step(self, figures: Mapping[str, Any], *, log: bool) -> dict[str, Any]:
+        """Records an optimizer step.
+
+        Args:
+            figures: at least step, loss, learning_rate, tokens.
+            log: whether it is written and printed; the clock runs in any case.
+
+        Returns: the row.
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        row = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in figures.items()}
+        row["step_time_s"] = round(seconds, 6)
+        row["tokens_per_second"] = round(figures["tokens"] / seconds, 2)
+        row["mfu"] = self._mfu(figures["tokens"] / seconds)
+        if log:
+            self._write(row)
+            self._show(row, seconds)
+        self._progress.update(self._task, completed=figures["step"], figures=_short(row))
+        return row
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak is None:
+            return None
+        return round(self._flops_per_token * tokens_per_second / self._peak, 4)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Records an evaluation: at least step and eval_loss."""
+        self._write(row)
+        self.say(f"eval   step {row['step']:>5}  eval_loss {row['eval_loss']:.4f}  perplexity {row['perplexity']:.2f}")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar, on rank 0 only."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+
+    def _show(self, row: Mapping[str, Any], seconds: float) -> None:
+        if self._console.is_terminal:
+            return
+        left = (self.total_steps - row["step"]) * seconds
+        self.say(f"step {row['step']:>5}/{self.total_steps}  {_short(row)}  left {_clock(left)}")
+
+    def save_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file of the output folder, whole or not at all."""
+        if not self.quiet:
+            write_json(self.folder / name, content)
+
+    def state(self, state: str, step: int, message: str = "") -> None:
+        """run_state.json: "running", "finished" or "failed", at which step, and why.
+
+        Launchers can return 0 for a run that was killed, so this file is what says how a run ended.
+        """
+        self.save_json("run_state.json", {"state": state, "step": step, "message": message})
+
+    def close(self) -> None:
+        """Ends the bar and closes the file."""
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] is not None else ""
+    skipped = "" if row.get("applied", True) else "  SKIPPED"
+    return f"loss {loss}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:.0f} tokens/s{mfu}{skipped}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,179 @@
+"""The command line of train.py: Hugging Face's names, read by Hugging Face's own parser.
+
+`--config run.yaml` gives the same keys from a file; what stands on the command line wins. Unknown names
+are refused with the nearest valid one. Imports neither torch nor DeepSpeed at module level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from hdpissa.engine.errors import ConfigError
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainArguments:
+    """Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3."""
+
+    ds_config: str = _option("", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"])
+    model_name_or_path: str = _option("", "Hugging Face folder or hub name")
+    dataset_name: str = _option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
+    output_dir: str = _option("", "folder for metrics, run state and the trained model")
+    dataset_config: str | None = _option(None, "configuration of a hub dataset")
+    dataset_split: str = _option("train", "split to train on; slices such as train[:80] work")
+    eval_dataset_name: str | None = _option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
+    eval_split: str | None = _option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
+    prompt_field: str = _option("instruction", "column with the prompt")
+    response_field: str = _option("response", "column with the answer")
+    prompt_template: str = _option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
+    max_length: int = _option(512, "tokens of prompt and answer together; longer rows are cut")
+    per_device_train_batch_size: int = _option(1, "rows of a micro-batch")
+    per_device_eval_batch_size: int = _option(8, "rows of an evaluation batch")
+    gradient_accumulation_steps: int = _option(1, "micro-batches of a rank in an optimizer step")
+    learning_rate: float = _option(2e-5, "peak learning rate")
+    lr_scheduler_type: str = _option("cosine", "cosine, linear, constant or constant_with_warmup")
+    warmup_ratio: float = _option(0.03, "share of all steps, rounded down, that warm up")
+    warmup_steps: int | None = _option(None, "warm-up steps; wins over --warmup_ratio")
+    num_train_epochs: float = _option(1.0, "epochs")
+    max_steps: int = _option(-1, "optimizer steps; when positive it wins over --num_train_epochs")
+    max_grad_norm: float = _option(0.0, "clips the L2 norm over all slices' factor gradients; 0 is off, as published")
+    seed: int = _option(42, "seed of the data order")
+    bf16: bool = _option(False, "compute in bf16 where the JSON says auto; else fp32")
+    gradient_checkpointing: bool = _option(False, "recompute activations in backward (non-reentrant)")
+    attn_implementation: str | None = _option(None, "eager, sdpa, flash_attention_2, …")
+    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+    logging_steps: int = _option(1, "optimizer steps between two lines and metrics rows")
+    eval_steps: int = _option(0, "optimizer steps between evaluations; 0: before and after training only")
+    export_dtype: str = _option("auto", "dtype of the exported model: auto (compute dtype), bf16 or fp32")
+    sample_prompt: str | None = _option(None, "an instruction whose greedy answer is printed before and after training")
+    max_new_tokens: int = _option(128, "length of that answer")
+    preprocessing_num_workers: int | None = _option(None, "processes that tokenise")
+    overwrite_output_dir: bool = _option(False, "let this run replace the one in --output_dir")
+    local_rank: int = _option(-1, "set by the deepspeed launcher; the environment is what counts")
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return ("ds_config", "model_name_or_path", "dataset_name", "output_dir")
+
+
+def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]]:
+    """(arguments, names of those that the user set).
+
+    Raises:
+        ConfigError: unknown or missing arguments, values out of range.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser([TrainArguments], allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file with the same keys; the command line wins")
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], parser))
+    on_command_line = _given(argv, parser)
+    values = {k: v for k, v in vars(found).items() if k != "config"}
+    from_file = _read_yaml(found.config) if found.config else {}
+    for name, value in from_file.items():
+        if name not in on_command_line:
+            values[name] = value
+    args = TrainArguments(**values)
+    _check(args)
+    return args, frozenset(on_command_line | set(from_file))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"command line: {message}; see --help")
+
+
+def _unknown(text: str, parser: Any) -> str:
+    name = text.split("=")[0]
+    valid = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _given(argv: list[str], parser: Any) -> set[str]:
+    """Destinations of the options that really stand on the command line."""
+    options = {option: action.dest for action in parser._actions for option in action.option_strings}
+    named = (text.split("=")[0] for text in argv)
+    return {options[name] for name in named if name in options and options[name] != "config"}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The keys of a YAML file, with the types that the dataclass declares."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must hold keys and values, such as 'learning_rate: 2e-5'")
+    fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
+    for alias in ("deepspeed", "deepspeed_config"):
+        if alias in content:
+            content["ds_config"] = content.pop(alias)
+    for name, value in content.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(fields)}"
+            raise ConfigError(f"--config {path}: unknown key {name}; {hint}")
+        content[name] = _convert(name, value, fields[name])
+    return content
+
+
+def _convert(name: str, value: Any, declared: Any) -> Any:
+    """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
+    kind = next(k for k in ("bool", "float", "int", "str") if declared.type.startswith(k))
+    if value is None and "None" in declared.type:
+        return None
+    try:
+        if kind == "bool" and isinstance(value, bool):
+            return value
+        if kind == "float" and not isinstance(value, bool):
+            return float(value)
+        if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind == "str" and isinstance(value, str):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"--config: {name} is {value!r}, must be {declared.type}; correct it")
+
+
+_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def _check(args: TrainArguments) -> None:
+    missing = [f"--{name}" for name in args.required if not getattr(args, name)]
+    if missing:
+        raise ConfigError(f"missing {', '.join(missing)}; see --help")
+    if args.lr_scheduler_type not in _SCHEDULES:
+        raise ConfigError(f"--lr_scheduler_type is {args.lr_scheduler_type}: must be one of {', '.join(_SCHEDULES)}")
+    if args.export_dtype not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
+    at_least_one = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size")
+    at_least_one += ("gradient_accumulation_steps", "logging_steps", "max_new_tokens")
+    for name in at_least_one:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
+    for name in ("learning_rate", "warmup_ratio", "eval_steps", "max_grad_norm"):
+        if not getattr(args, name) >= 0:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must not be negative")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ConfigError(
+            f"--max_steps is {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to train; "
+            "make one of them positive"
+        )
