@@ -152,9 +152,7 @@ def _slices_of(target: Target, plan: SlicePlan, *, method: str, tol: float) -> t
     if factors is not None:
         A_SRI, B_SOR = factors
         owned = [plan.owned_by(rank) for rank in range(plan.world_size)]
-        parts = [
-            torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned
-        ]
+        parts = [torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned]
     dist.scatter(received, parts, src=0)
     return received[:numel_A], received[numel_A:], residual
 

@@ -136,11 +136,7 @@ def check_ds_config(ds: dict[str, Any]) -> None:
         (path, "off", reason)
         for path, reason in (_MUST_BE_OFF | dict.fromkeys(_REMOVED_SECTIONS, _REMOVED)).items()
         if _is_on(_at(ds, path))
-    ] + [
-        (path, "1", reason)
-        for path, reason in _MUST_BE_ONE.items()
-        if _at(ds, path) not in (None, "auto", 0, 1)
-    ]
+    ] + [(path, "1", reason) for path, reason in _MUST_BE_ONE.items() if _at(ds, path) not in (None, "auto", 0, 1)]
     for path, rule, reason in wrong:
         remedy = "" if ";" in reason else "; remove it"
         problems.append(f"{path} is {show(_at(ds, path), 60)}: must be {rule}, because {reason}{remedy}")
@@ -308,9 +304,7 @@ def engine_ds_config(ds: dict[str, Any]) -> dict[str, Any]:
         if not _is_on(out.get(key)):  # presence alone raises, and "auto" reads as true in torch_autocast
             out.pop(key, None)
     zero = out.setdefault("zero_optimization", {})
-    for key in [
-        key for key, value in zero.items() if value == "auto" or key.startswith(("mics_", "zeropp_"))
-    ]:
+    for key in [key for key, value in zero.items() if value == "auto" or key.startswith(("mics_", "zeropp_"))]:
         del zero[key]
     # Stage 3 allocates an IPG buffer of reduce_bucket_size elements, 1 GB in bf16 by default. DeepSpeed
     # reduces the gradient of one anchor element here. Slice gradients never pass through it.

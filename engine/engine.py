@@ -69,7 +69,13 @@ class HDPissaEngine:
     """
 
     def __init__(
-        self, ds: Any, optimizer: SliceOptimizer, plan: SlicePlan, *, accumulation: int, report: adapt.InitReport
+        self,
+        ds: Any,
+        optimizer: SliceOptimizer,
+        plan: SlicePlan,
+        *,
+        accumulation: int,
+        report: adapt.InitReport,
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report = report
@@ -267,9 +273,7 @@ def initialize(
     report = adapt.compute_slices(store, exchange, method=hd.init.method, tol=hd.init.tol, progress=progress)
     adapt.install(targets, store)
     rule = DeltaRule(hd.adam.betas, hd.adam.eps, hd.delta.second_order)
-    optimizer = SliceOptimizer(
-        store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm
-    )
+    optimizer = SliceOptimizer(store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm)
     return HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
 
 
@@ -320,10 +324,7 @@ def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SliceP
 def _attach_shards(
     model: nn.Module, targets: list[Target], plan: SlicePlan, kept: dict[int, Tensor], hd: HDPissaConfig
 ) -> None:
-    if kept:
-        exact = ((t, kept.pop(id(t.param))) for t in targets)
-    else:
-        exact = pretrained.exact_values(model, targets, plan)
-    for target, values in exact:
+    found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
+    for target, values in found:
         compute = zero3.shard_getter(target.param)
         target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)

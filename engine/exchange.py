@@ -97,7 +97,9 @@ class FactorExchange:
             part.view(plan.slices_per_rank, t.rows, t.r)
             for part, t in zip(own.split(self._widths_B(bucket)), bucket.targets, strict=True)
         ]
-        outgoing = [[self._rows(m, t, rank) for m, t in zip(matrices, bucket.targets, strict=True)] for rank in self._ranks]
+        outgoing = [
+            [self._rows(m, t, rank) for m, t in zip(matrices, bucket.targets, strict=True)] for rank in self._ranks
+        ]
         sizes = [sum(part.numel() for part in parts) for parts in outgoing]
         packed = torch.cat([part.reshape(-1) for parts in outgoing for part in parts])
         mine = sizes[self._ranks.index(plan.rank)]

@@ -132,9 +132,7 @@ def _collect(entry: Entry, plan: SlicePlan, writer: _Writer | None, file: int) -
     writer.append(file, mine)
     for rank in range(1, plan.world_size):
         if entry.sizes[rank]:
-            received = torch.empty(
-                entry.sizes[rank] * entry.dtype.itemsize, dtype=torch.uint8, device=zero3.device()
-            )
+            received = torch.empty(entry.sizes[rank] * entry.dtype.itemsize, dtype=torch.uint8, device=zero3.device())
             dist.recv(received, rank)
             writer.append(file, received)
 
@@ -213,7 +211,11 @@ def _header(entries: list[Entry]) -> bytes:
     offset = 0
     for e in entries:
         offsets = [offset, offset + e.nbytes]
-        header[e.name] = {"dtype": _SAFETENSORS_NAMES[e.dtype], "shape": list(e.shape), "data_offsets": offsets}
+        header[e.name] = {
+            "dtype": _SAFETENSORS_NAMES[e.dtype],
+            "shape": list(e.shape),
+            "data_offsets": offsets,
+        }
         offset += e.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -60,7 +60,13 @@ class SliceOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, store: FactorStore, exchange: FactorExchange, rule: DeltaRule, *, lr: float, max_grad_norm: float = 0.0
+        self,
+        store: FactorStore,
+        exchange: FactorExchange,
+        rule: DeltaRule,
+        *,
+        lr: float,
+        max_grad_norm: float = 0.0,
     ) -> None:
         self.store, self.exchange, self.rule = store, exchange, rule
         self.max_grad_norm = max_grad_norm

@@ -83,7 +83,7 @@ class Fp32Shard:
 class DirectShard:
     """fp32 compute: ZeRO-3's shard is the master."""
 
-    def __init__(self, compute: Callable[[], Tensor], exact: Tensor, device: torch.device) -> None:
+    def __init__(self, compute: Callable[[], Tensor], exact: Tensor) -> None:
         self._compute = compute
         compute().copy_(exact)
 
@@ -98,7 +98,7 @@ class DirectShard:
         return 0
 
 
-FORMATS = {"split": SplitShard, "fp32": Fp32Shard}
+FORMATS: dict[str, type[SplitShard] | type[Fp32Shard]] = {"split": SplitShard, "fp32": Fp32Shard}
 
 
 def make_shard(compute: Callable[[], Tensor], exact: Tensor, *, format: str, device: str) -> Shard:
@@ -111,9 +111,11 @@ def make_shard(compute: Callable[[], Tensor], exact: Tensor, *, format: str, dev
         device: "auto" (where ZeRO-3's shard is) or "cpu", for what is held beside it.
     """
     current = compute()
-    kind = DirectShard if current.dtype == torch.float32 else FORMATS[format]
+    exact = exact.to(current.device)
+    if current.dtype == torch.float32:
+        return DirectShard(compute, exact)
     place = current.device if device == "auto" else torch.device(device)
-    return kind(compute, exact.to(current.device), place)
+    return FORMATS[format](compute, exact, place)
 
 
 def _place(tensor: Tensor, device: torch.device) -> Tensor:

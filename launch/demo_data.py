@@ -151,8 +151,7 @@ def ages(rng: Random) -> Problem:
     word, sign = rng.choice((("older", 1), ("younger", -1)))
     now = age + sign * gap
     question = (
-        f"{one} is {age} years old. {other} is {gap} years {word} than {one}. "
-        f"How old will {other} be in {years} years?"
+        f"{one} is {age} years old. {other} is {gap} years {word} than {one}. How old will {other} be in {years} years?"
     )
     lines = [
         f"{other} is {age} {'+' if sign > 0 else '-'} {gap} = {now} now.",
@@ -194,9 +193,7 @@ def average(rng: Random) -> Problem:
     )
     third = 3 * mean - first - second  # 15 to 150; the mean is whole by construction
     total = 3 * mean
-    question = (
-        f"{name} scores {first}, {second} and {third} points in three games. What is the average score?"
-    )
+    question = f"{name} scores {first}, {second} and {third} points in three games. What is the average score?"
     lines = [
         f"Two games: {first} + {second} = {first + second}.",
         f"All three: {first + second} + {third} = {total}.",

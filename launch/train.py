@@ -36,7 +36,11 @@ def fit(engine: Any, data: Any, evaluator: Any, scheduler: Any, recorder: Any, *
         scheduler.step()
         # --- log
         done = step + 1
-        figures = {"step": done, "epoch": round(done / epoch_steps, 4), **{k: v for k, v in asdict(result).items() if k != "step"}}
+        figures = {
+            "step": done,
+            "epoch": round(done / epoch_steps, 4),
+            **{k: v for k, v in asdict(result).items() if k != "step"},
+        }
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": evaluator.peak_memory()}
         recorder.step(figures, log=done % args.logging_steps == 0 or done == total_steps)
         recorder.state("running", done)
@@ -106,7 +110,10 @@ class Evaluator:
         engine.eval()
         inputs = self.to_device(dict(self.tokenizer(self.prompt, return_tensors="pt")))
         ids = engine.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         engine.train()
         answer = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

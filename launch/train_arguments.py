@@ -26,7 +26,9 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 class TrainArguments:
     """Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3."""
 
-    ds_config: str = _option("", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"])
+    ds_config: str = _option(
+        "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
+    )
     model_name_or_path: str = _option("", "Hugging Face folder or hub name")
     dataset_name: str = _option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
     output_dir: str = _option("", "folder for metrics, run state and the trained model")
@@ -164,9 +166,14 @@ def _check(args: TrainArguments) -> None:
         raise ConfigError(f"--lr_scheduler_type is {args.lr_scheduler_type}: must be one of {', '.join(_SCHEDULES)}")
     if args.export_dtype not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
-    at_least_one = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size")
-    at_least_one += ("gradient_accumulation_steps", "logging_steps", "max_new_tokens")
-    for name in at_least_one:
+    for name in (
+        "max_length",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "max_new_tokens",
+    ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
     for name in ("learning_rate", "warmup_ratio", "eval_steps", "max_grad_norm"):

@@ -8,6 +8,6 @@ import torch._inductor.compile_fx
 import transformers.conversion_mapping
 import transformers.integrations.deepspeed
 import transformers.modeling_utils
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
 
-import hdpissa.engine  # noqa: F401
+import hdpissa.engine

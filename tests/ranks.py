@@ -30,7 +30,9 @@ class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any
+) -> list[Any]:
     """function(*args, **kwargs) on `world_size` ranks; returns the results in rank order.
 
     The function must be importable by name (a module of tests/), arguments and results picklable.

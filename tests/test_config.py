@@ -8,6 +8,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+
 from hdpissa.engine import ds_config as dsc
 from hdpissa.engine.config import DEFAULT_TARGETS, HDPissaConfig
 from hdpissa.engine.errors import ConfigError

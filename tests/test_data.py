@@ -10,13 +10,14 @@ import datasets
 import pandas
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from hdpissa.engine import data
 from hdpissa.engine.batches import EvalBatches, SliceBatches, collate, count_target_tokens
 from hdpissa.engine.data import IGNORE, load_rows, tokenize_rows
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import ALPACA, PromptTemplate, resolve_template
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 ROWS = [{"question": f"ab{i}", "answer": "c" * (i % 5 + 1)} for i in range(12)]
 BOS, EOS, PAD = 0, 1, 2
@@ -76,9 +77,7 @@ def test_alpaca_ends_with_the_response_header_and_braces_are_harmless(tmp_path):
     assert resolve_template(str(tmp_path / "prompt.txt")).render("x") == "Q: x\nA:"
 
 
-@pytest.mark.parametrize(
-    "value", ["alpacca", "Answer:\n{input}", "{instruction} {instruction}", "a" * 9999, ""]
-)
+@pytest.mark.parametrize("value", ["alpacca", "Answer:\n{input}", "{instruction} {instruction}", "a" * 9999, ""])
 def test_bad_template_is_one_line(value):
     with pytest.raises(ConfigError, match="instruction") as caught:
         resolve_template(value)
@@ -133,9 +132,7 @@ def test_bad_sources_are_one_line(tmp_path, jsonl):
 
 
 def test_missing_column_names_the_nearest_first(jsonl):
-    with pytest.raises(
-        ConfigError, match="'answers' is not in the dataset; its columns are answer, question"
-    ):
+    with pytest.raises(ConfigError, match="'answers' is not in the dataset; its columns are answer, question"):
         encode(load_rows(str(jsonl)), response_field="answers")
 
 
@@ -229,9 +226,7 @@ def test_of_two_processes_at_once_one_tokenises(jsonl):
     # fork, because a fresh interpreter would spend 10 s of this test importing
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
-    children = [
-        context.Process(target=tokenise_together, args=(str(jsonl), barrier, results)) for _ in range(2)
-    ]
+    children = [context.Process(target=tokenise_together, args=(str(jsonl), barrier, results)) for _ in range(2)]
     for child in children:
         child.start()
     outcomes = [results.get(timeout=60) for _ in children]
@@ -279,10 +274,7 @@ def test_slices_are_disjoint_and_cover_all_but_the_dropped():
     assert (batches.steps_per_epoch, batches.dropped_samples) == (3, 2)
     of_slice = {
         slice_id: [
-            row
-            for step in range(3)
-            for micro in range(2)
-            for row in batches.sample_indices(step, slice_id, micro)
+            row for step in range(3) for micro in range(2) for row in batches.sample_indices(step, slice_id, micro)
         ]
         for slice_id in range(4)
     }

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hdpissa.launch.demo_data import KINDS, generate
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "demo_data.py"

@@ -1,0 +1,35 @@
+# The whole loop of work; README explains each command, CI runs the same ones.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+OUTPUT ?= outputs/demo
+
+.PHONY: venv check test demo clean
+
+venv: $(READY)
+
+# --no-build-isolation: the build needs nothing but the pinned setuptools, so none is fetched a second time.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation --editable ".[dev]"
+	touch $(READY)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/hdpissa
+	cd $(VENV)/src && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml \
+		-p hdpissa.engine -p hdpissa.kernels -p hdpissa.launch
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+# Two ranks, four slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT="$(OUTPUT)" sh launch/demo.sh
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
