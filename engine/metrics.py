@@ -59,6 +59,7 @@ class Recorder:
         peak = peak_flops(device_name)
         self._peak = peak * devices if peak else None
         self._last = time.perf_counter()
+        self._steps_done = 0
         self._file: IO[str] | None = None if quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._console = Console(quiet=quiet)
         self._progress = Progress(
@@ -108,8 +109,8 @@ class Recorder:
         return round(self._flops_per_token * tokens_per_second / self._peak, 4)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Records an evaluation: at least step and eval_loss."""
-        self._write(row)
+        """Records an evaluation: at least step, eval_loss and perplexity."""
+        self._write({name: finite_or_none(v) if isinstance(v, float) else v for name, v in row.items()})
         self.say(f"eval   step {row['step']:>5}  eval_loss {row['eval_loss']:.4f}  perplexity {row['perplexity']:.2f}")
 
     def say(self, text: str) -> None:
@@ -136,7 +137,12 @@ class Recorder:
 
         Launchers can return 0 for a run that was killed, so this file is what says how a run ended.
         """
+        self._steps_done = step
         self.save_json("run_state.json", {"state": state, "step": step, "message": message})
+
+    def failed(self, error: BaseException) -> None:
+        """run_state.json: "failed", after how many steps, and the error."""
+        self.state("failed", self._steps_done, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Ends the bar and closes the file."""

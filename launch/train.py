@@ -8,8 +8,10 @@ Whatever a person can get wrong is found before any weight is read: one line, ex
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +127,11 @@ class Evaluator:
 def check_output_dir(args: Any) -> None:
     """Refuses a folder that holds another run; every rank looks before any rank writes."""
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output_dir {folder} is a file; give a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir {folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--output_dir {folder}: {there} must be writable; give another folder")
     if (folder / "run.json").exists() and not args.overwrite_output_dir:
         raise ConfigError(
             f"--output_dir {folder} holds another run (run.json); give another folder, or --overwrite_output_dir"
@@ -175,10 +180,20 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
 
     from hdpissa.engine import adapt
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=args.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **model_options(args))
+    except (ValueError, ImportError) as error:  # no causal language model, or an attention that is not there
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--model_name_or_path {args.model_name_or_path}: cannot be built ({reason})") from None
     adapt.find_targets(model, hd, plan)
     return sum(p.numel() for p in model.parameters())
+
+
+def model_options(args: Any) -> dict[str, Any]:
+    """What the command line says about the model's code."""
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    return {"trust_remote_code": args.trust_remote_code, **attention}
 
 
 def read_tokenizer(args: Any) -> Any:
@@ -215,6 +230,19 @@ def read_data(args: Any, tokenizer: Any, template: Any) -> tuple[Any, Any]:
     if not (args.eval_dataset_name or args.eval_split):
         return train, None
     return train, read(args.eval_dataset_name or args.dataset_name, args.eval_split or "train")
+
+
+def count_steps(args: Any, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run; refuses a run of none."""
+    if args.max_steps > 0:
+        return args.max_steps
+    steps = int(args.num_train_epochs * steps_per_epoch)
+    if steps == 0:
+        raise ConfigError(
+            f"--num_train_epochs is {args.num_train_epochs} and an epoch has {steps_per_epoch} steps: not one whole "
+            f"step to train; raise it, or give --max_steps"
+        )
+    return steps
 
 
 def make_scheduler(args: Any, optimizer: Any, total_steps: int) -> Any:
@@ -261,7 +289,10 @@ def git_revision() -> str | None:
     import subprocess
 
     folder = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return found.stdout.strip() or None
 
 
@@ -269,18 +300,28 @@ def git_revision() -> str | None:
 # wiring
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Everything in order: check, tokenise, shard, decompose, train, export."""
-    args, given = train_arguments.parse(argv)
-    check_output_dir(args)
+@dataclass
+class Job:
+    """What is known of a run before any weight is read."""
 
-    from hdpissa.engine import initialize, load_pretrained, zero3
-    from hdpissa.engine.batches import EvalBatches, SliceBatches
+    ds: dict
+    plan: Any
+    weights: int  # parameters of the model
+    template: Any
+    tokenizer: Any
+    train: Any
+    held_out: Any  # or None
+    data: Any
+    total_steps: int
+
+
+def check(args: Any, given: frozenset[str]) -> Job:
+    """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
+    from hdpissa.engine.batches import SliceBatches
     from hdpissa.engine.engine import make_plan
-    from hdpissa.engine.metrics import Recorder
     from hdpissa.engine.prompts import resolve_template
 
-    # --- check, before any weight is read
+    check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
     plan = make_plan(hd, values.gradient_accumulation_steps)
@@ -296,72 +337,105 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         pad_token_id=tokenizer.pad_token_id,
     )
-    total_steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * data.steps_per_epoch)
+    total_steps = count_steps(args, data.steps_per_epoch)
+    return Job(ds, plan, weights, template, tokenizer, train, held_out, data, total_steps)
 
-    # --- the model, sharded, and its slices
-    zero3.init_distributed()
+
+def make_recorder(args: Any, job: Job) -> Any:
+    """Makes the output folder, where nothing of an earlier run counts any more."""
+    from hdpissa.engine import zero3
+    from hdpissa.engine.metrics import Recorder
+
     folder = Path(args.output_dir)
-    if plan.rank == 0:
+    if job.plan.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").unlink(missing_ok=True)
         (folder / "metrics.jsonl").write_text("")
-    extra = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = load_pretrained(args.model_name_or_path, ds, trust_remote_code=args.trust_remote_code, **extra)
+    recorder = Recorder(
+        folder,
+        total_steps=job.total_steps,
+        weights=job.weights,
+        device_name=zero3.accelerator_name(),
+        devices=job.plan.world_size,
+        quiet=job.plan.rank != 0,
+    )
+    recorder.state("running", 0)
+    return recorder
+
+
+def make_evaluator(args: Any, job: Job) -> Evaluator:
+    from hdpissa.engine.batches import EvalBatches
+
+    batches = job.held_out and EvalBatches(
+        job.held_out.dataset,
+        rank=job.plan.rank,
+        world_size=job.plan.world_size,
+        batch_size=args.per_device_eval_batch_size,
+        pad_token_id=job.tokenizer.pad_token_id,
+    )
+    prompt = None if args.sample_prompt is None else job.template.render(args.sample_prompt)
+    return Evaluator(batches, job.tokenizer, prompt, args.max_new_tokens)
+
+
+def train(args: Any, job: Job, recorder: Any) -> None:
+    """Shard, decompose, train, export."""
+    from hdpissa.engine import initialize, load_pretrained
+
+    model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
     model.config.use_cache = False  # of no use in training; generate() asks for its own
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = initialize(model=model, config=ds)
+    engine = initialize(model=model, config=job.ds)
+    evaluator = make_evaluator(args, job)
+    recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
+    evaluator.evaluate(engine, recorder, step=0)
+    evaluator.sample(engine, recorder, title="before training")
+    scheduler = make_scheduler(args, engine.optimizer, job.total_steps)
+    fit(engine, job.data, evaluator, scheduler, recorder, args=args, total_steps=job.total_steps)
+    evaluator.evaluate(engine, recorder, step=job.total_steps)
+    evaluator.sample(engine, recorder, title="after training")
+    engine.export(Path(args.output_dir) / "model", dtype=args.export_dtype)
+    if job.plan.rank == 0:
+        job.tokenizer.save_pretrained(Path(args.output_dir) / "model")
+    recorder.state("finished", job.total_steps)
+    recorder.say(f"outputs: {args.output_dir}/ (metrics.jsonl, run.json, run_state.json, model/)")
 
-    # --- train
-    evaluator = Evaluator(
-        batches=held_out
-        and EvalBatches(
-            held_out.dataset,
-            rank=plan.rank,
-            world_size=plan.world_size,
-            batch_size=args.per_device_eval_batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        tokenizer=tokenizer,
-        prompt=None if args.sample_prompt is None else template.render(args.sample_prompt),
-        max_new_tokens=args.max_new_tokens,
-    )
-    recorder = Recorder(
-        folder,
-        total_steps=total_steps,
-        weights=weights,
-        device_name=zero3.accelerator_name(),
-        devices=plan.world_size,
-        quiet=plan.rank != 0,
-    )
+
+def main(argv: list[str] | None = None) -> None:
+    """Checks, then trains; what ends a run early is told in run_state.json."""
+    args, given = train_arguments.parse(argv)
+    job = check(args, given)
+
+    from hdpissa.engine import zero3
+
+    zero3.init_distributed()
+    recorder = make_recorder(args, job)
     try:
-        recorder.save_json("run.json", describe_run(args, ds, engine, train, data, total_steps))
-        recorder.state("running", 0)
-        evaluator.evaluate(engine, recorder, step=0)
-        evaluator.sample(engine, recorder, title="before training")
-        scheduler = make_scheduler(args, engine.optimizer, total_steps)
-        fit(engine, data, evaluator, scheduler, recorder, args=args, total_steps=total_steps)
-        evaluator.evaluate(engine, recorder, step=total_steps)
-        evaluator.sample(engine, recorder, title="after training")
-        engine.export(folder / "model", dtype=args.export_dtype)
-        if plan.rank == 0:
-            tokenizer.save_pretrained(folder / "model")
-        recorder.state("finished", total_steps)
-        recorder.say(f"outputs: {folder}/ (metrics.jsonl, run.json, run_state.json, model/)")
+        train(args, job, recorder)
     except BaseException as error:
-        recorder.state("failed", engine.global_steps, f"{type(error).__name__}: {error}")
+        recorder.failed(error)
         raise
     finally:
         recorder.close()
     zero3.shut_down()
 
 
+PATIENCE_S = 15.0
+
+
 def run(argv: list[str] | None = None) -> int:
-    """`main` with a user's mistakes as one line on rank 0 and exit code 2."""
+    """`main` with a user's mistakes as one line and exit code 2.
+
+    Rank 0 speaks for all. Launchers end every rank as soon as one has exited, so the others wait until it
+    has spoken; one that is then still there has a mistake of its own (a file that its node lacks).
+    """
     try:
         main(argv)
     except ConfigError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank != "0":
+            time.sleep(PATIENCE_S)
+        print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -124,9 +124,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must hold keys and values, such as 'learning_rate: 2e-5'")
     fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
-    for alias in ("deepspeed", "deepspeed_config"):
-        if alias in content:
-            content["ds_config"] = content.pop(alias)
+    spellings = [name for name in ("ds_config", "deepspeed", "deepspeed_config") if name in content]
+    if len(spellings) > 1:
+        raise ConfigError(f"--config {path}: {' and '.join(spellings)} mean the same; keep one of them")
+    if spellings:
+        content["ds_config"] = content.pop(spellings[0])
     for name, value in content.items():
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
@@ -176,10 +178,14 @@ def _check(args: TrainArguments) -> None:
     ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
-    for name in ("learning_rate", "warmup_ratio", "eval_steps", "max_grad_norm"):
-        if not getattr(args, name) >= 0:
+    if not 0 <= args.warmup_ratio <= 1:
+        raise ConfigError(
+            f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"
+        )
+    for name in ("learning_rate", "warmup_steps", "eval_steps", "max_grad_norm", "seed"):
+        if not (getattr(args, name) or 0) >= 0:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must not be negative")
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < float("inf")):
         raise ConfigError(
             f"--max_steps is {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to train; "
             "make one of them positive"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from tiny import tiny_batch, tiny_llama
+from tiny import build, tiny_batch
 
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def train_tiny(
     """
     from hdpissa.engine import initialize
 
-    net = tiny_llama(**(model or {}))
+    net = build(model)
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     engine = initialize(model=net, config=settings)
@@ -50,6 +50,7 @@ def train_tiny(
             results.append(engine.step())
         if eval_between:
             forward_losses.append(eval_loss(engine))
+    assert [r is not None for r in results] == ([False] * (accumulation - 1) + [True]) * steps
     results = [r for r in results if r is not None]
     return {
         "losses": [r.loss for r in results],
@@ -67,3 +68,185 @@ def eval_loss(engine) -> float:
         loss = engine(**tiny_batch(999, 0, 0)).loss.item()
     engine.train()
     return loss
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of every storage that a tensor of this process still refers to, each once."""
+    import gc
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure_memory(settings, model):
+    """(live tensor bytes, memory_bytes(), elements of targets, of all else) after a few real steps."""
+    from hdpissa.engine import initialize
+
+    engine = initialize(model=build(model), config=settings)
+    for step in range(2):
+        for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
+            engine.backward(engine(**tiny_batch(step, slice_id, micro)).loss)
+            engine.step()
+    params = dict(engine.module.named_parameters())
+    targets = sum(t.rows * t.cols for t in engine.targets)
+    every = sum(p.ds_numel for p in params.values())
+    live = live_tensor_bytes()
+    return live, engine.memory_bytes(), targets, every - targets
+
+
+def losses_in_shards(settings, *, steps, lr, bf16_only=False):
+    """Follows every target's exact W through the steps, on one rank.
+
+    Returns: per target (change of W between start and end, sum of the deltas as the kernel gave them,
+    W at the start), float64.
+    """
+    from hdpissa.engine import initialize, shards
+    from hdpissa.kernels import api
+
+    if bf16_only:
+        shards.FORMATS["split"] = Bf16OnlyShard
+    engine = initialize(model=build({}), config=settings)
+    assert engine.plan.world_size == 1
+    start = {t.name: t.shard.read(0, t.rows * t.cols).double() for t in engine.targets}
+    deltas = {t.name: torch.zeros(t.rows * t.cols, dtype=torch.float64) for t in engine.targets}
+    order, original = [t.name for t in engine.targets], api.delta_rows
+    calls = []
+
+    def record(*args, **kwargs):
+        change = original(*args, **kwargs)
+        deltas[order[len(calls) % len(order)]] += change.flatten().double()
+        calls.append(1)
+        return change
+
+    api.delta_rows = record
+    for step in range(steps):
+        engine.optimizer.param_groups[0]["lr"] = lr
+        for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
+            engine.backward(engine(**tiny_batch(step, slice_id, micro)).loss)
+            engine.step()
+    assert len(calls) == steps * len(order)
+    end = {t.name: t.shard.read(0, t.rows * t.cols).double() for t in engine.targets}
+    return {name: (end[name] - start[name], -deltas[name], start[name]) for name in order}
+
+
+class Bf16OnlyShard:
+    """The negative control: no remainder, W is what bf16 can hold."""
+
+    def __init__(self, compute, exact, device) -> None:
+        self._compute = compute
+        compute().copy_(exact)
+
+    def read(self, start, stop):
+        return self._compute()[start:stop].float()
+
+    def write(self, start, stop, w) -> None:
+        self._compute()[start:stop].copy_(w)
+
+    nbytes = 0
+
+
+def one_step_change(settings, model):
+    """(change of every target's W in one step on rank 0, float64; the slice count)."""
+    from hdpissa.engine import initialize
+
+    engine = initialize(model=build(model), config=settings)
+    before = whole_weights(engine)
+    engine.optimizer.param_groups[0]["lr"] = 1e-3
+    for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
+        engine.backward(engine(**tiny_batch(0, slice_id, micro)).loss)
+        engine.step()
+    return {name: w.double() - before[name].double() for name, w in whole_weights(engine).items()}
+
+
+def raises(kind, settings, *, model=None, reentrant=False, detach=False, micro=1):
+    """The message of the exception that a short run raises."""
+    from hdpissa.engine import initialize
+
+    try:
+        net = build(model)
+        if reentrant:
+            net.gradient_checkpointing_enable({"use_reentrant": True})
+        engine = initialize(model=net, config=settings)
+        for _ in range(micro):
+            loss = engine(**tiny_batch(0, 0, 0)).loss
+            if detach:
+                loss = loss.detach() * torch.ones((), requires_grad=True)
+            engine.backward(loss)
+        engine.step()
+    except kind as error:
+        return str(error)
+    return None
+
+
+def export_and_compare(settings, folder, *, model=None, dtype="auto", file_bytes=None, source=None):
+    """Trains two steps, exports; returns the engine's logits, eval loss and exact weights on rank 0."""
+    from hdpissa.engine import export, initialize, load_pretrained
+
+    if file_bytes:
+        export.MAX_FILE_BYTES = file_bytes
+    net = load_pretrained(source, settings) if source else build(model)
+    engine = initialize(model=net, config=settings)
+    for step in range(2):
+        engine.optimizer.param_groups[0]["lr"] = 1e-3
+        for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
+            engine.backward(engine(**tiny_batch(step, slice_id, micro)).loss)
+            engine.step()
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(**tiny_batch(999, 0, 0)).logits.float().clone()
+        batch = tiny_batch(999, 0, 0)
+        ids = engine.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pad_token_id=0,
+            max_new_tokens=4,
+            do_sample=False,
+        )
+    engine.export(folder, dtype=dtype)
+    dist.barrier()
+    return {"logits": logits, "ids": ids, "weights": whole_weights(engine)}
+
+
+def start_values(settings, source, *, disturb=False):
+    """(exact start values of every target on rank 0, warnings) of a checkpoint under bf16 compute."""
+    import logging
+
+    from hdpissa.engine import initialize, load_pretrained, zero3
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("hdpissa").addHandler(handler)
+    net = load_pretrained(source, settings)
+    if disturb:  # as a user who changes weights after loading would
+        for p in net.parameters():
+            zero3.shard_view(p).mul_(1.5)
+    engine = initialize(model=net, config=settings)
+    return whole_weights(engine), messages
+
+
+def write_error(settings, folder):
+    """Exports to a folder that cannot be made; every rank must come back with an error."""
+    from hdpissa.engine import ConfigError, initialize
+
+    engine = initialize(model=build({}), config=settings)
+    try:
+        engine.export(folder)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def ranks_of(engine):
+    """Module suffix → r."""
+    return {t.name.rsplit(".", 1)[-1]: t.r for t in engine.targets}
+
+
+def counts(engine):
+    """(steps done, steps skipped)."""
+    return engine.global_steps, engine.skipped_steps

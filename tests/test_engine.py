@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_runs import train_tiny
+from engine_runs import counts, losses_in_shards, measure_memory, one_step_change, raises, ranks_of, train_tiny
 from oracle import Oracle
 from ranks import run_ranks
-from tiny import ds_settings, target_names, tiny_batch, tiny_llama
+from tiny import SEVEN, build, ds_settings, target_names, tiny_batch, tiny_llama
+
+from hdpissa.engine import ConfigError
 
 STEPS, LR = 4, 1e-3
 
 
-def oracle_run(slices, per_slice, *, steps=STEPS, lr=LR, r=2, model=None, **options):
+def oracle_run(slices, per_slice, *, steps=STEPS, lr=LR, r=2, model=None, suffixes=SEVEN, skip=(), **options):
     """(losses, weights, eval losses after each step, oracle) in float64, on the engine's data order."""
-    net = tiny_llama(dtype=torch.float64, **(model or {}))
-    oracle = Oracle(net, target_names(net), slices=slices, r=r, **options)
+    net = build(model, dtype=torch.float64)
+    oracle = Oracle(net, target_names(net, suffixes), slices=slices, r=r, **options)
     losses, evals = [], []
     for step in range(steps):
         batches = [[tiny_batch(step, i, j) for j in range(per_slice)] for i in range(slices)]
-        losses.append(oracle.step(batches, lr))
+        if step not in skip:
+            losses.append(oracle.step(batches, lr))
         with torch.no_grad():
             evals.append(net(**tiny_batch(999, 0, 0)).loss.item())
     return losses, {n: oracle.parameters[n].detach().clone() for n in oracle.weights}, evals, oracle
@@ -43,3 +46,161 @@ def test_slices_are_not_ranks(slices, world_size, per_slice):
     run = run_ranks(world_size, train_tiny, settings, steps=STEPS, lr=LR)[0]
     assert run["losses"] == pytest.approx(losses, rel=1e-5)
     assert relative(run["weights"], reference) < 1e-6
+
+
+VARIANTS = {
+    "persistent": {"settings": {"zero": {"stage3_param_persistence_threshold": 100_000}}},
+    "checkpointing": {"run": {"checkpointing": True}},
+    "checkpointing and persistent": {
+        "settings": {"zero": {"stage3_param_persistence_threshold": 500}},
+        "run": {"checkpointing": True},
+    },
+    "offload": {"settings": {"zero": {"offload_param": {"device": "cpu"}}}},
+    "no overlap": {"settings": {"zero": {"overlap_comm": False}}},
+    "tied": {"model": {"tie": True}},
+    "small buckets": {"settings": {"delta": {"bucket_bytes": 1}}},
+    "first order": {"settings": {"delta": {"second_order": False}}, "oracle": {"second_order": False}},
+    "lora_alpha": {"settings": {"lora_alpha": 6}, "oracle": {"scale": 3.0}},
+    "clipping": {"settings": {"clip": 0.05}, "oracle": {"clip": 0.05}},
+    "adam": {"settings": {"adam": {"betas": [0.8, 0.9], "eps": 1e-6}}, "oracle": {"betas": (0.8, 0.9), "eps": 1e-6}},
+    "all-linear": {"settings": {"target_modules": "all-linear"}},
+    "regex": {"settings": {"target_modules": r".*\.(q|v)_proj"}, "suffixes": ["q_proj", "v_proj"]},
+    "exclude": {"settings": {"exclude_modules": ["down_proj"]}, "suffixes": SEVEN[:-1]},
+    "full svd": {"settings": {"init": {"method": "full"}}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_against_the_oracle(name):
+    """Losses, W and the loss of an evaluation between steps, which sees stale gathered copies if there are any."""
+    variant = VARIANTS[name]
+    settings = ds_settings(slices=2, accumulation=2, **variant.get("settings", {}))
+    options = {**variant.get("oracle", {}), "model": variant.get("model")}
+    losses, reference, evals, oracle = oracle_run(2, 2, suffixes=variant.get("suffixes", SEVEN), **options)
+    run = run_ranks(
+        2,
+        train_tiny,
+        settings,
+        steps=STEPS,
+        lr=LR,
+        model=variant.get("model"),
+        eval_between=True,
+        **variant.get("run", {}),
+    )[0]
+    assert run["losses"] == pytest.approx(losses, rel=1e-5)
+    assert run["eval"] == pytest.approx(evals, rel=1e-5)
+    assert run["steps"][-1].grad_norm == pytest.approx(oracle.norm, rel=1e-4)
+    assert relative(run["weights"], reference) < 1e-6
+
+
+@pytest.mark.parametrize(("slices", "world_size"), [(2, 4), (1, 2), (2, 1)])
+def test_shards_that_own_nothing(slices, world_size):
+    """9 and 6 elements on four ranks: the last rank owns none of them, others a part of a row."""
+    per_slice = max(1, world_size // slices)
+    settings = ds_settings(
+        slices=slices, accumulation=per_slice * slices // world_size, r=1, target_modules=["first", "second"]
+    )
+    losses, reference, _, _ = oracle_run(slices, per_slice, r=1, model="narrow", suffixes=["first", "second"])
+    run = run_ranks(world_size, train_tiny, settings, steps=STEPS, lr=LR, model="narrow")[0]
+    assert run["losses"] == pytest.approx(losses, rel=1e-5)
+    assert relative(run["weights"], reference) < 1e-6
+
+
+def test_rank_pattern_gives_each_module_its_own_rank():
+    """r counts per module, and S·r of a small k_proj fits where the default would not."""
+    settings = ds_settings(slices=2, r=6, rank_pattern={"k_proj|v_proj": 3, "down_proj": 1})
+    run = run_ranks(2, train_tiny, settings, steps=1, after=ranks_of)[0]
+    assert run["after"] == {
+        "q_proj": 6,
+        "k_proj": 3,
+        "v_proj": 3,
+        "o_proj": 6,
+        "gate_proj": 6,
+        "up_proj": 6,
+        "down_proj": 1,
+    }
+
+
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all():
+    """Rank 1's third step is nan: nothing changes anywhere, the moments neither, and it is counted."""
+    settings = ds_settings(slices=2, accumulation=1)
+    _, reference, evals, _ = oracle_run(2, 1, skip=(2,), steps=5)
+    runs = run_ranks(2, train_tiny, settings, steps=5, lr=LR, poison=(1, 2), eval_between=True, after=counts)
+    for run in runs:
+        assert [r.applied for r in run["steps"]] == [True, True, False, True, True]
+        assert run["after"] == (5, 1)
+        assert run["eval"] == pytest.approx(evals, rel=1e-5)
+    assert relative(runs[0]["weights"], reference) < 1e-6
+
+
+def test_split_master_equals_fp32_master_under_bf16_compute():
+    """The remainder format is lossless: same trajectory as a separate fp32 master, bit for bit."""
+    runs = [
+        run_ranks(2, train_tiny, ds_settings(bf16=True, slices=2, master={"format": f}), steps=6, lr=LR)[0]
+        for f in ("split", "fp32")
+    ]
+    assert runs[0]["losses"] == runs[1]["losses"]
+    assert all(torch.equal(runs[0]["weights"][n], w) for n, w in runs[1]["weights"].items())
+
+
+def test_bf16_compute_starts_from_the_exact_fp32_values():
+    """A model that is whole on every rank is not rounded before its fp32 shard is taken."""
+    run = run_ranks(2, train_tiny, ds_settings(bf16=True, slices=2), steps=1, lr=0.0)[0]
+    net = tiny_llama()
+    assert all(torch.equal(w, net.get_parameter(n).detach()) for n, w in run["weights"].items())
+
+
+def test_precision_of_the_master():
+    """50 steps at lr 2e-5 under bf16 compute: W moves by the sum of the deltas; a bf16-only W does not.
+
+    fp32 rounds each of the 50 subtractions by at most 2⁻²⁵ of |w|, independently: √50 · 2⁻²⁵ ≈ 2e-7 of ‖W‖.
+    """
+    settings = ds_settings(bf16=True, slices=2, accumulation=2)
+    (exact,) = run_ranks(1, losses_in_shards, settings, steps=50, lr=2e-5)
+    (control,) = run_ranks(1, losses_in_shards, settings, steps=50, lr=2e-5, bf16_only=True)
+    for moved, deltas, start in exact.values():
+        assert (moved - deltas).norm() <= 1e-6 * start.norm()
+        assert (moved - deltas).norm() <= 1e-3 * deltas.norm()
+    for moved, deltas, _ in control.values():
+        assert (moved - deltas).norm() > 0.5 * deltas.norm()
+
+
+def test_one_step_has_rank_two_r_s():
+    """S = 8, r = 16: 256 singular values of ΔW, and then nothing but fp32 rounding."""
+    model = {"hidden": 320, "layers": 1, "intermediate_size": 300, "num_key_value_heads": 2}
+    settings = ds_settings(slices=8, r=16, accumulation=4)
+    change = run_ranks(2, one_step_change, settings, model)[0]
+    assert len(change) == 7
+    for name, delta in change.items():
+        sigma = torch.linalg.svdvals(delta)
+        assert sigma[255] > 100 * sigma[256], name
+        assert sigma[256] < 1e-3 * sigma[0], name
+
+
+@pytest.mark.parametrize(("bf16", "world_size", "slices"), [(True, 2, 2), (True, 2, 4), (True, 4, 2), (False, 2, 2)])
+def test_memory_of_weights_and_state(bf16, world_size, slices):
+    """Every live tensor of a rank: 4 bytes per target weight, 2 (fp32 compute: 4) per other, factors, moments."""
+    model = {"hidden": 128, "layers": 2, "intermediate_size": 256, "vocab_size": 1024}
+    settings = ds_settings(bf16=bf16, slices=slices, r=8, accumulation=max(1, slices // world_size))
+    for live, parts, targets, others in run_ranks(world_size, measure_memory, settings, model):
+        weights = (4 * targets + (2 if bf16 else 4) * others) / world_size
+        factors = parts["factors"] + parts["gradients_and_moments"]
+        assert parts["weights"] + parts["master"] == pytest.approx(weights, rel=0.01)
+        assert live == pytest.approx(weights + factors, rel=0.05)
+
+
+def test_reentrant_checkpointing_is_refused():
+    """It would leave all layers gathered and give no factor gradients, in silence."""
+    message = run_ranks(1, raises, ConfigError, ds_settings(slices=1), reentrant=True)[0]
+    assert "use_reentrant" in message
+
+
+def test_a_target_without_gradient_is_an_error():
+    """Excluded from the loss, it would silently keep its old value for the whole run."""
+    message = run_ranks(2, raises, RuntimeError, ds_settings(slices=2), detach=True)[0]
+    assert "14 of 14 targets got no gradient" in message
+
+
+def test_backward_past_the_boundary_is_an_error():
+    message = run_ranks(1, raises, RuntimeError, ds_settings(slices=1), micro=2)[0]
+    assert "call step()" in message

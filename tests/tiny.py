@@ -50,3 +50,27 @@ def ds_settings(*, bf16=False, accumulation=1, zero=None, clip=0.0, **hd_pissa):
     if clip:
         config["gradient_clipping"] = clip
     return config
+
+
+class Narrow(torch.nn.Module):
+    """Matrices so small that on four ranks a shard owns nothing, with biases and a plain loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = torch.nn.Embedding(61, 3)
+        self.first = torch.nn.Linear(3, 3)
+        self.second = torch.nn.Linear(3, 2)
+        self.head = torch.nn.Linear(2, 61)
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        from types import SimpleNamespace
+
+        logits = self.head(torch.tanh(self.second(torch.tanh(self.first(self.embed(input_ids))))))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def build(model=None, *, dtype=torch.float32):
+    """A tiny Llama with the given settings, or `Narrow` for the word "narrow"."""
+    return Narrow().to(dtype) if model == "narrow" else tiny_llama(dtype=dtype, **(model or {}))

@@ -1,0 +1,102 @@
+"""Loading and saving: exact fp32 start values, the exported Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from engine_runs import export_and_compare, start_values, write_error
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import ds_settings, target_names, tiny_batch, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from hdpissa.kernels.reference import split_fp32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny fp32 checkpoint in several files."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_llama(tie=True).save_pretrained(folder, max_shard_size="8KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    return str(folder)
+
+
+def plain_logits(folder, dtype):
+    """What transformers alone computes from the exported folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model, model(**tiny_batch(999, 0, 0)).logits.float()
+
+
+@pytest.mark.parametrize(("world_size", "tie", "file_bytes"), [(1, False, None), (2, True, None), (4, False, 6_000)])
+def test_export_in_fp32_gives_the_engines_logits(tmp_path, world_size, tie, file_bytes):
+    """One rank and several, tied and not, one file and many."""
+    settings = ds_settings(slices=4, accumulation=max(1, 4 // world_size))
+    runs = run_ranks(world_size, export_and_compare, settings, str(tmp_path), model={"tie": tie}, file_bytes=file_bytes)
+    model, logits = plain_logits(tmp_path, torch.float32)
+    assert torch.allclose(logits, runs[0]["logits"], rtol=1e-5, atol=1e-5)
+    for name, w in runs[0]["weights"].items():
+        assert torch.equal(model.get_parameter(name), w)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(file_bytes)
+    assert not list(tmp_path.glob(".*"))
+    batch = tiny_batch(999, 0, 0)
+    again = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], pad_token_id=0, max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(again, runs[0]["ids"])
+
+
+def test_export_under_bf16_compute(tmp_path):
+    """The default writes what was computed with, bf16; fp32 holds the exact master."""
+    settings = ds_settings(bf16=True, slices=2)
+    run = run_ranks(2, export_and_compare, settings, str(tmp_path / "bf16"))[0]
+    saved = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert all(torch.equal(saved[n], split_fp32(w)[0]) for n, w in run["weights"].items())
+    # Two processes sum bf16 products in different orders; that must cost less than bf16 itself does.
+    _, logits = plain_logits(tmp_path / "bf16", torch.bfloat16)
+    _, accurate = plain_logits(tmp_path / "bf16", torch.float32)
+    assert (logits - run["logits"]).norm() < (logits - accurate).norm()
+    run = run_ranks(2, export_and_compare, settings, str(tmp_path / "fp32"), dtype="fp32")[0]
+    saved = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert all(torch.equal(saved[n], w) for n, w in run["weights"].items())
+    assert json.loads((tmp_path / "fp32" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_loaded_checkpoint_trains_and_exports(tmp_path, checkpoint):
+    """from_pretrained under zero.Init, several files, tied embeddings, no rank with the whole model."""
+    settings = ds_settings(slices=2)
+    run = run_ranks(2, export_and_compare, settings, str(tmp_path), source=checkpoint)[0]
+    _, logits = plain_logits(tmp_path, torch.float32)
+    assert torch.allclose(logits, run["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_exact_fp32_start_under_bf16_compute(checkpoint):
+    """ZeRO-3 rounds to bf16 while it loads; the masters still start from the file's own values."""
+    weights, warnings = run_ranks(2, start_values, ds_settings(bf16=True, slices=2), checkpoint)[0]
+    net = tiny_llama(tie=True)
+    assert set(weights) == set(target_names(net))
+    assert all(torch.equal(w, net.get_parameter(n).detach()) for n, w in weights.items())
+    assert not warnings
+    rounded = [not torch.equal(w, w.bfloat16().float()) for w in weights.values()]
+    assert all(rounded), "the checkpoint must hold values that bf16 cannot, or this test shows nothing"
+
+
+def test_weights_changed_after_loading_are_not_overwritten_from_the_file(checkpoint):
+    """The file's rows are taken only where they round to what is loaded; else the loaded values, with a warning."""
+    weights, warnings = run_ranks(2, start_values, ds_settings(bf16=True, slices=2), checkpoint, disturb=True)[0]
+    net = tiny_llama(tie=True)
+    for name, w in weights.items():
+        assert torch.equal(w, (net.get_parameter(name).detach().bfloat16() * 1.5).float())
+    assert "14 of 14 targets start from bf16-rounded values" in warnings[0]
+
+
+def test_a_failed_export_is_an_error_on_every_rank(tmp_path):
+    """A folder that cannot be made: no rank hangs, each gets the message or is told who has it."""
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    messages = run_ranks(2, write_error, ds_settings(slices=2), str(blocked / "model"))
+    assert "failed" in messages[0]
+    assert "failed" in messages[1]
