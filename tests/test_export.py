@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
 def plain_logits(folder, dtype):
     """What transformers alone computes from the exported folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         return model, model(**tiny_batch(999, 0, 0)).logits.float()
 
@@ -55,10 +55,11 @@ def test_export_under_bf16_compute(tmp_path):
     run = run_ranks(2, export_and_compare, settings, str(tmp_path / "bf16"))[0]
     saved = load_file(tmp_path / "bf16" / "model.safetensors")
     assert all(torch.equal(saved[n], split_fp32(w)[0]) for n, w in run["weights"].items())
-    # Two processes sum bf16 products in different orders; that must cost less than bf16 itself does.
+    # The same kernels on the same weights; threads may split a sum differently, so not to the last bit, but to
+    # much less than bf16 itself costs.
     _, logits = plain_logits(tmp_path / "bf16", torch.bfloat16)
     _, accurate = plain_logits(tmp_path / "bf16", torch.float32)
-    assert (logits - run["logits"]).norm() < (logits - accurate).norm()
+    assert (logits - run["logits"]).norm() <= 0.25 * (logits - accurate).norm()
     run = run_ranks(2, export_and_compare, settings, str(tmp_path / "fp32"), dtype="fp32")[0]
     saved = load_file(tmp_path / "fp32" / "model.safetensors")
     assert all(torch.equal(saved[n], w) for n, w in run["weights"].items())
