@@ -191,6 +191,7 @@ class HDPissaEngine:
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`module.generate`; all ranks must call it together, because each forward gathers weights."""
+        kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
         with torch.no_grad():
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 

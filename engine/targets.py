@@ -85,7 +85,9 @@ def make_buckets(targets: Sequence[Target], plan: SlicePlan, bucket_bytes: int) 
         pending.clear()
 
     for target in targets:
-        received = 4 * plan.slices * target.r * (target.cols + target.own_range(plan).rows)
+        # The widest shard of all ranks, not this rank's: every rank must close its buckets at the same targets.
+        widest = max(owned.rows for owned in target.ranges)
+        received = 4 * plan.slices * target.r * (target.cols + widest)
         if pending and received > room:
             close()
             room = bucket_bytes

@@ -23,8 +23,9 @@ def split_fp32(w_N: Tensor) -> tuple[Tensor, Tensor]:
     int16 (round-half-even does not fit: the remainder reaches +32768). `high` equals
     torch's bf16 cast except at exact ties.
 
-    A NaN whose payload carries over (0x7FFF8000 and above) shows as −0.0 in `high`: look for
-    NaN in the fp32 value, never in the half. Merging gives it back bit for bit.
+    A NaN whose payload carries over (0x7FFF8000 and above) shows as zero in `high`, one whose payload
+    is below 0x8000 as infinity: look for NaN in the fp32 value, never in the half. Merging gives it
+    back bit for bit.
 
     Example: 1.00390625 (0x3F808000, a tie) → high 1.0078125 (0x3F81), low −32768.
 

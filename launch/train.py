@@ -148,8 +148,14 @@ def read_model_config(args: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({reason})") from None
+        raise ConfigError(
+            f"--model_name_or_path {name}: no usable model there ({reason(error)}); give a Hugging Face folder or name"
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    """The start of an error message, on one line."""
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
@@ -184,9 +190,14 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **model_options(args))
     except (ValueError, ImportError) as error:  # no causal language model, or an attention that is not there
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--model_name_or_path {args.model_name_or_path}: cannot be built ({reason})") from None
+        attention = f", --attn_implementation {args.attn_implementation}" if args.attn_implementation else ""
+        raise ConfigError(
+            f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
+            f"give a causal language model, and an attention that it has"
+        ) from None
     adapt.find_targets(model, hd, plan)
+    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     return sum(p.numel() for p in model.parameters())
 
 
@@ -203,8 +214,10 @@ def read_tokenizer(args: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer ({reason})") from None
+        raise ConfigError(
+            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({reason(error)}); "
+            f"put the model's tokenizer files beside it"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -212,7 +225,11 @@ def read_tokenizer(args: Any) -> Any:
 
 def read_data(args: Any, tokenizer: Any, template: Any) -> tuple[Any, Any]:
     """(training rows, evaluation rows or None), tokenised. No process group exists yet, so nobody waits in one."""
+    import logging
+
     from hdpissa.engine.data import load_rows, tokenize_rows
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
 
     def read(name: str, split: str) -> Any:
         rows = load_rows(name, split=split, config_name=args.dataset_config)
@@ -384,7 +401,9 @@ def train(args: Any, job: Job, recorder: Any) -> None:
     model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
     model.config.use_cache = False  # of no use in training; generate() asks for its own
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in transformers 5; the old name warns
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds)
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))

@@ -6,12 +6,12 @@ are refused with the nearest valid one. Imports neither torch nor DeepSpeed at m
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"command line: {message}; see --help")
+    raise ConfigError(f"command line: {message.rstrip('.')}; see --help")
 
 
 def _unknown(text: str, parser: Any) -> str:
@@ -119,11 +119,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not UTF-8 text; give a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must hold keys and values, such as 'learning_rate: 2e-5'")
-    fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
+    # not dataclasses.fields: the parser has replaced the types there
+    fields = get_type_hints(TrainArguments)
     spellings = [name for name in ("ds_config", "deepspeed", "deepspeed_config") if name in content]
     if len(spellings) > 1:
         raise ConfigError(f"--config {path}: {' and '.join(spellings)} mean the same; keep one of them")
@@ -140,21 +143,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _convert(name: str, value: Any, declared: Any) -> Any:
     """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
-    kind = next(k for k in ("bool", "float", "int", "str") if declared.type.startswith(k))
-    if value is None and "None" in declared.type:
-        return None
-    try:
-        if kind == "bool" and isinstance(value, bool):
-            return value
-        if kind == "float" and not isinstance(value, bool):
+    kinds = get_args(declared) or (declared,)  # of `int | None` both
+    if type(value) in kinds:  # type(): a bool is an int to isinstance
+        return value
+    if float in kinds and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
             return float(value)
-        if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if kind == "str" and isinstance(value, str):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"--config: {name} is {value!r}, must be {declared.type}; correct it")
+    words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 
 _SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")

@@ -99,14 +99,15 @@ def train_here(argv: list[str], cache: str) -> dict[str, Any]:
             code = train.run(argv)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-    return {"code": code, "stderr": told(), "error": error}
+    return {"code": code, "stderr": "".join(told), "error": error}
 
 
 def train_and_raise(argv: list[str], cache: str, *, rank: int, step: int) -> dict[str, Any]:
     """`train_here`, with an error on one rank in the middle of one step (counted from 1)."""
     from hdpissa.engine.optimizer import SliceOptimizer
 
-    original, calls = SliceOptimizer.step, []
+    original = SliceOptimizer.step
+    calls: list[None] = []
 
     def failing(self, *args, **kwargs):
         calls.append(None)
@@ -121,6 +122,15 @@ def train_and_raise(argv: list[str], cache: str, *, rank: int, step: int) -> dic
 def train_without_weights(argv: list[str], cache: str) -> dict[str, Any]:
     """`train_here`, with an error while the weights are read."""
     forbid_weights("the weights are gone")
+    return train_here(argv, cache)
+
+
+def speak_alone(argv: list[str], cache: str) -> dict[str, Any]:
+    """`train_here` of a rank 1 whose launcher does not end it."""
+    from hdpissa.launch import train
+
+    train.PATIENCE_S = 0.1
+    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     return train_here(argv, cache)
 
 
@@ -171,18 +181,24 @@ def prepare_process(cache: str) -> None:
 
 
 @contextlib.contextmanager
-def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Standard error by its file descriptor, because loggers keep the stream that they found at import."""
+def captured_stderr() -> Iterator[list[str]]:
+    """Standard error by its file descriptor, because loggers keep the stream that they found at import.
+
+    The text is in the list once the block is left.
+    """
+    told: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stderr.flush()
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
-            yield lambda: Path(f"/proc/self/fd/{file.fileno()}").read_text()
+            yield told
         finally:
             sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
+            file.seek(0)
+            told.append(file.read().decode())
 
 
 # --- by the real launchers -------------------------------------------------------------------------
@@ -208,11 +224,10 @@ def command(launcher: str, arguments: dict[str, Any], *, ranks: int = 2) -> list
 def start(command: list[str], cache: Path, log: Path) -> subprocess.Popen:
     """Starts a command in an environment without any launcher's variables; its output goes to `log`."""
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    dropped = (*launchers, "OMP_NUM_THREADS", "PYTHONPATH", "DS_ACCELERATOR")
+    dropped = (*launchers, "PYTHONPATH", "DS_ACCELERATOR")
     environment = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    # the launchers ask for a python by name
-    environment |= {"PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]), "DEEPSPEED_TIMEOUT": "2"}
+    environment |= {"OMP_NUM_THREADS": "1", "DEEPSPEED_TIMEOUT": "2"}
     with log.open("w") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -13,6 +14,15 @@ from hdpissa.engine.layer import ActiveSlice, LayerFactors, SliceLinear
 from hdpissa.kernels import api, reference
 
 F64, BF16 = torch.float64, torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small only wait for a second thread: a third of the time on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
@@ -133,9 +143,9 @@ FINITE = {
 }
 INFINITE = {"inf": [0x7F80_0000]}
 NAN = {
-    # the first two lose their payload in the half, the last three carry over into the sign bit
-    "nan": [0x7F80_0001, 0x7F80_7FFF, 0x7F80_8000, 0x7FA0_0000, 0x7FC0_0000, 0x7FC0_0001, 0x7FFF_7FFF]
-    + [0x7FFF_8000, 0x7FFF_8001, 0x7FFF_FFFF],
+    "nan": [0x7F80_8000, 0x7FA0_0000, 0x7FC0_0000, 0x7FC0_0001, 0x7FFF_7FFF],
+    "nan that becomes infinity in the half": [0x7F80_0001, 0x7F80_7FFF],
+    "nan that carries over into the sign": [0x7FFF_8000, 0x7FFF_8001, 0x7FFF_FFFF],
 }
 RANDOM = torch.randint(-(2**31), 2**31, (1_000_000,), generator=torch.Generator().manual_seed(0))
 NUMBERS = torch.cat([both_signs(bits) for bits in (FINITE | INFINITE).values()])
@@ -174,11 +184,12 @@ def test_high_half_is_the_bf16_cast_except_at_ties():
 
 def test_half_of_a_nan_is_not_always_a_nan():
     """The documented trap: what looks for NaN must look at the fp32 value."""
-    w = from_bits([0x7FFF_8000, 0x7FFF_FFFF, 0x7FC0_0000])
-    high = reference.split_fp32(w)[0]
-    assert high[:2].tolist() == [0.0, 0.0]
-    assert bool(torch.signbit(high[:2]).all())
-    assert bool(high[2].isnan())
+    half_of = {name: reference.split_fp32(both_signs(bits))[0] for name, bits in NAN.items()}
+    assert bool(half_of["nan"].isnan().all())
+    assert bool(half_of["nan that becomes infinity in the half"].isinf().all())
+    carried = half_of["nan that carries over into the sign"]
+    assert not carried.any()
+    assert carried.signbit().tolist() == [True] * 3 + [False] * 3, "of the opposite sign"
 
 
 # --- low_rank_backward ----------------------------------------------------------------------------------------
@@ -213,8 +224,7 @@ def test_low_rank_backward_in_bf16(tokens):
     """Not further from float64 than autograd in bf16 is (k = 1.1; measured 1.00), and near it at all.
 
     Three roundings to bf16 lie on the way of each gradient: the fixed factor, the thin product in the middle,
-    the result. Each is uniform in ±2⁻⁹ of a power of two, so about 2⁻⁹/√3·√2 of the norm, and they are
-    independent: √3 · 1.6e-3 = 2.8e-3. Measured 2.8e-3; a product that accumulated in bf16 would be at 2e-2.
+    the result; each is at most 2⁻⁹ of its value, 5.9e-3 in all. Measured 2.8e-3 to 3.8e-3.
     """
     dy, x, A, B = low_rank_case(BF16, tokens=tokens, rows=96, cols=160, r=8)
     truth = by_autograd(dy.double(), x.double(), A.double(), B.double())
@@ -223,7 +233,7 @@ def test_low_rank_backward_in_bf16(tokens):
     for ours, theirs, true in zip(found, plain, truth, strict=True):
         assert ours.dtype == torch.float32, "gradients accumulate in the leaf's fp32"
         assert error(ours, true) <= 1.1 * error(theirs, true)
-        assert error(ours, true) < 4e-3
+        assert error(ours, true) < 3 * 2**-9
 
 
 # --- slice_adam_ ----------------------------------------------------------------------------------------------
@@ -333,6 +343,7 @@ INPUTS = {
     "batches": lambda: randn(2, 3, 2, 20),
     "no tokens": lambda: randn(0, 20),
     "transposed": lambda: randn(20, 5).T,
+    "transposed batch": lambda: randn(3, 2, 20).transpose(0, 1),  # cannot be flattened by a view
     "strided": lambda: randn(3, 4, 40)[:, ::2, ::2],
     "expanded": lambda: randn(1, 20).expand(6, 20),
 }
@@ -341,12 +352,15 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_slice_linear(name, bias):
-    """Output and dx are those of nn.Linear, the factor gradients are (Bᵀ G, G Aᵀ) with G from autograd."""
+    """Output and dx are those of nn.Linear (frozen, as ours is), the factor gradients are (Bᵀ G, G Aᵀ) with G from autograd."""
     layer, base, flat = slice_linear(bias=bias)
     x = INPUTS[name]().requires_grad_()
     x_base = INPUTS[name]().requires_grad_()
     y, y_base = layer(x), base(x_base)
-    assert torch.equal(y, y_base), "adapters contribute nothing to the output"
+    # Bitwise against the frozen base: with a weight that wants a gradient torch itself takes another product
+    # for some strides (matmul folds a batch or not), which differs in the last bit.
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    assert torch.equal(y, frozen(x_base)), "adapters contribute nothing to the output"
     dy = randn(*y.shape, seed=9)
     y.backward(dy)
     y_base.backward(dy)
@@ -372,7 +386,7 @@ def test_forward_is_bitwise_the_base_layers(dtype):
 
 def test_gradients_add_up_in_the_flat_buffer_of_the_active_slice():
     """Two micro-batches on slice 1, one on slice 0: autograd adds into the views and replaces none of them."""
-    layer, base, flat = slice_linear()
+    layer, _, flat = slice_linear()
     factors = layer.slice_factors
     expected = torch.zeros(2, 12, 20, dtype=F64)
     for seed, active in ((1, 1), (2, 0), (3, 1)):

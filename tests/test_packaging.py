@@ -1,0 +1,306 @@
+"""The shape of the package: who may import whom, names that would shadow others, sizes, shipped files."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hdpissa.engine import ds_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "hdpissa"
+FOLDERS = ("engine", "kernels", "launch", "benchmarks")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
+
+# The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
+# a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
+FLOORS = [
+    ["errors", "config", "slicing", "svd", "delta", "shards", "targets", "prompts"],
+    ["zero3", "layer", "exchange", "data", "metrics", "batches", "ds_config"],
+    ["factors", "adapt", "optimizer", "checkpoint", "export", "pretrained"],
+    ["engine"],
+]
+FLOOR = {f"engine.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def name_of(path: Path) -> str:
+    """engine/slicing.py → engine.slicing; a package's own file has the package's name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor_of(name: str) -> int:
+    if name.startswith("kernels."):
+        return -1
+    return FLOOR.get(name, len(FLOORS))
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def running_nodes(node: ast.AST):
+    """All nodes but those under `if TYPE_CHECKING:`, which never run."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from running_nodes(child)
+
+
+@functools.cache
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, at its top or inside a function; ours without `hdpissa.`."""
+    own = name_of(path).split(".")
+    package = own if path.name == "__init__.py" else own[:-1]
+    found = set()
+    for node in running_nodes(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {".".join([*start, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            found.add("torch.distributed")  # needs no import of its own once torch is there
+    return {name.removeprefix(f"{PACKAGE}.") for name in found}
+
+
+def is_from(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+@functools.cache
+def our_imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports."""
+    return {m for m in MODULES if m != "engine" for name in imports(path) if is_from(name, m)}
+
+
+def test_every_module_has_its_floor():
+    unplaced = [m for m in MODULES if m.startswith("engine.") and m not in FLOOR]
+    assert not unplaced, f"say in FLOORS which floor these are on: {unplaced}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down(path):
+    name = name_of(path)
+    if name == "engine":  # resolves the public names late, so it runs no import of its own
+        assert our_imports(path) == set()
+        return
+    above = [m for m in our_imports(path) if floor_of(m) > floor_of(name)]
+    assert not above, f"{name} imports from above: {above}"
+
+
+def test_no_cycles():
+    graph = {name: our_imports(path) - {name} for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 30, "imports are not being seen"
+    while graph:
+        free = [name for name, needed in graph.items() if not needed & graph.keys()]
+        assert free, f"a cycle is among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def forbidden(path: Path, *modules: str) -> list[str]:
+    return [name for name in imports(path) for module in modules if is_from(name, module)]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if floor_of(name_of(p)) <= 0], ids=name_of)
+def test_leaves_know_of_no_ranks(path):
+    assert not forbidden(path, "torch.distributed", "deepspeed", "transformers")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "kernels"], ids=name_of)
+def test_kernels_stand_alone(path):
+    assert not forbidden(path, "engine", "launch", "benchmarks", "torch.distributed")
+
+
+def ds_names(path: Path) -> set[str]:
+    """`ds_…` attributes that a file touches, also by name. `ds_config` is our own module and option."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return {name for name in found if name.startswith("ds_")} - {"ds_config", "ds_configs"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_one_door_to_deepspeed(path):
+    deepspeed, attributes = forbidden(path, "deepspeed"), ds_names(path)
+    if name_of(path) == "engine.zero3":
+        assert deepspeed, "the door is not where it is looked for"
+        assert {"ds_tensor", "ds_id"} <= attributes
+    else:
+        assert not deepspeed
+        assert not attributes
+
+
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_scripts_shadow_no_module(folder):
+    """A script's folder comes first on sys.path: `launch/queue.py` would be everybody's `import queue`."""
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) - set(FOLDERS)
+    assert {"torch", "queue"} <= taken
+    assert not {path.stem for path in (ROOT / folder).glob("*.py")} & taken
+
+
+def test_folders_stay_unimportable():
+    """With these files our folders would answer to `import kernels` and `import tests`."""
+    present = [f for f in ("kernels/__init__.py", "tests/__init__.py", "conftest.py") if (ROOT / f).exists()]
+    assert not present
+
+
+# --- PyPI's `kernels` ----------------------------------------------------------------------------------------
+
+# What transformers imports from it (transformers/integrations/hub_kernels.py), and as much life as Llama needs.
+STAND_IN = """
+    class _Named:
+        def __init__(self, *args, **kwargs): pass
+    class CUDAProperties(_Named): pass
+    class Device(_Named): pass
+    class KernelizeFallback(_Named): pass
+    class LayerRepository(_Named): pass
+    class LocalLayerRepository(_Named): pass
+    class Mode(_Named): INFERENCE, TRAINING = 1, 2
+    class ROCMProperties(_Named): pass
+    def register_kernel_mapping(*args, **kwargs): pass
+    replace_kernel_forward_from_hub = use_kernel_mapping = get_kernel = kernelize = register_kernel_mapping
+    def use_kernel_forward_from_hub(name): return lambda layer: layer
+    def use_kernelized_func(*functions): return lambda layer: layer
+"""
+# One process imports what all cases share and then forks one child per case: a third of the time of three
+# fresh processes. Imports only, so there are no threads yet, and nobody has looked for `kernels` so far.
+IMPORT_LLAMA = """
+    import os, sys
+    import torch, transformers.conversion_mapping
+    from transformers.utils.import_utils import is_kernels_available
+    assert is_kernels_available.cache_info().currsize == 0 and "kernels" not in sys.modules
+
+    def llama(path):
+        sys.path[:0] = path
+        try:
+            from transformers import LlamaForCausalLM
+            import transformers.integrations.hub_kernels
+            import transformers.models.llama.modeling_llama
+            return f"{LlamaForCausalLM.__name__} {is_kernels_available()} {sys.modules.get('kernels')}"
+        except Exception as error:  # transformers wraps the ImportError of a lazy import
+            return f"failed: {error!r}"
+
+    for path in sys.argv[1:]:
+        child = os.fork()
+        if not child:
+            print(" ".join(llama(path.split(os.pathsep)).split()), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+
+
+def stand_in(folder: Path) -> Path:
+    """A folder like a site-packages with `kernels` installed in a version that transformers accepts."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "kernels" / "__init__.py").write_text(textwrap.dedent(STAND_IN))
+    info = folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    (info / "RECORD").write_text("kernels/__init__.py,,\n")
+    return folder
+
+
+def import_llama(cwd: Path, *paths: list[Path]) -> list[str]:
+    """One line per case: what came of importing Llama with these folders first on sys.path."""
+    joined = [os.pathsep.join(map(str, path)) for path in paths]
+    quiet = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", textwrap.dedent(IMPORT_LLAMA), *joined]
+    done = subprocess.run(command, cwd=cwd, env=quiet, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith(("Llama", "failed"))]
+
+
+def test_pypi_kernels_is_not_shadowed(tmp_path):
+    """Llama is importable with the repository's root on sys.path, whether PyPI's `kernels` is there or not.
+
+    The control is a root whose `kernels/` has an `__init__.py`: it must fail, or this test sees nothing.
+    """
+    installed, shadowing = stand_in(tmp_path / "site"), tmp_path / "root"
+    (shadowing / "kernels").mkdir(parents=True)
+    (shadowing / "kernels" / "__init__.py").touch()
+    with_it, without, control = import_llama(tmp_path, [ROOT, installed], [ROOT], [shadowing, installed])
+    assert with_it.startswith("LlamaForCausalLM True ")
+    assert str(installed) in with_it, "the one that answers is PyPI's"
+    assert without.startswith("LlamaForCausalLM ")
+    assert control.startswith("failed: ")
+    assert "cannot import name" in control
+
+
+# --- shipped configs, metadata, sizes ------------------------------------------------------------------------
+
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def test_number_of_configs():
+    """A config that is added or lost shows here; the tests below run over all there are."""
+    assert len(CONFIGS) == 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config(path):
+    """Each goes through the five steps, and leaves nothing "auto" that DeepSpeed would stumble over."""
+    rest, section = ds_config.split_section(ds_config.read_ds_config(path))
+    ds_config.check_ds_config(rest)
+    values = ds_config.TrainValues(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        world_size=8,
+        max_grad_norm=1.0,
+        learning_rate=2e-5,
+        bf16=True,
+        hidden_size=64,
+    )
+    filled, agreed = ds_config.fill_auto(rest, values)
+    final = ds_config.engine_ds_config(filled)
+    assert section.r == 16
+    assert final["zero_optimization"]["stage"] == 3
+    assert final["train_batch_size"] == 128
+    assert agreed.gradient_accumulation_steps == 8
+    assert '"auto"' not in str(final).replace("'", '"')
+
+
+def test_metadata():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert importlib.metadata.version(PACKAGE) == project["version"]
+    assert importlib.metadata.metadata(PACKAGE)["Name"] == PACKAGE
+
+
+def test_configs_are_package_data():
+    """They are found where an installed package has them, not only in a checkout."""
+    # importlib.resources.files() does not take namespace packages of an editable install in Python 3.11
+    # (the finder's path hook stands among the folders); a real folder of the spec is what it would return.
+    spec = importlib.util.find_spec(f"{PACKAGE}.ds_configs")
+    folders = [Path(folder) for folder in spec.submodule_search_locations if Path(folder).is_dir()]
+    found = {path.name: path.read_text() for folder in folders for path in folder.glob("*.json")}
+    assert found == {path.name: path.read_text() for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "benchmarks"], ids=name_of)
+def test_sizes(path):
+    assert len(path.read_text().splitlines()) <= LINES_PER_FILE
+    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= LINES_PER_FUNCTION}
+    assert not long
