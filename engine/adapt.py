@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import svd, zero3
-from .config import HDPissaConfig
+from .config import DEFAULT_TARGETS, HDPissaConfig
 from .errors import ConfigError
 from .exchange import FactorExchange
 from .factors import FactorStore
@@ -45,12 +45,33 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
         else:
             found[id(module.weight)] = _describe(name, module, config, plan)
     if not found:
-        suffixes = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"hd_pissa.target_modules {config.target_modules} matches no module of {type(model).__name__}: "
-            f"name some of its Linears ({', '.join(suffixes) or 'it has none'})"
+            f"name some of its Linears ({_linear_suffixes(model)})"
         )
+    _refuse_idle_entries(model, config)
     return list(found.values())
+
+
+def _linear_suffixes(model: nn.Module) -> str:
+    names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return ", ".join(sorted(names)) or "it has none"
+
+
+def _refuse_idle_entries(model: nn.Module, config: HDPissaConfig) -> None:
+    """An entry that matches nothing is a misspelling, except in the default list, which serves many models."""
+    names = [n for n, _ in model.named_modules()]
+    entries: list[tuple[str, str, Sequence[str] | str]] = []
+    entries += [("exclude_modules", key, [key]) for key in config.exclude_modules]
+    entries += [("rank_pattern", key, rf"(.*\.)?({key})") for key in config.rank_pattern]
+    if isinstance(config.target_modules, list) and config.target_modules != list(DEFAULT_TARGETS):
+        entries += [("target_modules", key, [key]) for key in config.target_modules]
+    for section, key, wanted in entries:
+        if not any(_named(n, wanted) for n in names):
+            raise ConfigError(
+                f'hd_pissa.{section}: "{key}" matches no module of {type(model).__name__}: correct or remove it '
+                f"(its Linears: {_linear_suffixes(model)})"
+            )
 
 
 def _matches(model: nn.Module, config: HDPissaConfig) -> list[tuple[str, nn.Module]]:

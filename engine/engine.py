@@ -294,7 +294,9 @@ def resolve_config(
         given=frozenset() if lr is None else frozenset({"learning_rate"}),
     )
     filled, values = ds_config.fill_auto(raw, defaults)
-    return ds_config.engine_ds_config(filled), hd, values
+    final = ds_config.engine_ds_config(filled)
+    zero3.check_zero_section(final["zero_optimization"])
+    return final, hd, values
 
 
 def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:

@@ -100,6 +100,7 @@ class Recorder:
         if log:
             self._write(row)
             self._show(row, seconds)
+            self.state("running", figures["step"])
         self._progress.update(self._task, completed=figures["step"], figures=_short(row))
         return row
 

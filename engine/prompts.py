@@ -59,13 +59,14 @@ def resolve_template(name_or_path_or_text: str) -> PromptTemplate:
         return PromptTemplate(value)
     path = Path(value).expanduser()
     try:
-        return PromptTemplate(path.read_text(encoding="utf-8").removesuffix("\n"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(
             f"prompt template {_shorten(value)} is neither a known name ({', '.join(NAMED)}) nor a readable "
             f"file ({reason}); give one of these or a text containing {PLACEHOLDER}"
         ) from None
+    return PromptTemplate(text.removesuffix("\n"))
 
 
 def _shorten(text: str, limit: int = 60) -> str:

@@ -39,10 +39,10 @@ def top_triplets(W_OI: Tensor, k: int, *, method: str = "auto", tol: float = 1e-
         W_OI: any float dtype, any device; the work is done in float64 there.
         k: at most min(O, I).
         method: "auto", "gram" or "full".
-        tol: largest residual accepted.
+        tol: largest residual accepted of "gram"; what LAPACK reaches for "full" is reported, not judged.
 
     Raises:
-        ValueError: W has non-finite entries, or the method misses `tol`.
+        ValueError: W has non-finite entries, or "gram" misses `tol`.
     """
     W = W_OI.double()
     if not torch.isfinite(W).all():

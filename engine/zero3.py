@@ -95,6 +95,11 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the device this rank computes on."""
+    return {name: tensor.to(device()) for name, tensor in batch.items()}
+
+
 def accelerator_name() -> str:
     """What the run is on, in words, for `run.json`."""
     accelerator = get_accelerator()
@@ -113,6 +118,20 @@ def peak_memory_bytes() -> int:
 def fence() -> None:
     """Waits for the update kernels: the stream that gathers parameters does not wait for them itself."""
     get_accelerator().synchronize()
+
+
+def check_zero_section(section: dict) -> None:
+    """Lets DeepSpeed's own schema look at `zero_optimization`; ConfigError in place of its traceback."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    from .errors import ConfigError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))} ({e['msg']})" for e in error.errors()]
+        raise ConfigError(f"DeepSpeed config: zero_optimization: {'; '.join(problems)}; see DeepSpeed's keys") from None
 
 
 # --- building the sharded model -------------------------------------------------------------------

@@ -116,6 +116,11 @@ DEEPSPEED = [
         arguments={"per_device_train_batch_size": 1, "max_grad_norm": 1.0},
         ds={"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5},
     ),
+    deepspeed(
+        "misspelt key of DeepSpeed's",
+        ("zero_optimization", "stage3_prefetch", "see DeepSpeed's keys"),
+        zero_optimization={"stage": 3, "stage3_prefetch": 5},
+    ),
     deepspeed("a batch size that does not come out", ("train_batch_size is 7", "is 8"), train_batch_size=7),
 ]
 HD_PISSA = [
@@ -127,6 +132,13 @@ HD_PISSA = [
     section("two mistakes", ("hd_pissa.r is 0", "hd_pissa.init.tol is -1"), r=0, init={"tol": -1}),
     section("broken regular expression", ('"(q_proj"', "not a valid regular expression"), target_modules="(q_proj"),
     section("targets that are not there", ("['query']", "q_proj, up_proj, v_proj"), target_modules=["query"]),
+    section(
+        "a misspelt target among right ones",
+        ('"qproj" matches no module', "q_proj"),
+        target_modules=["v_proj", "qproj"],
+    ),
+    section("an exclusion that matches nothing", ("exclude_modules", '"w_proj"'), exclude_modules=["w_proj"]),
+    section("a rank for nothing", ("rank_pattern", '"w_proj" matches no module'), rank_pattern={"w_proj": 2}),
     section(
         "a target that is no Linear", ("embed_tokens, a Embedding", "exclude_modules"), target_modules=["embed_tokens"]
     ),
@@ -165,7 +177,8 @@ DATA = [
     argument("less data than one batch", ("is 128 samples", "only 64"), gradient_accumulation_steps=64),
     argument("unknown split", ("'valid'", "check its name, split"), dataset_split="valid"),
     argument("no rows to evaluate on", ("DIR/empty.jsonl", "empty"), eval_dataset_name="DIR/empty.jsonl"),
-    argument("template without placeholder", ("DIR/notes.txt", "{instruction}"), prompt_template="DIR/notes.txt"),
+    argument("template without placeholder", ("0 times", "{instruction}"), prompt_template="DIR/notes.txt"),
+    argument("empty sample prompt", ("--sample_prompt", "empty"), sample_prompt=" ", prompt_template="none"),
     argument("template that is not there", ("'alpacca'", "alpaca, none"), prompt_template="alpacca"),
 ]
 OUTPUT = [

@@ -352,7 +352,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_slice_linear(name, bias):
-    """Output and dx are those of nn.Linear (frozen, as ours is), the factor gradients are (Bᵀ G, G Aᵀ) with G from autograd."""
+    """Output and dx are those of nn.Linear, the factor gradients are (Bᵀ G, G Aᵀ) with G from autograd."""
     layer, base, flat = slice_linear(bias=bias)
     x = INPUTS[name]().requires_grad_()
     x_base = INPUTS[name]().requires_grad_()

@@ -28,7 +28,7 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 FLOORS = [
     ["errors", "config", "slicing", "svd", "delta", "shards", "targets", "prompts"],
     ["zero3", "layer", "exchange", "data", "metrics", "batches", "ds_config"],
-    ["factors", "adapt", "optimizer", "checkpoint", "export", "pretrained"],
+    ["factors", "adapt", "optimizer", "export", "pretrained", "evaluate"],
     ["engine"],
 ]
 FLOOR = {f"engine.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,213 @@
+"""Everything of a training run that is known before any weight is read; what a person can get wrong ends here.
+
+Runs on every rank alike, writes nothing and starts no process group, so that a mistake costs seconds and nothing
+is lost. Heavy imports stay inside the functions: most mistakes are found without torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine.errors import ConfigError
+
+
+@dataclass
+class Job:
+    """What is known of a run before any weight is read."""
+
+    ds: dict
+    plan: Any
+    weights: int  # parameters of the model
+    template: Any
+    tokenizer: Any
+    train: Any
+    held_out: Any  # or None
+    data: Any
+    total_steps: int
+
+
+def check(args: Any, given: frozenset[str]) -> Job:
+    """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
+    from hdpissa.engine.batches import SliceBatches
+    from hdpissa.engine.engine import make_plan
+    from hdpissa.engine.prompts import resolve_template
+
+    check_output_dir(args)
+    model_config = read_model_config(args)
+    ds, hd, values = resolve_ds_config(args, given, model_config)
+    plan = make_plan(hd, values.gradient_accumulation_steps)
+    weights = check_targets(model_config, hd, plan, args)
+    template = resolve_template(args.prompt_template)
+    tokenizer = read_tokenizer(args)
+    train, held_out = read_data(args, tokenizer, template)
+    data = SliceBatches(
+        train.dataset,
+        slices=plan.slices,
+        micro_batches_per_slice=plan.micro_batches_per_slice(values.gradient_accumulation_steps),
+        micro_batch_size=values.per_device_train_batch_size,
+        seed=args.seed,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    total_steps = count_steps(args, data.steps_per_epoch)
+    check_vocabulary(train, held_out, model_config)
+    if args.sample_prompt is not None and not template.render(args.sample_prompt).strip():
+        raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
+    return Job(ds, plan, weights, template, tokenizer, train, held_out, data, total_steps)
+
+
+def check_output_dir(args: Any) -> None:
+    """Refuses a folder that holds another run; every rank looks before any rank writes."""
+    folder = Path(args.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir {folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--output_dir {folder}: {there} must be writable; give another folder")
+    if (folder / "run.json").exists() and not args.overwrite_output_dir:
+        raise ConfigError(
+            f"--output_dir {folder} holds another run (run.json); give another folder, or --overwrite_output_dir"
+        )
+
+
+def read_model_config(args: Any) -> Any:
+    """The model's config.json; ConfigError when there is no such model."""
+    from transformers import AutoConfig
+
+    name = args.model_name_or_path
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {name}: no usable model there ({reason(error)}); give a Hugging Face folder or name"
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    """The start of an error message, on one line."""
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
+    """(DeepSpeed config with every "auto" filled, hd_pissa config, the values both sides agree on)."""
+    from hdpissa.engine import ds_config, zero3
+
+    raw, hd = ds_config.split_section(ds_config.read_ds_config(args.ds_config))
+    ds_config.check_ds_config(raw)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    values = ds_config.TrainValues(
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        world_size=zero3.read_launcher()[1],
+        max_grad_norm=args.max_grad_norm,
+        learning_rate=args.learning_rate,
+        bf16=args.bf16,
+        hidden_size=getattr(text_config, "hidden_size", None),
+        given=given,
+    )
+    filled, values = ds_config.fill_auto(raw, values)
+    zero3.check_zero_section(ds_config.engine_ds_config(filled)["zero_optimization"])
+    return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
+
+
+def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
+    """Finds the targets on an empty (meta) model; returns its number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hdpissa.engine import adapt
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **model_options(args))
+    except (ValueError, ImportError) as error:  # no causal language model, or an attention that is not there
+        attention = f", --attn_implementation {args.attn_implementation}" if args.attn_implementation else ""
+        raise ConfigError(
+            f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
+            f"give a causal language model, and an attention that it has"
+        ) from None
+    adapt.find_targets(model, hd, plan)
+    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
+    return sum(p.numel() for p in model.parameters())
+
+
+def model_options(args: Any) -> dict[str, Any]:
+    """What the command line says about the model's code."""
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    return {"trust_remote_code": args.trust_remote_code, **attention}
+
+
+def read_tokenizer(args: Any) -> Any:
+    """The model's tokenizer, with the EOS as pad token where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({reason(error)}); "
+            f"put the model's tokenizer files beside it"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_data(args: Any, tokenizer: Any, template: Any) -> tuple[Any, Any]:
+    """(training rows, evaluation rows or None), tokenised. No process group exists yet, so nobody waits in one."""
+    import logging
+
+    from hdpissa.engine.data import load_rows, tokenize_rows
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
+
+    def read(name: str, split: str) -> Any:
+        rows = load_rows(name, split=split, config_name=args.dataset_config)
+        return tokenize_rows(
+            rows,
+            tokenizer,
+            prompt_field=args.prompt_field,
+            response_field=args.response_field,
+            template=template,
+            max_length=args.max_length,
+            num_proc=args.preprocessing_num_workers,
+        )
+
+    train = read(args.dataset_name, args.dataset_split)
+    if not (args.eval_dataset_name or args.eval_split):
+        return train, None
+    return train, read(args.eval_dataset_name or args.dataset_name, args.eval_split or "train")
+
+
+def check_vocabulary(train: Any, held_out: Any, model_config: Any) -> None:
+    """Refuses token ids that the model has no embedding for; they would be an IndexError in the first forward."""
+    import pyarrow.compute as pc
+
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    size = getattr(text_config, "vocab_size", None)
+    for rows in (train, held_out):
+        largest = rows and pc.max(pc.list_flatten(rows.dataset.data.column("input_ids"))).as_py()
+        if size is not None and largest is not None and largest >= size:
+            raise ConfigError(
+                f"the tokenizer gives token {largest} but the model has {size} embeddings; use the tokenizer that "
+                f"belongs to the model"
+            )
+
+
+def count_steps(args: Any, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run; refuses a run of none."""
+    if args.max_steps > 0:
+        return args.max_steps
+    steps = int(args.num_train_epochs * steps_per_epoch)
+    if steps == 0:
+        raise ConfigError(
+            f"--num_train_epochs is {args.num_train_epochs} and an epoch has {steps_per_epoch} steps: not one whole "
+            f"step to train; raise it, or give --max_steps"
+        )
+    return steps
