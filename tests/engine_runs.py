@@ -250,3 +250,29 @@ def ranks_of(engine):
 def counts(engine):
     """(steps done, steps skipped)."""
     return engine.global_steps, engine.skipped_steps
+
+
+def train_real(settings, folder, ids, export_folder, *, steps, lr):
+    """Trains a checkpoint on one text; what test_real_model.py looks at."""
+    from safetensors import safe_open
+
+    from hdpissa.engine import initialize, load_pretrained
+
+    engine = initialize(model=load_pretrained(folder, settings), config=settings)
+    with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
+        exact = sum(torch.equal(w, file.get_tensor(name)) for name, w in whole_weights(engine).items())
+    losses = []
+    engine.optimizer.param_groups[0]["lr"] = lr
+    for _ in range(steps):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        losses.append(engine.step().loss)
+    live = live_tensor_bytes()
+    every = sum(p.ds_numel for p in engine.module.parameters())
+    targets = sum(t.rows * t.cols for t in engine.targets)
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(input_ids=ids).logits.float().clone()
+    engine.export(export_folder)
+    dist.barrier()
+    found = {"losses": losses, "exact_at_start": exact, "live": live, "memory": engine.memory_bytes()}
+    return {**found, "targets": targets, "others": every - targets, "logits": logits, "ids": ids}
