@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/hdpissa
 	cd $(VENV)/src && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml \
-		-p hdpissa.engine -p hdpissa.kernels -p hdpissa.launch
+		-p hdpissa.engine -p hdpissa.kernels -p hdpissa.launch -p hdpissa.benchmarks
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

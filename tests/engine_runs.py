@@ -70,33 +70,13 @@ def eval_loss(engine) -> float:
     return loss
 
 
-def live_tensor_bytes() -> int:
-    """Bytes of every storage that a tensor of this process still refers to, each once."""
-    import gc
-
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def measure_memory(settings, model):
-    """(live tensor bytes, memory_bytes(), elements of targets, of all else) after a few real steps."""
+    """What benchmarks/shard_memory.py finds for a tiny model, and `memory_bytes()`."""
+    from hdpissa.benchmarks.shard_memory import measure
     from hdpissa.engine import initialize
 
     engine = initialize(model=build(model), config=settings)
-    for step in range(2):
-        for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
-            engine.backward(engine(**tiny_batch(step, slice_id, micro)).loss)
-            engine.step()
-    params = dict(engine.module.named_parameters())
-    targets = sum(t.rows * t.cols for t in engine.targets)
-    every = sum(p.ds_numel for p in params.values())
-    live = live_tensor_bytes()
-    return live, engine.memory_bytes(), targets, every - targets
+    return measure(engine, tiny_batch(0, 0, 0)), engine.memory_bytes()
 
 
 def losses_in_shards(settings, *, steps, lr, bf16_only=False):
@@ -256,6 +236,7 @@ def train_real(settings, folder, ids, export_folder, *, steps, lr):
     """Trains a checkpoint on one text; what test_real_model.py looks at."""
     from safetensors import safe_open
 
+    from hdpissa.benchmarks.shard_memory import expected_bytes, live_tensor_bytes
     from hdpissa.engine import initialize, load_pretrained
 
     engine = initialize(model=load_pretrained(folder, settings), config=settings)
@@ -266,13 +247,10 @@ def train_real(settings, folder, ids, export_folder, *, steps, lr):
     for _ in range(steps):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         losses.append(engine.step().loss)
-    live = live_tensor_bytes()
-    every = sum(p.ds_numel for p in engine.module.parameters())
-    targets = sum(t.rows * t.cols for t in engine.targets)
+    memory = {"measured": live_tensor_bytes(), **expected_bytes(engine)}
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=ids).logits.float().clone()
     engine.export(export_folder)
     dist.barrier()
-    found = {"losses": losses, "exact_at_start": exact, "live": live, "memory": engine.memory_bytes()}
-    return {**found, "targets": targets, "others": every - targets, "logits": logits, "ids": ids}
+    return {"losses": losses, "exact_at_start": exact, "memory": memory, "logits": logits, "ids": ids}
