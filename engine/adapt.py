@@ -34,11 +34,12 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
     """
     found: dict[int, Target] = {}
     for name, module in _matches(model, config):
-        if not isinstance(module, nn.Linear):
+        if not _is_plain_linear(module):
             raise ConfigError(
                 f"hd_pissa.target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear can be "
                 f"trained; name it in hd_pissa.exclude_modules"
             )
+        assert isinstance(module, nn.Linear)
         known = found.get(id(module.weight))
         if known:
             known.modules.append(module)
@@ -79,10 +80,15 @@ def _matches(model: nn.Module, config: HDPissaConfig) -> list[tuple[str, nn.Modu
     wanted, unwanted = config.target_modules, config.exclude_modules
     if wanted == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        named = [(n, m) for n, m in model.named_modules() if _is_plain_linear(m) and m is not head]
     else:
         named = [(n, m) for n, m in model.named_modules() if _named(n, wanted)]
     return [(n, m) for n, m in named if not _named(n, unwanted) and not zero3.is_anchor(n)]
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes what `nn.Linear` does; routers and quantised layers are subclasses that do not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _named(name: str, wanted: Sequence[str] | str) -> bool:
@@ -158,24 +164,27 @@ def compute_slices(
 def _slices_of(target: Target, plan: SlicePlan, *, method: str, tol: float) -> tuple[Tensor, Tensor, float]:
     """(A, B) of the own slices, flat, and the residual reached (known to rank 0 only, 0 elsewhere)."""
     W_OI = gather_exact(target, plan)
-    factors, problem, residual = None, None, 0.0
+    parts, problem, residual = None, None, 0.0
     if W_OI is not None:
         try:
             triplets = svd.top_triplets(W_OI, plan.slices * target.r, method=method, tol=tol)
-            factors, residual = svd.slice_factors(triplets, target.r), triplets.residual
-        except (ValueError, RuntimeError) as error:  # RuntimeError: LAPACK did not converge, or no memory
+            parts, residual = _parts_by_rank(*svd.slice_factors(triplets, target.r), plan), triplets.residual
+        except torch.OutOfMemoryError:
+            problem = f"{target.name}: no memory left on rank 0 to decompose it; free some, or offload parameters"
+        except (ValueError, RuntimeError) as error:  # not finite, or LAPACK did not converge
             problem = f"{target.name}: {error}; leave it out with hd_pissa.exclude_modules or mend the weights"
     _raise_together(problem)
     own = plan.slices_per_rank
     numel_A, numel_B = own * target.r * target.cols, own * target.r * target.rows
     received = torch.empty(numel_A + numel_B, device=zero3.device())
-    parts = None
-    if factors is not None:
-        A_SRI, B_SOR = factors
-        owned = [plan.owned_by(rank) for rank in range(plan.world_size)]
-        parts = [torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned]
     dist.scatter(received, parts, src=0)
     return received[:numel_A], received[numel_A:], residual
+
+
+def _parts_by_rank(A_SRI: Tensor, B_SOR: Tensor, plan: SlicePlan) -> list[Tensor]:
+    """For each rank its own slices' A and B, flat, one behind the other."""
+    owned = [plan.owned_by(rank) for rank in range(plan.world_size)]
+    return [torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned]
 
 
 def gather_exact(target: Target, plan: SlicePlan) -> Tensor | None:

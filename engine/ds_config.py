@@ -110,7 +110,7 @@ _MUST_BE_OFF = {
     "sequence_parallel.enabled": _ONE_GROUP,
     "expert_parallel.enabled": _ONE_GROUP,
     "compile.deepcompile": "it replaces the gathers that the update relies on; use torch.compile",
-    "checkpoint.load_universal": "it restores the base W without an error; use --resume_from_checkpoint",
+    "checkpoint.load_universal": "it restores the base W without an error; remove it",
     "zero_optimization.zeropp_loco_param": _REMOVED,
 }
 _MUST_BE_ONE = {
@@ -308,6 +308,8 @@ def engine_ds_config(ds: dict[str, Any]) -> dict[str, Any]:
         del zero[key]
     # Stage 3 allocates an IPG buffer of reduce_bucket_size elements, 1 GB in bf16 by default. DeepSpeed
     # reduces the gradient of one anchor element here. Slice gradients never pass through it.
+    # All that DeepSpeed optimises is one element; the slices' own moments are small and stay on the device.
+    zero.pop("offload_optimizer", None)
     zero |= {"contiguous_gradients": False, "reduce_bucket_size": 10_000}
     # We count micro-batches and call step() at our own boundary, so that a step can be skipped jointly.
     # Stage 3 takes overlap_comm along with it (DeepSpeed 0.19.8 asserts stage >= 2).

@@ -261,6 +261,8 @@ def initialize(
     zero3.init_distributed()
     settings, hd, values = resolve_config(config, lr=lr)
     plan = make_plan(hd, values.gradient_accumulation_steps)
+    if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
+        logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
     kept = _shard(model, settings, targets, plan)

@@ -7,7 +7,9 @@ tensor. Files have temporary names until all of them are complete.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,7 @@ _SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.bool: "BOOL",
@@ -73,7 +76,8 @@ def export_hf(model: nn.Module, targets: Sequence[Target], plan: SlicePlan, fold
     compute = zero3.shard_view(targets[0].param).dtype
     out = compute if dtype == "auto" else DTYPES[dtype]
     files = _plan_files(list(_entries(model, targets, plan, out)))
-    writer = _Writer(folder, files) if plan.rank == 0 else None
+    headers = [_header(entries) for entries in files]  # on every rank, so that all refuse an odd dtype alike
+    writer = _Writer(folder, files, headers) if plan.rank == 0 else None
     for index, entries in enumerate(files):
         for entry in entries:
             _collect(entry, plan, writer, index)
@@ -96,9 +100,13 @@ def _entries(model: nn.Module, targets: Sequence[Target], plan: SlicePlan, out: 
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved:
-            whole = buffer if plan.rank == 0 else buffer[:0]
+            part = buffer.flatten() if plan.rank == 0 else buffer.flatten()[:0]  # replicated: rank 0's is enough
             sizes = [buffer.numel()] + [0] * (plan.world_size - 1)
-            yield Entry(name, tuple(buffer.shape), buffer.dtype, whole.flatten, sizes)
+            yield Entry(name, tuple(buffer.shape), buffer.dtype, functools.partial(_same, part), sizes)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _part(param: nn.Parameter, target: Target | None, plan: SlicePlan, out: torch.dtype) -> Callable[[], Tensor]:
@@ -145,10 +153,10 @@ def _raise_together(writer: _Writer | None) -> None:
 
 
 class _Writer:
-    """Rank 0's end. After an OSError it goes on receiving and writes nothing, so that no rank hangs."""
+    """Rank 0's end. After a failure it goes on receiving and writes nothing, so that no rank hangs."""
 
-    def __init__(self, folder: Path, files: list[list[Entry]]) -> None:
-        self.folder, self.files = folder, files
+    def __init__(self, folder: Path, files: list[list[Entry]], headers: list[bytes]) -> None:
+        self.folder, self.files, self.headers = folder, files, headers
         self.problem: str | None = None
         self._open: dict[int, IO[bytes]] = {}
         self._guard(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -158,8 +166,9 @@ class _Writer:
             return
         try:
             action()
-        except OSError as error:
-            self.problem = f"export to {self.folder} failed: {error.strerror}; free space or give another folder"
+        except Exception as error:  # whatever it is: the other ranks wait for our word
+            reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+            self.problem = f"export to {self.folder} failed: {reason}; mend it or give another folder, and export again"
 
     def name(self, index: int) -> str:
         if len(self.files) == 1:
@@ -173,7 +182,7 @@ class _Writer:
         def write() -> None:
             if index not in self._open:
                 self._open[index] = self._temporary(index).open("wb")
-                self._open[index].write(_header(self.files[index]))
+                self._open[index].write(self.headers[index])
             self._open[index].write(memoryview(data.cpu().numpy()))
 
         self._guard(write)
@@ -181,22 +190,24 @@ class _Writer:
     def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._guard(lambda: self._publish(model, dtype))
         for file in self._open.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk complains about the rest of the buffer once more
+                file.close()
         if self.problem is not None:
             for index in self._open:
-                self._temporary(index).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._temporary(index).unlink(missing_ok=True)
 
     def _publish(self, model: nn.Module, dtype: torch.dtype) -> None:
         for file in self._open.values():
             file.flush()
             os.fsync(file.fileno())
+        _save_configs(model, self.folder, dtype)  # may refuse; the earlier weights are still in place then
         for stale in self.folder.glob("model*.safetensors*"):
             stale.unlink()
         for index in self._open:
             self._temporary(index).rename(self.folder / self.name(index))
         if len(self.files) > 1:
             self._write_index()
-        _save_configs(model, self.folder, dtype)
 
     def _write_index(self) -> None:
         weight_map = {e.name: self.name(i) for i, entries in enumerate(self.files) for e in entries}
@@ -210,6 +221,8 @@ def _header(entries: list[Entry]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for e in entries:
+        if e.dtype not in _SAFETENSORS_NAMES:
+            raise ConfigError(f"cannot export {e.name}: its dtype {e.dtype} is none that the exporter writes")
         offsets = [offset, offset + e.nbytes]
         header[e.name] = {
             "dtype": _SAFETENSORS_NAMES[e.dtype],

@@ -15,6 +15,8 @@ The caller drops gathered copies before `step` and fences after it (`zero3`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ from .delta import DeltaRule
 from .exchange import FactorExchange
 from .factors import FactorStore
 from .targets import Bucket
+
+NORM_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,17 @@ class Vote:
     def finite(self) -> bool:
         """Whether the step may be taken."""
         return math.isfinite(self.grad_norm)
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Products of the update in fp32, whatever the user allows elsewhere: TF32 would cost the delta 13 bits."""
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = allowed
 
 
 class SliceOptimizer(torch.optim.Optimizer):
@@ -94,7 +109,10 @@ class SliceOptimizer(torch.optim.Optimizer):
         Args:
             tallies: any float64 numbers of the caller, summed over ranks in the same all-reduce.
         """
-        norm = torch.linalg.vector_norm(self.store.grads, dtype=torch.float64) * self.grad_scale
+        # in pieces: in float64 the whole buffer would be copied at twice its size, at the step's peak of memory
+        pieces = self.store.grads.split(NORM_ELEMENTS)
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in pieces])
+        norm = torch.linalg.vector_norm(norms) * self.grad_scale
         once = norm.square() / self.store.plan.ranks_per_slice  # sharers hold equal copies
         ballot = torch.cat([once.view(1), tallies.to(once)])
         self.exchange.sum_over_world(ballot)
@@ -108,10 +126,11 @@ class SliceOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Phase 3: Adam, exchange, apply, bucket by bucket. Call after a vote that was finite."""
         self.updates += 1
-        for bucket, own_B in zip(self.store.buckets, self.store.own_B, strict=True):
-            self._step_bucket(bucket, own_B.numel())
+        with _full_fp32():
+            for bucket in self.store.buckets:
+                self._step_bucket(bucket)
 
-    def _step_bucket(self, bucket: Bucket, numel_B: int) -> None:
+    def _step_bucket(self, bucket: Bucket) -> None:
         store, plan = self.store, self.store.plan
         here = slice(bucket.start, bucket.stop)
         delta = self.rule.adam_(

@@ -61,19 +61,19 @@ class SplitShard:
 
 
 class Fp32Shard:
-    """A separate fp32 master; ZeRO-3's shard is its rounding to nearest even."""
+    """A separate fp32 master; ZeRO-3's shard is its rounding, ties up as in `SplitShard`, so that both agree."""
 
     def __init__(self, compute: Callable[[], Tensor], exact: Tensor, device: torch.device) -> None:
         self._compute = compute
         self.master = _place(exact.clone(), device)
-        compute().copy_(exact)
+        compute().copy_(kernels.split_fp32(exact)[0])
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.master[start:stop]
 
     def write(self, start: int, stop: int, w: Tensor) -> None:
         self.master[start:stop].copy_(w)
-        self._compute()[start:stop].copy_(w)
+        self._compute()[start:stop].copy_(kernels.split_fp32(w)[0])
 
     @property
     def nbytes(self) -> int:

@@ -49,19 +49,23 @@ def top_triplets(W_OI: Tensor, k: int, *, method: str = "auto", tol: float = 1e-
         raise ValueError("the weight has non-finite entries")
     if method in ("auto", "gram"):
         found = _by_gram(W, k)
-        if found.residual <= tol:
+        if found is not None and found.residual <= tol:
             return found
         if method == "gram":
-            raise ValueError(f"init.method 'gram' reached a residual of {found.residual:.1e}, tol is {tol:.1e}")
+            reached = "did not converge" if found is None else f"reached a residual of {found.residual:.1e}"
+            raise ValueError(f"init.method 'gram' {reached}, tol is {tol:.1e}")
     U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
     return _checked(W, U[:, :k], sigma[:k], Vt[:k])
 
 
-def _by_gram(W: Tensor, k: int) -> Triplets:
-    """Eigenvectors of the smaller of W Wᵀ and Wᵀ W; the other side follows by one product."""
+def _by_gram(W: Tensor, k: int) -> Triplets | None:
+    """Eigenvectors of the smaller of W Wᵀ and Wᵀ W; the other side follows by one product. None: no convergence."""
     wide = W.shape[0] <= W.shape[1]
     M = W if wide else W.t()
-    vectors = torch.linalg.eigh(M @ M.t()).eigenvectors[:, -k:].flip(1)
+    try:
+        vectors = torch.linalg.eigh(M @ M.t()).eigenvectors[:, -k:].flip(1)
+    except torch.linalg.LinAlgError:
+        return None
     other = M.t() @ vectors
     sigma = torch.linalg.vector_norm(other, dim=0)
     other = other / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)

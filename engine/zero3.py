@@ -17,8 +17,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +31,8 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from .errors import ConfigError
+
 # DeepSpeed 0.19 still calls torch.distributed's older names; nobody who reads the warning can mend it.
 warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
 # DeepSpeed prints its whole config and more at INFO; a run's own lines would drown in it.
@@ -39,20 +40,16 @@ logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "W
 
 ANCHOR = "_hdpissa_anchor"
 
-# launcher → (rank, world size, local rank); the first whose variables are all set is believed
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
-
 
 def read_launcher() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from deepspeed, torchrun or srun; (0, 1, 0) for a plain process."""
-    for names in _LAUNCHERS:
-        if all(name in os.environ for name in names):
-            rank, world, local = (int(os.environ[name]) for name in names)
-            return rank, world, local
-    return 0, 1, 0
+    """(rank, world size, local rank) from the process group if there is one, else from deepspeed or torchrun.
+
+    (0, 1, 0) for a plain process.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size(), local
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local
 
 
 def init_distributed() -> None:
@@ -125,8 +122,6 @@ def check_zero_section(section: dict) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    from .errors import ConfigError
-
     try:
         DeepSpeedZeroConfig(**section)
     except ValidationError as error:
@@ -144,12 +139,22 @@ def load_pretrained(folder: str, ds_config: dict, *, loader: Any, **kwargs: Any)
         folder: local folder or hub name.
         ds_config: the final DeepSpeed config; its dtype is the compute dtype.
         loader: an `Auto…` class with `from_pretrained`.
+
+    Raises:
+        ConfigError: the files lack weights of the model.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers keeps only a weak reference; it has to be alive during from_pretrained
     alive = HfDeepSpeedConfig(ds_config)
-    model = loader.from_pretrained(folder, dtype=compute_dtype(ds_config), **kwargs)
+    dtype = compute_dtype(ds_config)
+    model, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:  # transformers fills them with random numbers and a warning
+        missing = sorted(info["missing_keys"])
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}): they would be "
+            f"random numbers; give the complete checkpoint"
+        )
     model._hdpissa_ds_config = alive  # generate() asks transformers whether ZeRO-3 is on
     return model
 
@@ -243,15 +248,12 @@ def shard_getter(param: nn.Parameter) -> Callable[[], Tensor]:
 
 
 def release_gathered(engine: Any) -> None:
-    """Drops every gathered copy; raises when a module still holds one. No communication."""
+    """Drops every gathered copy; raises when a module still holds one. No communication.
+
+    DeepSpeed's own step, later on, would drop them too; but a copy that cannot be dropped has to be noticed
+    before the first shard is written.
+    """
     engine.optimizer.empty_partition_cache()
-
-
-@contextmanager
-def gathered(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The whole parameters on every rank, for reading only: what is written there is lost."""
-    with deepspeed.zero.GatheredParameters(list(params), modifier_rank=None):
-        yield
 
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
@@ -259,8 +261,6 @@ def refuse_reentrant_checkpointing(model: nn.Module) -> None:
 
     Under ZeRO-3 it leaves every layer gathered and gives frozen layers no factor gradients, in silence.
     """
-    from .errors import ConfigError
-
     for module in model.modules():
         keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
         if getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant", False):

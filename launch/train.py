@@ -2,12 +2,13 @@
 
     deepspeed launch/train.py --ds_config ds_configs/zero3.json --model_name_or_path M --dataset_name D --output_dir O
 
-Also under torchrun or srun, and as one plain `python` process. `fit` is the loop, `train` wires the parts.
+Also under torchrun, and as one plain `python` process. `fit` is the loop, `train` wires the parts.
 Whatever a person can get wrong is found before any weight is read (train_checks.py): one line, exit code 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -83,6 +84,18 @@ def make_recorder(args: Any, job: Job) -> Any:
     return recorder
 
 
+def tell_progress(recorder: Any) -> Any:
+    """Reports every fiftieth weight that has been decomposed: at 70B that takes its time."""
+    done = itertools.count(1)
+
+    def tell(name: str) -> None:
+        number = next(done)
+        if number % 50 == 0:
+            recorder.say(f"slices of {number} weights computed (last: {name})")
+
+    return tell
+
+
 def make_evaluator(args: Any, job: Job) -> Any:
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import Evaluator
@@ -145,15 +158,18 @@ def git_revision() -> str | None:
 
 def train(args: Any, job: Job, recorder: Any) -> None:
     """Shard, decompose, train, export."""
+    from transformers import set_seed
+
     from hdpissa.engine import initialize, load_pretrained
 
+    set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
-    model.config.use_cache = False  # of no use in training; generate() asks for its own
+    use_cache, model.config.use_cache = model.config.use_cache, False  # of no use in training
     if args.gradient_checkpointing:
         # renamed in transformers 5; the old name warns
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    engine = initialize(model=model, config=job.ds)
+    engine = initialize(model=model, config=job.ds, progress=tell_progress(recorder))
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
     evaluator.evaluate(engine, recorder, step=0)
@@ -162,6 +178,7 @@ def train(args: Any, job: Job, recorder: Any) -> None:
     fit(engine, job.data, evaluator, scheduler, recorder, args=args, total_steps=job.total_steps)
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")
+    model.config.use_cache = use_cache  # the export is configured as its base
     engine.export(Path(args.output_dir) / "model", dtype=args.export_dtype)
     if job.plan.rank == 0:
         job.tokenizer.save_pretrained(Path(args.output_dir) / "model")
@@ -200,7 +217,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except ConfigError as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(PATIENCE_S)
         print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)

@@ -25,19 +25,24 @@ def train_tiny(
     eval_between=False,
     poison=None,
     after=None,
+    only_ours=None,
 ):
     """Trains a tiny Llama; returns losses, weights (rank 0), and what the steps reported.
 
     Args:
         poison: (rank, step): that rank's loss is multiplied by nan in that step.
+        only_ours: (release,): DeepSpeed's own step is left out, and `release_gathered` too unless `release`.
         after: called with the engine at the end; its result is returned too.
     """
-    from hdpissa.engine import initialize
+    from hdpissa.engine import initialize, zero3
 
     net = build(model)
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     engine = initialize(model=net, config=settings)
+    if only_ours is not None:
+        engine.ds.step = lambda: None
+        zero3.release_gathered = zero3.release_gathered if only_ours[0] else lambda ds: None
     accumulation = engine.gradient_accumulation_steps()
     results, forward_losses = [], []
     for step in range(steps):
@@ -210,11 +215,29 @@ def start_values(settings, source, *, disturb=False):
     return whole_weights(engine), messages
 
 
-def write_error(settings, folder):
-    """Exports to a folder that cannot be made; every rank must come back with an error."""
-    from hdpissa.engine import ConfigError, initialize
+def loading_error(settings, folder):
+    """The message with which loading a checkpoint is refused."""
+    from hdpissa.engine import ConfigError, load_pretrained
+
+    try:
+        load_pretrained(folder, settings)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def write_error(settings, folder, *, how=None):
+    """Exports to a folder where that cannot work; every rank must come back with an error."""
+    from pathlib import Path
+
+    from hdpissa.engine import ConfigError, export, initialize
 
     engine = initialize(model=build({}), config=settings)
+    if how == "disk full":
+        export._Writer._temporary = lambda self, index: Path("/dev/full")
+        Path.unlink = lambda self, missing_ok=False: None
+    elif how == "bad generation config":
+        engine.module.generation_config.temperature = 0.5
     try:
         engine.export(folder)
     except ConfigError as error:

@@ -304,7 +304,9 @@ def test_published_configs_work_unchanged(name):
     assert '"auto"' not in json.dumps(engine)
     assert (engine["train_batch_size"], engine["gradient_clipping"]) == (64, 0.5)
     assert engine["optimizer"]["params"] == {"torch_adam": True, "lr": 2e-5, "weight_decay": 0.0}
-    kept = {key: value for key, value in ds["zero_optimization"].items() if value != "auto"}
+    dropped = "offload_optimizer"  # DeepSpeed optimises one element; initialize() says so
+    kept = {k: v for k, v in ds["zero_optimization"].items() if v != "auto" and k != dropped}
+    assert dropped not in engine["zero_optimization"]
     kept |= {"contiguous_gradients": False, "reduce_bucket_size": 10_000}
     assert engine["zero_optimization"] == engine["zero_optimization"] | kept
     assert engine["managed_gradient_accumulation"] is False

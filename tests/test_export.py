@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from engine_runs import export_and_compare, start_values, write_error
+from engine_runs import export_and_compare, loading_error, start_values, write_error
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import ds_settings, target_names, tiny_batch, tiny_llama
@@ -85,6 +85,15 @@ def test_exact_fp32_start_under_bf16_compute(checkpoint):
     assert all(rounded), "the checkpoint must hold values that bf16 cannot, or this test shows nothing"
 
 
+def test_missing_weights_are_refused(tmp_path):
+    """transformers would fill them with random numbers and train those."""
+    net = tiny_llama()
+    state = {n: p for n, p in net.state_dict().items() if "layers.1.mlp.up_proj" not in n}
+    net.save_pretrained(tmp_path, state_dict=state)
+    messages = run_ranks(2, loading_error, ds_settings(slices=2), str(tmp_path))
+    assert all("layers.1.mlp.up_proj.weight" in message for message in messages)
+
+
 def test_weights_changed_after_loading_are_not_overwritten_from_the_file(checkpoint):
     """The file's rows are taken only where they round to what is loaded; else the loaded values, with a warning."""
     weights, warnings = run_ranks(2, start_values, ds_settings(bf16=True, slices=2), checkpoint, disturb=True)[0]
@@ -92,6 +101,16 @@ def test_weights_changed_after_loading_are_not_overwritten_from_the_file(checkpo
     for name, w in weights.items():
         assert torch.equal(w, (net.get_parameter(name).detach().bfloat16() * 1.5).float())
     assert "14 of 14 targets start from bf16-rounded values" in warnings[0]
+
+
+@pytest.mark.parametrize("how", ["disk full", "bad generation config"])
+def test_a_failure_while_writing_reaches_every_rank(tmp_path, how):
+    """Rank 0 alone writes: whatever goes wrong there, no rank waits for it, and no half file is left."""
+    messages = run_ranks(2, write_error, ds_settings(slices=2), str(tmp_path), how=how)
+    assert "failed" in messages[0]
+    assert "failed" in messages[1]
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_failed_export_is_an_error_on_every_rank(tmp_path):

@@ -7,7 +7,7 @@ import torch
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tiny_llama(*, dtype=torch.float32, tie=False, hidden=20, layers=2, seed=0, **overrides):
+def tiny_llama(*, dtype=torch.float32, tie=False, hidden=20, layers=2, seed=0, half=False, **overrides):
     """A Llama whose sizes divide by nothing in particular, so that ZeRO-3 cuts rows in the middle."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,6 +23,8 @@ def tiny_llama(*, dtype=torch.float32, tie=False, hidden=20, layers=2, seed=0, *
         for p in model.parameters():  # the default initialisation is so small that nothing is learned
             if p.dim() == 2:
                 p.mul_(8.0)
+    if half:  # values that fp16 can hold
+        model = model.half()
     return model.to(dtype)
 
 
