@@ -20,13 +20,7 @@ METHODS = ["auto", "gram", "full"]
 TIGHT = 1e-11
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only wait for a second thread: a third of the time on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def orthonormal(rows: int, cols: int, seed: int) -> torch.Tensor:
