@@ -314,7 +314,8 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     from transformers import AutoModelForCausalLM
 
     zero3.init_distributed()
-    settings, _, _ = resolve_config(config)
+    settings, hd, values = resolve_config(config)
+    make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
     return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 
 

@@ -170,6 +170,7 @@ def train(args: Any, job: Job, recorder: Any) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds, progress=tell_progress(recorder))
+    recorder.say(f"slices of all {len(engine.targets)} weights computed, residual {engine.init_report.residual:.1e}")
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
     evaluator.evaluate(engine, recorder, step=0)
