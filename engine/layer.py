@@ -2,13 +2,14 @@
 
 The forward output is exactly the base layer's: adapters contribute nothing to it
 (method.md, step 1). Beside it, p = x Aᵀ is kept; backward turns dy, x and p into the
-two thin gradients. Issues no collectives: ZeRO-3 gathers W around forward and
-backward, and a collective from an autograd hook would interleave with its own in
-a rank-dependent order.
+two thin gradients, which go straight into the fp32 buffers. Issues no collectives: ZeRO-3
+gathers W around forward and backward, and a collective from an autograd hook would
+interleave with its own in a rank-dependent order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import api as kernels
+from ..kernels import choice
+from .shared_input import SharedInputs
 
 # zero.Init replaces torch.nn.functional.linear for the whole process by a Function that saves
 # the gathered weight even when it is frozen; this is the operator underneath it.
 linear = torch._C._nn.linear  # type: ignore[attr-defined]
+
+# Wider slices leave the fused kernel no registers for the big product.
+FUSED_MOST_R = 64
 
 
 @dataclass
@@ -37,12 +43,19 @@ class LayerFactors:
         A: per own slice an fp32 leaf (R × I) whose `.grad` is a view of a flat buffer.
         B: per own slice an fp32 leaf (O × R), likewise.
         active: the engine's choice of slice.
+        impl: of the kernels, see `kernels.api`.
+        linear: "separate" (the library's product of W and thin kernels beside it), "fused" (one kernel for
+            both), or "auto": what was measured faster on this shape and device, separate where Triton is not.
+        inputs: finds Linears that share their input; None where grouping does not pay (CPU).
         reached: whether any backward pass has delivered gradients here.
     """
 
     active: ActiveSlice
     A: list[Tensor] = field(default_factory=list)
     B: list[Tensor] = field(default_factory=list)
+    impl: kernels.Impl = "auto"
+    linear: str = "auto"
+    inputs: SharedInputs | None = None
     reached: bool = False
 
 
@@ -65,24 +78,97 @@ class SliceLinear(nn.Linear):
 
 
 class _SliceLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + bias with gradients for x, A and B; W and bias are frozen."""
+    """y = x Wᵀ + bias with gradients for x, A and B; W and bias are frozen.
+
+    A and B are inputs so that the graph reaches this node even where x needs no gradient. Their gradients are
+    added to `.grad` here, in fp32 and without a copy; autograd gets None for them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x, A_RI, B_OR, weight, bias, factors):  # type: ignore[override]
-        y = linear(x, weight, bias)
-        p_TR = kernels.low_rank_forward(x.reshape(-1, x.shape[-1]), A_RI)
+        p_TR = group = None
+        if factors.inputs is not None:
+            p_TR, group = factors.inputs.join(x, factors)
+        y, p_TR = _products(x, weight, bias, A_RI, p_TR, factors)
         ctx.save_for_backward(x, p_TR)
         # W stays the Parameter object: saved-tensor hooks (activation offload) would otherwise pack the
         # gathered weight, the whole model in the end. ZeRO-3 has gathered it again when backward runs.
-        ctx.weight, ctx.B_OR, ctx.factors = weight, B_OR, factors
+        ctx.weight, ctx.A_RI, ctx.B_OR, ctx.factors, ctx.group = weight, A_RI, B_OR, factors, group
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, p_TR = ctx.saved_tensors
-        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        dy_TO = dy.reshape(-1, dy.shape[-1])
+        factors, grad_A_RI = ctx.factors, ctx.A_RI.grad
+        dx, q_TR = _products_backward(dy, p_TR, ctx.weight, ctx.B_OR, factors, wanted=ctx.needs_input_grad[0])
         x_TI = x.reshape(-1, x.shape[-1])
-        grad_A_RI, grad_B_OR = kernels.low_rank_backward(dy_TO, x_TI, p_TR, ctx.B_OR)
-        ctx.factors.reached = True
-        return dx, grad_A_RI, grad_B_OR, None, None, None
+        if ctx.group is None:
+            kernels.low_rank_grad_A_([grad_A_RI], [q_TR], x_TI, impl=factors.impl)
+        else:
+            ctx.group.deposit(grad_A_RI, q_TR, x_TI)
+        factors.reached = True
+        return dx, None, None, None, None, None
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A_RI: Tensor, p_TR: Tensor | None, factors: LayerFactors
+) -> tuple[Tensor, Tensor]:
+    """(y, p); p is not computed again where a neighbour with the same x has done it."""
+    if p_TR is not None:
+        return linear(x, weight, bias), p_TR
+    x_TI = x.reshape(-1, x.shape[-1])
+
+    def separate() -> tuple[Tensor, Tensor]:
+        return linear(x, weight, bias), kernels.low_rank_forward(x_TI, A_RI, impl=factors.impl)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        y_TO, p_TR = kernels.fused_linear(x_TI, weight, A_RI, bias, impl=factors.impl)
+        return y_TO.view(*x.shape[:-1], -1), p_TR
+
+    if _fuse("forward", x_TI, weight, A_RI.shape[0], factors, separate, fused):
+        return fused()
+    return separate()
+
+
+def _products_backward(
+    dy: Tensor, p_TR: Tensor, weight: Tensor, B_OR: Tensor, factors: LayerFactors, *, wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """(dx if wanted, q), and grad B added to its buffer."""
+    dy_TO = dy.reshape(-1, dy.shape[-1])
+    grad_B_OR = B_OR.grad
+    assert grad_B_OR is not None
+
+    def separate(grad_B_OR: Tensor = grad_B_OR) -> tuple[Tensor | None, Tensor]:
+        q_TR = kernels.low_rank_grad_B_(grad_B_OR, dy_TO, p_TR, B_OR, impl=factors.impl)
+        return dy @ weight if wanted else None, q_TR
+
+    def fused(grad_B_OR: Tensor = grad_B_OR) -> tuple[Tensor, Tensor]:
+        dx_TI, q_TR = kernels.fused_linear(dy_TO, weight.t(), B_OR.t(), impl=factors.impl)
+        kernels.low_rank_grad_B_(grad_B_OR, dy_TO, p_TR, B_OR, q_TR, impl=factors.impl)
+        return dx_TI.view(*dy.shape[:-1], -1), q_TR
+
+    # what is measured must leave no trace in the gradient
+    trials = (lambda: separate(torch.zeros_like(grad_B_OR)), lambda: fused(torch.zeros_like(grad_B_OR)))
+    if wanted and _fuse("backward", dy_TO, weight, B_OR.shape[1], factors, *trials):
+        return fused()
+    return separate()
+
+
+def _fuse(
+    direction: str,
+    tokens_first: Tensor,
+    weight: Tensor,
+    r: int,
+    factors: LayerFactors,
+    separate: Callable[[], object],
+    fused: Callable[[], object],
+) -> bool:
+    """Whether the thin product rides in the big one: as told, or as measured for this shape on this device."""
+    if factors.linear != "auto":
+        return factors.linear == "fused"
+    if not tokens_first.is_cuda or factors.impl == "torch" or r > FUSED_MOST_R or not len(tokens_first):
+        return False
+    tokens = 1 << (len(tokens_first) - 1).bit_length()  # lengths vary from batch to batch: one answer per octave
+    rows, cols = weight.shape
+    key = f"{direction} T{tokens} O{rows} I{cols} r{r} {str(tokens_first.dtype)[6:]}"
+    return choice.fastest(key, {"separate": separate, "fused": fused}) == "fused"

@@ -1,52 +1,119 @@
 """Public kernel functions and the choice of their implementation.
 
-Every function takes `impl`: "auto" picks the fastest implementation that this device
-and dtype have, a named one is used or refused in words, never replaced in silence.
-At present the torch versions of `reference.py` are the only ones.
+Every function takes `impl`:
+
+    "auto"     Triton for tensors on a GPU, torch elsewhere and for float64;
+    "torch"    `reference.py`;
+    "triton"   `kernels/<name>.py`, or a ValueError that says what is missing. On the CPU it runs
+               only under TRITON_INTERPRET=1, which is how its numbers are tested without a GPU.
+
+A named implementation is used or refused in words, never replaced in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from . import reference
 
-Impl = Literal["auto", "torch"]
-IMPLEMENTATIONS: tuple[str, ...] = ("torch",)
+Impl = Literal["auto", "triton", "torch"]
+IMPLEMENTATIONS: tuple[str, ...] = ("triton", "torch")
 
 
-def _choose(name: str, impl: str) -> Callable[..., Any]:
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """Why Triton cannot take this tensor; None when it can."""
+    if not _has_triton():
+        return "triton is not installed; pip install triton"
+    if tensor.dtype == torch.float64:
+        return "float64 is for the torch version only"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {tensor.device.type}, Triton needs a GPU (or TRITON_INTERPRET=1, to test numbers)"
+    return None
+
+
+def _choose(name: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
     if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl={impl!r} for {name}: this build has {', '.join(IMPLEMENTATIONS)}; use 'auto'")
-    return getattr(reference, name)
+        raise ValueError(f"impl={impl!r} for {name}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if impl == "torch" or (impl == "auto" and (tensor.device.type != "cuda" or _obstacle(tensor))):
+        return getattr(reference, name)
+    obstacle = _obstacle(tensor)
+    if obstacle:
+        raise ValueError(f"impl='triton' for {name}: {obstacle}; or use impl='torch' or 'auto'")
+    return getattr(import_module(f".{name.rstrip('_')}", __package__), name)
 
 
-def split_fp32(w, *, impl: Impl = "auto"):
-    """See `reference.split_fp32`."""
-    return _choose("split_fp32", impl)(w)
+def split_fp32(w: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.split_fp32`; elementwise integer arithmetic, torch only."""
+    return reference.split_fp32(w)
 
 
-def merge_fp32(high, low, *, impl: Impl = "auto"):
-    """See `reference.merge_fp32`."""
-    return _choose("merge_fp32", impl)(high, low)
+def merge_fp32(high: Tensor, low: Tensor) -> Tensor:
+    """See `reference.merge_fp32`; elementwise integer arithmetic, torch only."""
+    return reference.merge_fp32(high, low)
 
 
-def low_rank_forward(x, A, *, impl: Impl = "auto"):
+def low_rank_forward(x: Tensor, A: Tensor, *, impl: Impl = "auto") -> Tensor:
     """See `reference.low_rank_forward`."""
-    return _choose("low_rank_forward", impl)(x, A)
+    return _choose("low_rank_forward", impl, x)(x, A)
 
 
-def low_rank_backward(dy, x, p, B, *, impl: Impl = "auto"):
-    """See `reference.low_rank_backward`."""
-    return _choose("low_rank_backward", impl)(dy, x, p, B)
+def low_rank_grad_B_(
+    grad_B: Tensor, dy: Tensor, p: Tensor, B: Tensor, q: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
+    """See `reference.low_rank_grad_B_`."""
+    return _choose("low_rank_grad_B_", impl, dy)(grad_B, dy, p, B, q)
 
 
-def slice_adam_(exp_avg, exp_avg_sq, grad, *, impl: Impl = "auto", **hyper):
+def low_rank_grad_A_(grad_As: Sequence[Tensor], qs: Sequence[Tensor], x: Tensor, *, impl: Impl = "auto") -> None:
+    """See `reference.low_rank_grad_A_`."""
+    _choose("low_rank_grad_A_", impl, x)(grad_As, qs, x)
+
+
+def fused_linear(
+    x: Tensor, W: Tensor, A: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """See `reference.fused_linear`."""
+    return _choose("fused_linear", impl, x)(x, W, A, bias)
+
+
+def slice_adam_(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *, impl: Impl = "auto", **hyper: Any) -> Tensor:
     """See `reference.slice_adam_`."""
-    return _choose("slice_adam_", impl)(exp_avg, exp_avg_sq, grad, **hyper)
+    return _choose("slice_adam_", impl, grad)(exp_avg, exp_avg_sq, grad, **hyper)
 
 
-def delta_rows(dA, dB, A, B, *, second_order: bool, impl: Impl = "auto"):
-    """See `reference.delta_rows`."""
-    return _choose("delta_rows", impl)(dA, dB, A, B, second_order=second_order)
+def dense_delta(dA: Tensor, dB: Tensor, A: Tensor, B: Tensor, *, impl: Impl = "auto", **where: Any) -> Tensor:
+    """See `reference.dense_delta`."""
+    return _choose("dense_delta", impl, A)(dA, dB, A, B, **where)
+
+
+def delta_apply_(
+    parts: tuple[Tensor, ...],
+    dA: Tensor,
+    dB: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bad: Tensor,
+    *,
+    impl: Impl = "auto",
+    **how: Any,
+) -> None:
+    """See `reference.delta_apply_`."""
+    _choose("delta_apply_", impl, parts[0])(parts, dA, dB, A, B, bad, **how)
+
+
+def shard_subtract_(parts: tuple[Tensor, ...], D: Tensor, bad: Tensor, *, scale: float, impl: Impl = "auto") -> None:
+    """See `reference.shard_subtract_`."""
+    _choose("shard_subtract_", impl, parts[0])(parts, D, bad, scale=scale)

@@ -1,7 +1,13 @@
 """Fixtures that several test files use."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: its kernels then run in the interpreter, with numpy for a GPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

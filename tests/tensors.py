@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 F64, BF16 = torch.float64, torch.bfloat16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are tested
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
