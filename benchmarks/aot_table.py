@@ -1,0 +1,157 @@
+"""What the compiler makes of every kernel, on a machine without a GPU: kernel × chip.
+
+    python benchmarks/aot_table.py [KERNEL ...]
+
+Compiles the configurations that the launchers use (each kernel module's `AOT`) for an A100 (sm_80), an H100 or
+H200 (sm_90) and an MI300 (gfx942), and reads from the machine code: registers per thread, bytes spilled (stack
+frame and local memory, on AMD scratch), shared memory against what a program may have, and the matrix
+instructions. KERNEL is a stem of `kernels/` or the path of a Python file that has an `AOT`; without any, all
+kernels are compiled and the table goes to `benchmarks/results/aot.md` and `aot.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdpissa.benchmarks import timing
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+NOT_KERNELS = ("api", "reference", "common", "choice", "delta_tile")
+COLUMNS = ("kernel", "target", "registers", "spilled", "shared KiB", "limit KiB", "matrix instructions")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip: Triton's name of it, and the shared memory that one program may have."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+def kernel_stems() -> list[str]:
+    """All modules of `kernels/` that hold a kernel."""
+    return sorted(path.stem for path in KERNELS.glob("*.py") if path.stem not in NOT_KERNELS)
+
+
+def load(kernel: str) -> Any:
+    """A kernel module by its stem, or any Python file by its path."""
+    if not kernel.endswith(".py"):
+        return importlib.import_module(f"hdpissa.kernels.{kernel}")
+    spec = importlib.util.spec_from_file_location(Path(kernel).stem, kernel)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_case(kernel: str, index: int, target_name: str) -> dict[str, Any]:
+    """Compiles one case for one chip and reads the result: a row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    case, target = load(kernel).AOT[index], TARGETS[target_name]
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    chip = GPUTarget(target.backend, target.arch, target.warp_size)
+    compiled = triton.compile(case.source(), target=chip, options=options)
+    read = _read_nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _read_amd(compiled.asm["amdgcn"])
+    return {
+        "module": kernel,
+        "kernel": case.name,
+        "target": target_name,
+        "tensor_core": case.tensor_core,
+        "shared KiB": compiled.metadata.shared / 1024,
+        "limit KiB": target.shared_bytes // 1024,
+        **read,
+    }
+
+
+def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+    """Registers, spills and matrix instructions of a cubin, by the tools that Triton brings."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    # a function's stack frame holds what is spilled; local memory is counted too, should a compiler use it
+    figure = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {
+        "registers": figure["REG"],
+        "spilled": figure["STACK"] + figure["LOCAL"],
+        "matrix instructions": _distinct(r"\b(?:HG|H|Q|I|D)MMA\.[\w.]+", code),
+    }
+
+
+def _read_amd(assembly: str) -> dict[str, Any]:
+    """The same of AMD's assembly, whose metadata counts spilled registers."""
+    keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    figure = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in keys}  # type: ignore[index]
+    spilled_registers = figure["vgpr_spill_count"] + figure["sgpr_spill_count"]
+    return {
+        "registers": figure["vgpr_count"],
+        "spilled": max(4 * spilled_registers, figure["private_segment_fixed_size"]),
+        "matrix instructions": _distinct(r"\bv_mfma_\w+", assembly),
+    }
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _distinct(pattern: str, code: str) -> str:
+    return ", ".join(sorted(set(re.findall(pattern, code))))
+
+
+def measure(kernels: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of all cases of the given kernels, each on every chip that its launcher uses it on."""
+    # A kernel under the interpreter is a Python function that nothing compiles.
+    os.environ.pop("TRITON_INTERPRET", None)
+    jobs = [
+        (kernel, index, target)
+        for kernel in kernels
+        for index, case in enumerate(load(kernel).AOT)
+        for target in case.targets
+    ]
+    workers = min(8, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(compile_case, *zip(*jobs, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL")
+    parser.add_argument("--folder", type=Path, help="where the results go instead; also those of a few kernels")
+    args = parser.parse_args()
+    rows = measure(args.kernels or kernel_stems())
+    if args.folder or not args.kernels:
+        note = "Ahead-of-time compilation with the shipped block sizes; registers per thread, bytes spilled per thread."
+        timing.write("aot", rows, COLUMNS, note, folder=args.folder or timing.RESULTS)
+    else:
+        print(timing.markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
