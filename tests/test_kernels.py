@@ -31,9 +31,21 @@ def example_low_rank_forward():
     assert reference.low_rank_forward(tensor([[1, 2]]), tensor([[3, 4]])).tolist() == [[11]]
 
 
-def example_low_rank_backward():
-    A, B = reference.low_rank_backward(tensor([[2]]), tensor([[1, 2]]), tensor([[11]]), tensor([[5]]))
-    assert (A.tolist(), B.tolist()) == ([[10, 20]], [[22]])
+def example_low_rank_grad_B_():
+    grad = tensor([[1]])
+    assert reference.low_rank_grad_B_(grad, tensor([[2]]), tensor([[11]]), tensor([[5]])).tolist() == [[10]]
+    assert grad.tolist() == [[23]]
+
+
+def example_low_rank_grad_A_():
+    grad = tensor([[1, 1]])
+    reference.low_rank_grad_A_([grad], [tensor([[10]])], tensor([[1, 2]]))
+    assert grad.tolist() == [[11, 21]]
+
+
+def example_fused_linear():
+    y, p = reference.fused_linear(tensor([[1, 2]]), tensor([[1, 0]]), tensor([[3, 4]]), tensor([5]))
+    assert (y.tolist(), p.tolist()) == ([[6]], [[11]])
 
 
 def example_slice_adam_():
@@ -42,10 +54,25 @@ def example_slice_adam_():
     assert change.item() == pytest.approx(0.1, rel=1e-12)
 
 
-def example_delta_rows():
-    factors = tensor([[0.5, 0]]), tensor([[1]]), tensor([[1, 2]]), tensor([[3]])
-    assert reference.delta_rows(*factors, second_order=True).tolist() == [[2, 2]]
-    assert reference.delta_rows(*factors, second_order=False).tolist() == [[2.5, 2]]
+FACTORS = tensor([[0.5, 0]]), tensor([[1]]), tensor([[1, 2]]), tensor([[3]])
+
+
+def example_dense_delta():
+    assert reference.dense_delta(*FACTORS, start=0, numel=2, second_order=True).tolist() == [2, 2]
+    assert reference.dense_delta(*FACTORS, start=0, numel=2, second_order=False).tolist() == [2.5, 2]
+    assert reference.dense_delta(*FACTORS, start=1, numel=1, second_order=True).tolist() == [2]
+
+
+def example_delta_apply_():
+    w, bad = tensor([10, 10]), torch.zeros(1, dtype=torch.int32)
+    reference.delta_apply_((w,), *FACTORS, bad, start=0, scale=2.0, second_order=True)
+    assert (w.tolist(), bad.tolist()) == ([6, 6], [0])
+
+
+def example_shard_subtract_():
+    w, bad = tensor([10, 10]), torch.zeros(1, dtype=torch.int32)
+    reference.shard_subtract_((w,), tensor([2, float("nan")]), bad, scale=2.0)
+    assert (w.tolist(), bad.tolist()) == ([6, 10], [1])
 
 
 def public(module) -> set[str]:
@@ -66,39 +93,81 @@ def test_every_kernel_is_public_and_shown():
 
 # --- the choice of implementation -----------------------------------------------------------------------------
 
-CALLS = {
-    "split_fp32": ((randn(9, dtype=torch.float32),), {}),
-    "merge_fp32": (reference.split_fp32(randn(9, dtype=torch.float32)), {}),
-    "low_rank_forward": ((randn(5, 7), randn(2, 7)), {}),
-    "low_rank_backward": ((randn(5, 3), randn(5, 7), randn(5, 2), randn(3, 2)), {}),
-    "slice_adam_": (
-        (torch.zeros(4), torch.zeros(4), torch.arange(4.0)),
-        {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "grad_scale": 0.5},
-    ),
-    "delta_rows": ((randn(2, 7), randn(3, 2), randn(2, 7), randn(3, 2)), {"second_order": True}),
-}
+SINGLE = torch.float32
 
 
-def called(function, name: str, **extra):
-    args, hyper = CALLS[name]
-    result = function(*(a.clone() for a in args), **hyper, **extra)
-    return result if isinstance(result, tuple) else (result,)
+def single(*shape: int, seed: int = 0) -> torch.Tensor:
+    return randn(*shape, seed=seed, dtype=SINGLE)
+
+
+def calls() -> dict[str, tuple[tuple, dict]]:
+    """Arguments for every public function; made anew each time, since some are written to."""
+    factors = single(4, 7), single(3, 4), single(4, 7, seed=1), single(3, 4, seed=1)
+    range_of = {"start": 3, "second_order": True}
+    parts, bad = reference.split_fp32(single(15)), torch.zeros(1, dtype=torch.int32)
+    return {
+        "split_fp32": ((single(9),), {}),
+        "merge_fp32": (reference.split_fp32(single(9)), {}),
+        "low_rank_forward": ((single(5, 7), single(2, 7)), {}),
+        "low_rank_grad_B_": ((single(3, 2), single(5, 3), single(5, 2), single(3, 2)), {}),
+        "low_rank_grad_A_": (([single(2, 7)], [single(5, 2)], single(5, 7)), {}),
+        "fused_linear": ((single(5, 7), single(3, 7), single(2, 7), single(3)), {}),
+        "slice_adam_": (
+            (torch.zeros(4), torch.zeros(4), torch.arange(4.0)),
+            {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "grad_scale": 0.5},
+        ),
+        "dense_delta": (factors, {**range_of, "numel": 15}),
+        "delta_apply_": ((parts, *factors, bad), {**range_of, "scale": 0.5}),
+        "shard_subtract_": ((parts, single(15, seed=1), bad), {"scale": 0.5}),
+    }
+
+
+def called(function, name: str, **extra) -> list[torch.Tensor]:
+    """What the function returns, and what it leaves in its arguments."""
+    arguments, keywords = calls()[name]
+    result = function(*arguments, **keywords, **extra)
+    return [t for t in torch.utils._pytree.tree_leaves((result, arguments)) if isinstance(t, torch.Tensor)]
+
+
+CHOSEN = sorted(public(api) - {"split_fp32", "merge_fp32"})  # these two have one implementation
+
+
+def test_calls_are_complete():
+    assert calls().keys() == public(api)
 
 
 @pytest.mark.parametrize("name", sorted(public(api)))
 def test_torch_is_the_reference(name):
     """On the CPU "auto" is torch, and "torch" is `reference` to the bit."""
     expected = called(getattr(reference, name), name)
-    for extra in ({}, {"impl": "auto"}, {"impl": "torch"}):
+    for extra in ({}, {"impl": "auto"}, {"impl": "torch"}) if name in CHOSEN else ({},):
         found = called(getattr(api, name), name, **extra)
         assert all(torch.equal(f, e) and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted(public(api)))
+@pytest.mark.parametrize("name", CHOSEN)
 def test_unknown_implementation_is_refused(name):
     with pytest.raises(ValueError, match=rf"impl='cuda' for {name}.*") as caught:
         called(getattr(api, name), name, impl="cuda")
     assert all(there in str(caught.value) for there in (*api.IMPLEMENTATIONS, "auto"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("name", CHOSEN)
+def test_triton_is_refused_where_it_cannot_run(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=rf"impl='triton' for {name}: the tensors are on cpu.*; or use impl='torch'"):
+        called(getattr(api, name), name, impl="triton")
+
+
+def test_triton_is_refused_for_float64_and_without_triton(monkeypatch):
+    x = randn(3, 4)
+    with pytest.raises(ValueError, match="float64 is for the torch version only"):
+        api.low_rank_forward(x, x, impl="triton")
+    assert torch.equal(api.low_rank_forward(x, x), x @ x.T)
+    monkeypatch.setattr(api, "_has_triton", lambda: False)
+    with pytest.raises(ValueError, match="triton is not installed; pip install triton"):
+        api.low_rank_forward(x.float(), x.float(), impl="triton")
 
 
 # --- split_fp32 / merge_fp32 ----------------------------------------------------------------------------------
@@ -172,7 +241,7 @@ def test_half_of_a_nan_is_not_always_a_nan():
     assert carried.signbit().tolist() == [True] * 3 + [False] * 3, "of the opposite sign"
 
 
-# --- low_rank_backward ----------------------------------------------------------------------------------------
+# --- the low-rank path ------------------------------------------------------------------------------------------
 
 
 def by_autograd(dy, x, A, B):
@@ -182,6 +251,13 @@ def by_autograd(dy, x, A, B):
     return A.grad, B.grad
 
 
+def by_reference(dy, x, A, B):
+    grad_A, grad_B = torch.zeros_like(A), torch.zeros_like(B)
+    q = reference.low_rank_grad_B_(grad_B, dy, reference.low_rank_forward(x, A), B)
+    reference.low_rank_grad_A_([grad_A], [q], x)
+    return grad_A, grad_B
+
+
 def low_rank_case(dtype=F64, tokens=33, rows=12, cols=20, r=4):
     """dy, x in `dtype`; A, B in what training keeps them in."""
     keep = F64 if dtype == F64 else torch.float32
@@ -189,10 +265,10 @@ def low_rank_case(dtype=F64, tokens=33, rows=12, cols=20, r=4):
     return dy, x, randn(r, cols, seed=3, dtype=keep), randn(rows, r, seed=4, dtype=keep)
 
 
-def test_low_rank_backward_against_autograd():
+def test_low_rank_gradients_against_autograd():
     dy, x, A, B = low_rank_case()
     G = dy.T @ x  # of W, which the kernel never forms
-    found = reference.low_rank_backward(dy, x, reference.low_rank_forward(x, A), B)
+    found = by_reference(dy, x, A, B)
     for ours, theirs, dense in zip(found, by_autograd(dy, x, A, B), (B.T @ G, G @ A.T), strict=True):
         # 33 to 60 additions in float64, 1.1e-16 each: 7e-15 at the very worst
         assert error(ours, theirs) < 1e-14
@@ -200,7 +276,7 @@ def test_low_rank_backward_against_autograd():
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 512])
-def test_low_rank_backward_in_bf16(tokens):
+def test_low_rank_gradients_in_bf16(tokens):
     """Not further from float64 than autograd in bf16 is (k = 1.1; measured 1.00), and near it at all.
 
     Three roundings to bf16 lie on the way of each gradient: the fixed factor, the thin product in the middle,
@@ -209,7 +285,7 @@ def test_low_rank_backward_in_bf16(tokens):
     dy, x, A, B = low_rank_case(BF16, tokens=tokens, rows=96, cols=160, r=8)
     truth = by_autograd(dy.double(), x.double(), A.double(), B.double())
     plain = by_autograd(dy, x, A.to(BF16), B.to(BF16))
-    found = reference.low_rank_backward(dy, x, reference.low_rank_forward(x, A), B)
+    found = by_reference(dy, x, A, B)
     for ours, theirs, true in zip(found, plain, truth, strict=True):
         assert ours.dtype == torch.float32, "gradients accumulate in the leaf's fp32"
         assert error(ours, true) <= 1.1 * error(theirs, true)
@@ -265,26 +341,76 @@ def test_slice_adam_in_fp32():
     assert error(ours(torch.float32), truth) <= 2 * error(torchs(torch.float32), truth)
 
 
-# --- delta_rows -----------------------------------------------------------------------------------------------
+# --- the delta --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [0, 1, 11])
-@pytest.mark.parametrize("second_order", [True, False])
-def test_delta_rows_against_the_sum_over_slices(second_order, rows):
-    """Σ_i (ΔB_i A_i + B_i ΔA_i − ΔB_i ΔA_i), slice by slice, in float64."""
-    slices, r, cols = 3, 2, 13
+def delta_case(slices=3, r=2, rows=11, cols=13):
+    """((ΔA, ΔB, A, B) with slices side by side, the two forms of D by the sum over slices), float64."""
     A, dA = randn(slices, r, cols, seed=1), randn(slices, r, cols, seed=2)
     B, dB = randn(slices, rows, r, seed=3), randn(slices, rows, r, seed=4)
-    expected = torch.zeros(rows, cols, dtype=F64)
-    for i in range(slices):
-        expected += dB[i] @ A[i] + B[i] @ dA[i]
-        expected -= dB[i] @ dA[i] if second_order else 0
-    if second_order:
-        after = sum((B[i] - dB[i]) @ (A[i] - dA[i]) for i in range(slices))
-        torch.testing.assert_close(expected, sum(B[i] @ A[i] for i in range(slices)) - after)
-    side_by_side = [t.movedim(0, 1).reshape(rows, slices * r) for t in (dB, B)]
-    dB_CQ, B_CQ = side_by_side
-    found = reference.delta_rows(dA.flatten(0, 1), dB_CQ, A.flatten(0, 1), B_CQ, second_order=second_order)
-    assert found.shape == (rows, cols)
+    first = sum(dB[i] @ A[i] + B[i] @ dA[i] for i in range(slices))
+    second = first - sum(dB[i] @ dA[i] for i in range(slices))
+    after = sum((B[i] - dB[i]) @ (A[i] - dA[i]) for i in range(slices))
+    torch.testing.assert_close(second, sum(B[i] @ A[i] for i in range(slices)) - after)
+    dB_CQ, B_CQ = (t.movedim(0, 1).reshape(rows, slices * r) for t in (dB, B))
+    return (dA.flatten(0, 1), dB_CQ, A.flatten(0, 1), B_CQ), {True: second, False: first}
+
+
+RANGES = [(0, 143), (0, 1), (142, 1), (5, 100), (13, 26), (20, 3), (12, 2), (60, 0)]
+
+
+@pytest.mark.parametrize("block_elements", [1, 30, 2**20])
+@pytest.mark.parametrize(("start", "numel"), RANGES)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_delta_of_a_flat_range(second_order, start, numel, block_elements, monkeypatch):
+    """Σ_i (ΔB_i A_i + B_i ΔA_i − ΔB_i ΔA_i) on ranges that begin and end within rows, in blocks of any size."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", block_elements)
+    (dA, dB, A, B), D = delta_case()
+    rows = slice(start // 13, -(-(start + numel) // 13) if numel else start // 13)
+    factors, expected = (dA, dB[rows], A, B[rows]), D[second_order].flatten()[start : start + numel]
+    found = reference.dense_delta(*factors, start=start, numel=numel, second_order=second_order, dtype=F64)
     # 18 products of numbers around 1, rounded to 1.1e-16 each
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+    w, bad = randn(numel, seed=9), torch.zeros(1, dtype=torch.int32)
+    before = w.clone()
+    reference.delta_apply_((w,), *factors, bad, start=start, scale=0.3, second_order=second_order)
+    torch.testing.assert_close(w, before - 0.3 * expected, rtol=1e-13, atol=1e-14)
+    assert not bad.any()
+
+
+def test_the_three_ways_to_hold_w_agree_to_the_bit():
+    (dA, dB, A, B), _ = delta_case()
+    factors = [t.float() for t in (dA, dB, A, B)]
+    exact, bad = single(143, seed=8), torch.zeros(1, dtype=torch.int32)
+    high, low = reference.split_fp32(exact)
+    master, half, alone = exact.clone(), high.clone(), exact.clone()
+    for parts in ((high, low), (master, half), (alone,)):
+        reference.delta_apply_(parts, *factors, bad, start=0, scale=2 / 3, second_order=True)
+    D = reference.dense_delta(*factors, start=0, numel=143, second_order=True)
+    assert torch.equal(alone, exact - 2 / 3 * D)
+    assert torch.equal(master, alone)
+    assert torch.equal(reference.merge_fp32(high, low), alone)
+    assert torch.equal(half, high)
+
+
+def test_what_is_not_finite_is_not_written():
+    """The largest number overflows, a NaN spreads: old values stay, the others change, all are counted."""
+    largest = torch.finfo(torch.float32).max
+    w = torch.tensor([1.0, largest, 2.0, 3.0, float("nan")])
+    D = torch.tensor([0.5, -largest, float("nan"), 1.0, 1.0])
+    for parts in (reference.split_fp32(w), (w.clone(), reference.split_fp32(w)[0]), (w.clone(),)):
+        bad = torch.tensor([7], dtype=torch.int32)
+        reference.shard_subtract_(parts, D, bad, scale=1.0)
+        found = reference.merge_fp32(*parts) if parts[0].dtype == BF16 else parts[0]
+        assert found[:4].tolist() == [0.5, largest, 2.0, 2.0]
+        assert bool(found[4].isnan())
+        assert bad.tolist() == [10]
+
+
+def test_tf32_is_for_gpus():
+    factors = [t.float() for t in delta_case()[0]]
+    with pytest.raises(ValueError, match="the torch version has fp32 only"):
+        reference.delta_apply_(
+            (single(143),), *factors, torch.zeros(1, dtype=torch.int32),
+            start=0, scale=1.0, second_order=True, precision="tf32",
+        )  # fmt: skip
