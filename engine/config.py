@@ -146,8 +146,9 @@ class InitConfig(_Section):
 class DeltaConfig(_Section):
     """How the update of W is formed and exchanged."""
 
-    exchange: Literal["auto", "factor"] = "auto"
-    dtype: Literal["fp32"] = "fp32"
+    exchange: Literal["auto", "factor", "dense"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"  # on the wire
+    precision: Literal["fp32", "tf32"] = "fp32"  # of the products of all slices' factors
     second_order: bool = True  # the term ΔB_i ΔA_i
     bucket_bytes: PositiveInt = 256 * 2**20
 
@@ -165,6 +166,13 @@ class MasterConfig(_Section):
 
     format: Literal["split", "fp32"] = "split"
     device: Literal["auto", "cpu"] = "auto"
+
+
+class KernelsConfig(_Section):
+    """Which implementation computes. "auto" is the fastest that the device has."""
+
+    impl: Literal["auto", "triton", "torch"] = "auto"
+    linear: Literal["auto", "separate", "fused"] = "auto"  # whether A x is a part of the layer's own product
 
 
 class HDPissaConfig(_Section):
@@ -185,6 +193,7 @@ class HDPissaConfig(_Section):
     delta: DeltaConfig = Field(default_factory=DeltaConfig)
     adam: AdamConfig = Field(default_factory=AdamConfig)
     master: MasterConfig = Field(default_factory=MasterConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
 
     @field_validator("rank_pattern")
     @classmethod
@@ -239,6 +248,7 @@ _SUBSECTIONS: dict[str, type[BaseModel]] = {
     "delta": DeltaConfig,
     "adam": AdamConfig,
     "master": MasterConfig,
+    "kernels": KernelsConfig,
 }
 
 

@@ -22,17 +22,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import adapt, ds_config, export, pretrained, zero3
+from .buckets import make_buckets
 from .config import HDPissaConfig
-from .delta import DeltaRule
 from .errors import ConfigError
-from .exchange import FactorExchange
+from .exchange import FactorExchange, choose_kinds
 from .factors import FactorStore
 from .optimizer import SliceOptimizer, Vote
+from .settings import check_kernels, make_plan, make_rule, resolve_config
 from .shards import make_shard
 from .slicing import SlicePlan
-from .targets import Target, make_buckets
+from .targets import Target
 
 logger = logging.getLogger(__name__)
+
+TALLIES = 2  # numbers of the engine in the vote: loss and tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class StepResult:
 
     Attributes:
         step: optimizer steps done, this one included, skipped ones too.
-        applied: False when a gradient was not finite on any rank: nothing was changed then.
+        applied: whether W was changed. refusal: why it was not (a gradient of any rank not finite, or a
+            learning rate that could carry a weight beyond fp32); empty when it was.
         loss: mean over ranks and micro-batches.
         grad_norm: L2 norm over all factor gradients of all slices, before clipping.
         learning_rate: the one used.
@@ -51,12 +55,37 @@ class StepResult:
 
     step: int
     applied: bool
+    refusal: str
     loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
     bytes_sent: int
     collectives: int
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """How the update of every weight travels, decided at the start.
+
+    Attributes:
+        factor_targets, dense_targets: weights by kind.
+        buckets: they are stepped in.
+        collectives: per step, the vote included.
+        bytes_per_step: sent by this rank, as the cost model has it; `StepResult.bytes_sent` must equal it.
+    """
+
+    factor_targets: int
+    dense_targets: int
+    buckets: int
+    collectives: int
+    bytes_per_step: int
+
+    def __str__(self) -> str:
+        return (
+            f"exchange: {self.factor_targets} weights by factors, {self.dense_targets} dense, in {self.buckets} "
+            f"buckets; per step {self.collectives} collectives, {self.bytes_per_step / 2**20:.2f} MiB sent by rank 0"
+        )
 
 
 class HDPissaEngine:
@@ -124,7 +153,8 @@ class HDPissaEngine:
         """One optimizer step at the end of an accumulation; None, and nothing done, before that.
 
         Raises:
-            RuntimeError: in the first step, when a target has got no gradient on any rank.
+            RuntimeError: in the first step, when a target has got no gradient on any rank; in any, when results
+            of an earlier step were not finite (see `check_weights`).
         """
         if not self.is_gradient_accumulation_boundary():
             return None
@@ -133,13 +163,15 @@ class HDPissaEngine:
         self.optimizer.exchange.reset_count()
         self.optimizer.reduce()
         vote = self._vote()
-        if vote.finite:
+        if not vote.refusal:
             zero3.release_gathered(self.ds)
             self.optimizer.step()
             zero3.fence()
             self.ds.step()
         else:
             self.skipped_steps += 1
+            if self.plan.rank == 0:
+                logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
             self.ds.optimizer.zero_grad()
         return self._finish(vote)
 
@@ -164,7 +196,8 @@ class HDPissaEngine:
         exchange = self.optimizer.exchange
         result = StepResult(
             step=self.global_steps,
-            applied=vote.finite,
+            applied=not vote.refusal,
+            refusal=vote.refusal,
             loss=vote.tallies[0],
             grad_norm=vote.grad_norm,
             learning_rate=self.get_lr()[0],
@@ -215,10 +248,33 @@ class HDPissaEngine:
         """
         if format != "hf":
             raise ConfigError(f"export format is {format!r}: must be 'hf'")
+        self.check_weights()
         export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
 
+    def check_weights(self) -> None:
+        """Raises RuntimeError on all ranks when a step had results that were not finite; collective.
+
+        Such results are never written, but W is not what the method says without them. `step` notices those of
+        earlier steps by itself; this looks at the last one, too. `export` calls it.
+        """
+        self.optimizer.check_weights()
+
+    def exchange_plan(self) -> ExchangePlan:
+        """How the update travels, and what that costs per step."""
+        kinds = [t.kind for t in self.targets]
+        return ExchangePlan(
+            factor_targets=kinds.count("factor"),
+            dense_targets=kinds.count("dense"),
+            buckets=len(self.optimizer.store.buckets),
+            collectives=self.optimizer.collectives,
+            bytes_per_step=self.optimizer.predicted_bytes(TALLIES),
+        )
+
     def memory_bytes(self) -> dict[str, int]:
-        """This rank's persistent bytes: weights (all ZeRO-3 shards), master, factors, gradients and moments."""
+        """This rank's bytes: weights (all ZeRO-3 shards), master, factors, gradients and moments; and `buffers`,
+
+        which a step allocates at most beside these and frees again.
+        """
         params = [p for n, p in self.module.named_parameters() if not zero3.is_anchor(n)]
         store = self.optimizer.store
         return {
@@ -226,6 +282,7 @@ class HDPissaEngine:
             "master": sum(t.shard.nbytes for t in self.targets if t.shard is not None),
             "factors": store.nbytes_factors,
             "gradients_and_moments": store.nbytes_state,
+            "buffers": self.optimizer.buffer_bytes,
         }
 
 
@@ -261,6 +318,7 @@ def initialize(
     zero3.init_distributed()
     settings, hd, values = resolve_config(config, lr=lr)
     plan = make_plan(hd, values.gradient_accumulation_steps)
+    check_kernels(hd)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
     adapt.freeze(model)
@@ -270,43 +328,18 @@ def initialize(
     ds = zero3.wrap(model, settings)
     model.train()
     _attach_shards(model, targets, plan, kept, hd)
-    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes)
-    store = FactorStore(plan, buckets, zero3.device())
+    choose_kinds(targets, plan, hd.delta.exchange)
+    rule = make_rule(hd)
+    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
+    store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)
     report = adapt.compute_slices(store, exchange, method=hd.init.method, tol=hd.init.tol, progress=progress)
     adapt.install(targets, store)
-    rule = DeltaRule(hd.adam.betas, hd.adam.eps, hd.delta.second_order)
     optimizer = SliceOptimizer(store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm)
-    return HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
-
-
-def resolve_config(
-    config: str | Path | dict, *, lr: float | None = None
-) -> tuple[dict, HDPissaConfig, ds_config.TrainValues]:
-    """Checks a config and fills its "auto" values with `initialize`'s defaults."""
-    raw, hd = ds_config.split_section(ds_config.read_ds_config(config))
-    ds_config.check_ds_config(raw)
-    defaults = ds_config.TrainValues(
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        world_size=zero3.read_launcher()[1],
-        max_grad_norm=0.0,
-        learning_rate=2e-5 if lr is None else lr,
-        bf16=False,
-        given=frozenset() if lr is None else frozenset({"learning_rate"}),
-    )
-    filled, values = ds_config.fill_auto(raw, defaults)
-    final = ds_config.engine_ds_config(filled)
-    zero3.check_zero_section(final["zero_optimization"])
-    return final, hd, values
-
-
-def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:
-    """The slice plan of this rank; refuses counts that do not divide."""
-    rank, world, _ = zero3.read_launcher()
-    plan = SlicePlan(world if hd.slices == "auto" else hd.slices, world, rank)
-    plan.micro_batches_per_slice(accumulation)
-    return plan
+    engine = HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
+    if plan.rank == 0:
+        logger.info("%s", engine.exchange_plan())
+    return engine
 
 
 def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
@@ -316,6 +349,7 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     zero3.init_distributed()
     settings, hd, values = resolve_config(config)
     make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
+    check_kernels(hd)
     return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 
 

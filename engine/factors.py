@@ -1,9 +1,10 @@
-"""Storage of one rank's slice factors, their gradients and Adam moments: a few flat buffers and views.
+"""The factors a rank keeps, their gradients and moments, in as few buffers as there are uses for them.
 
-Per target: `A` of all slices (Q × I, each rank's update needs them whole), the rows of `B` of all slices
-that its shard touches (C × Q), and for the slices it owns the whole `B` (own × O × R), because gradients
-need it. Gradients and moments of the own slices lie in flat fp32 buffers in bucket order, so that one
-kernel walks over all layers; autograd adds straight into them through the leaves' `.grad`.
+For the slices it owns a rank holds the whole `B` (own × O × R), because gradients need it, and `A`. For the exchange
+of thin factors it also keeps the fixed factors that every step's delta needs: `A` of all slices (Q × I) and the
+rows of all slices' `B` that its shard touches (C × Q); a target whose delta travels dense needs neither. Gradients and
+moments of the own slices lie in flat fp32 buffers in bucket order, so that one kernel walks over all
+layers; autograd adds straight into them through the leaves' `.grad`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import api as kernels
+from .buckets import Bucket
 from .exchange import FactorExchange
 from .layer import ActiveSlice, LayerFactors
 from .slicing import SlicePlan
-from .targets import Bucket, Target
+from .targets import Target
 
 
 class FactorStore:
@@ -24,22 +27,34 @@ class FactorStore:
 
     Attributes:
         grads, exp_avg, exp_avg_sq: flat fp32, own slices of all targets, laid out as `Bucket` says.
-        own_B: per bucket flat (numel_B), the fixed B of the own slices.
-        A, B_rows: per target (Q × I) and (C × Q), the fixed factors of all slices.
+        own_B: per target (own × O × R), the fixed B of the own slices.
+        A: per target the fixed A, of all slices (Q × I) or, for a dense one, of the own ones (own · R × I).
+        B_rows: per factor target (C × Q), the fixed B of all slices on the own shard.
         layers: per target what its `SliceLinear` modules read.
+
+    Args:
+        impl, linear: of the kernels, for `LayerFactors`.
     """
 
-    def __init__(self, plan: SlicePlan, buckets: Sequence[Bucket], device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: SlicePlan,
+        buckets: Sequence[Bucket],
+        device: torch.device,
+        *,
+        impl: kernels.Impl = "auto",
+        linear: str = "auto",
+    ) -> None:
         self.plan = plan
         self.buckets = list(buckets)
         self.targets: list[Target] = [t for bucket in buckets for t in bucket.targets]
         numel = buckets[-1].stop
         self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(numel, device=device) for _ in range(3))
-        self.own_B: list[Tensor] = []
+        self.own_B: dict[str, Tensor] = {}
         self.A: dict[str, Tensor] = {}
         self.B_rows: dict[str, Tensor] = {}
         self.active = ActiveSlice()
-        self.layers = {t.name: LayerFactors(self.active) for t in self.targets}
+        self.layers = {t.name: LayerFactors(self.active, impl=impl, linear=linear) for t in self.targets}
 
     def fill(self, bucket: Bucket, own_A: Tensor, own_B: Tensor, exchange: FactorExchange) -> None:
         """Takes the fixed factors of a bucket's own slices and fetches the peers' parts; collective.
@@ -47,27 +62,31 @@ class FactorStore:
         Args:
             own_A, own_B: flat (numel_A), (numel_B).
         """
-        self.own_B.append(own_B)
-        gathered = exchange.gather_A(bucket, own_A)
-        rows = exchange.rows_to_owners(bucket, own_B)
-        for target, A, B in zip(bucket.targets, gathered, rows, strict=True):
-            # a bucket of one target may come back as a view of the receive buffer: same bytes, no copy
-            self.A[target.name], self.B_rows[target.name] = A, B
-        self._make_leaves(bucket, own_B)
+        for target, B in zip(bucket.targets, bucket.views_B(own_B), strict=True):
+            self.own_B[target.name] = B
+        if bucket.kind == "dense":
+            for target, A in zip(bucket.targets, bucket.views_A(own_A), strict=True):
+                self.A[target.name] = A
+        else:
+            received = exchange.factors(bucket, torch.cat([own_A, own_B]))
+            for index, target in enumerate(bucket.targets):
+                # copies: as views they would keep the whole receive buffer alive
+                self.A[target.name] = received.A(index).clone()
+                self.B_rows[target.name] = received.B(index).clone()
+        self._make_leaves(bucket)
 
-    def _make_leaves(self, bucket: Bucket, own_B: Tensor) -> None:
-        plan, own = self.plan, self.plan.slices_per_rank
-        at_A, at_B, from_B = bucket.start, bucket.stop_A, 0
+    def _make_leaves(self, bucket: Bucket) -> None:
+        plan = self.plan
+        at_A, at_B = bucket.start, bucket.stop_A
         for t in bucket.targets:
             layer = self.layers[t.name]
-            A_SRI = self.A[t.name].view(plan.slices, t.r, t.cols)
-            B_SOR = own_B[from_B : from_B + own * t.r * t.rows].view(own, t.rows, t.r)
-            for k, slice_id in enumerate(plan.owned):
-                layer.A.append(self._leaf(A_SRI[slice_id], at_A + k * t.r * t.cols))
-                layer.B.append(self._leaf(B_SOR[k], at_B + k * t.r * t.rows))
-            at_A += own * t.r * t.cols
-            at_B += own * t.r * t.rows
-            from_B += own * t.r * t.rows
+            first = plan.owned.start if bucket.kind == "factor" else 0
+            A_SRI = self.A[t.name].view(-1, t.r, t.cols)[first : first + plan.slices_per_rank]
+            for A_RI, B_OR in zip(A_SRI, self.own_B[t.name], strict=True):
+                layer.A.append(self._leaf(A_RI, at_A))
+                layer.B.append(self._leaf(B_OR, at_B))
+                at_A += A_RI.numel()
+                at_B += B_OR.numel()
 
     def _leaf(self, values: Tensor, offset: int) -> Tensor:
         """An autograd leaf over fixed values, whose gradient accumulates at `offset` of the flat buffer."""
@@ -83,10 +102,20 @@ class FactorStore:
         """Targets that no backward pass has reached yet."""
         return [name for name, layer in self.layers.items() if not layer.reached]
 
+    def largest(self) -> Tensor:
+        """Per target the largest |A|, |B| and |W| that this rank holds (targets × 3), float64."""
+        found = []
+        for target in self.targets:
+            assert target.shard is not None
+            W = target.shard.read(0, target.own_range(self.plan).numel)
+            held = (self.A[target.name], self.own_B[target.name], W.to(self.grads.device))
+            found += [t.abs().amax() if t.numel() else t.new_zeros(()) for t in held]
+        return torch.stack(found).double().view(-1, 3)
+
     @property
     def nbytes_factors(self) -> int:
-        """Bytes of the fixed factors: A of all slices, B rows of all slices, B of the own ones."""
-        return sum(t.nbytes for t in (*self.own_B, *self.A.values(), *self.B_rows.values()))
+        """Bytes of the fixed factors."""
+        return sum(t.nbytes for held in (self.own_B, self.A, self.B_rows) for t in held.values())
 
     @property
     def nbytes_state(self) -> int:

@@ -1,11 +1,14 @@
 """The fp32-precise shard of one target weight, beside the copy that ZeRO-3 gathers from.
 
-Three ways to hold it, one interface (`read`, `write`, `nbytes`):
+Three ways to hold it, one interface (`read`, `parts`, `nbytes`):
 
 * `SplitShard`   bf16 compute: ZeRO-3's bf16 shard is the upper half, a 16-bit remainder the lower one.
                  4 bytes per parameter in all, lossless.
 * `Fp32Shard`    bf16 compute: a separate fp32 master, 6 bytes per parameter; the oracle of the first.
 * `DirectShard`  fp32 compute: ZeRO-3's own shard is the fp32 value.
+
+`parts` are the tensors that the kernels change in place (`kernels.reference.delta_apply_`). They may lie on the
+host while the factors are on a GPU; `on_device` then stages them through the GPU in bounded chunks.
 
 `compute` is a function and not a tensor because ZeRO-3 owns that storage: it is looked up at
 every use. Padding never enters: all ranges are within the elements a rank really owns. Nothing here
@@ -14,13 +17,16 @@ knows of ranks, files or updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import api as kernels
+
+# Elements of a host shard that are on the GPU at a time: 64 MiB of a split shard.
+STAGED_ELEMENTS = 16 * 2**20
 
 
 class Shard(Protocol):
@@ -29,8 +35,8 @@ class Shard(Protocol):
     def read(self, start: int, stop: int) -> Tensor:
         """fp32 values of elements [start, stop) of the shard; may alias the storage."""
 
-    def write(self, start: int, stop: int, w: Tensor) -> None:
-        """Stores fp32 values, and their rounding for compute, at [start, stop)."""
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold it, as `kernels.delta_apply_` takes them; for use at once, not to be kept."""
 
     @property
     def nbytes(self) -> int:
@@ -50,10 +56,8 @@ class SplitShard:
         high = self._compute()[start:stop]
         return kernels.merge_fp32(high, self.low[start:stop].to(high.device))
 
-    def write(self, start: int, stop: int, w: Tensor) -> None:
-        high, low = kernels.split_fp32(w)
-        self._compute()[start:stop].copy_(high)
-        self.low[start:stop].copy_(low)
+    def parts(self) -> tuple[Tensor, ...]:
+        return self._compute(), self.low
 
     @property
     def nbytes(self) -> int:
@@ -71,9 +75,8 @@ class Fp32Shard:
     def read(self, start: int, stop: int) -> Tensor:
         return self.master[start:stop]
 
-    def write(self, start: int, stop: int, w: Tensor) -> None:
-        self.master[start:stop].copy_(w)
-        self._compute()[start:stop].copy_(kernels.split_fp32(w)[0])
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.master, self._compute()
 
     @property
     def nbytes(self) -> int:
@@ -90,8 +93,8 @@ class DirectShard:
     def read(self, start: int, stop: int) -> Tensor:
         return self._compute()[start:stop]
 
-    def write(self, start: int, stop: int, w: Tensor) -> None:
-        self._compute()[start:stop].copy_(w)
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self._compute(),)
 
     @property
     def nbytes(self) -> int:
@@ -124,3 +127,45 @@ def _place(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu" and torch.cuda.is_available():
         moved = moved.pin_memory()
     return moved
+
+
+# --- host shards, device factors ------------------------------------------------------------------
+
+
+def on_device(
+    parts: tuple[Tensor, ...], device: torch.device, *, chunk: int = STAGED_ELEMENTS
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yields (offset, parts on `device`) for the caller to change in place.
+
+    Once, and the parts themselves, where all of them are there already. Otherwise chunk by chunk: a part that is
+    elsewhere is copied to the device, and back when the caller asks for the next chunk. 4 bytes per parameter go
+    up and 4 come down for a split shard; nothing is computed on the host. The copies run on the current stream and
+    are complete after the step's fence.
+    """
+    away = [is_elsewhere(part, device) for part in parts]
+    if not any(away):
+        yield 0, parts
+        return
+    numel = parts[0].numel()
+    size = min(chunk, numel)
+    room = [torch.empty(size, dtype=p.dtype, device=device) if a else p for p, a in zip(parts, away, strict=True)]
+    for start in range(0, numel, max(size, 1)):
+        stop = min(start + size, numel)
+        home = [p[start:stop] for p in parts]
+        here = [r[: stop - start] if a else h for r, h, a in zip(room, home, away, strict=True)]
+        copied = [(h, d) for h, d, a in zip(home, here, away, strict=True) if a]
+        for host, staged in copied:
+            staged.copy_(host, non_blocking=True)
+        yield start, tuple(here)
+        for host, staged in copied:
+            host.copy_(staged, non_blocking=True)
+
+
+def staging_bytes(parts: tuple[Tensor, ...], device: torch.device, *, chunk: int = STAGED_ELEMENTS) -> int:
+    """Device bytes that `on_device` allocates."""
+    return sum(min(chunk, p.numel()) * p.element_size() for p in parts if is_elsewhere(p, device))
+
+
+def is_elsewhere(part: Tensor, device: torch.device) -> bool:
+    """Whether a part has to be staged."""
+    return part.device != device

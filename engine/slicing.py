@@ -73,6 +73,11 @@ class SlicePlan:
         first = rank // self.ranks_per_slice * self.slices_per_rank
         return range(first, first + self.slices_per_rank)
 
+    @property
+    def group(self) -> list[int]:
+        """The ranks of this rank's exchange group, in slice order."""
+        return list(range(self.replica, self.world_size, self.ranks_per_slice))
+
     def exchange_groups(self) -> list[list[int]]:
         """For each replica index the ranks that own all slices between them, in slice order."""
         step = self.ranks_per_slice
@@ -124,6 +129,10 @@ class ShardRange:
         size = -(-numel // world_size)
         start = min(rank * size, numel)
         return cls(start, min(start + size, numel), cols)
+
+    def part(self, begin: int, end: int) -> ShardRange:
+        """Elements [begin, end) of this range; less, or nothing, where the range is shorter."""
+        return ShardRange(min(self.start + begin, self.stop), min(self.start + end, self.stop), self.cols)
 
     @property
     def numel(self) -> int:

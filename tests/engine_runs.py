@@ -99,16 +99,16 @@ def losses_in_shards(settings, *, steps, lr, bf16_only=False):
     assert engine.plan.world_size == 1
     start = {t.name: t.shard.read(0, t.rows * t.cols).double() for t in engine.targets}
     deltas = {t.name: torch.zeros(t.rows * t.cols, dtype=torch.float64) for t in engine.targets}
-    order, original = [t.name for t in engine.targets], api.delta_rows
+    order, original = [t.name for t in engine.targets], api.delta_apply_
     calls = []
 
-    def record(*args, **kwargs):
-        change = original(*args, **kwargs)
-        deltas[order[len(calls) % len(order)]] += change.flatten().double()
+    def record(parts, *args, start, scale, second_order, **kwargs):
+        whole = {"start": start, "numel": parts[0].numel(), "second_order": second_order}
+        deltas[order[len(calls) % len(order)]] += scale * api.dense_delta(*args[:4], **whole).double()
         calls.append(1)
-        return change
+        original(parts, *args, start=start, scale=scale, second_order=second_order, **kwargs)
 
-    api.delta_rows = record
+    api.delta_apply_ = record
     for step in range(steps):
         engine.optimizer.param_groups[0]["lr"] = lr
         for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
@@ -129,8 +129,8 @@ class Bf16OnlyShard:
     def read(self, start, stop):
         return self._compute()[start:stop].float()
 
-    def write(self, start, stop, w) -> None:
-        self._compute()[start:stop].copy_(w)
+    def parts(self):
+        return self._compute(), torch.zeros(self._compute().numel(), dtype=torch.int16)
 
     nbytes = 0
 

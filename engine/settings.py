@@ -1,0 +1,81 @@
+"""What a config means on this machine: the checks that need to know ranks and device, and the objects it describes.
+
+Nothing here reads weights or communicates, so that a mistake is told before either.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..kernels import api as kernels
+from . import ds_config, zero3
+from .config import HDPissaConfig
+from .delta import DeltaRule
+from .errors import ConfigError
+from .slicing import SlicePlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_config(
+    config: str | Path | dict, *, lr: float | None = None
+) -> tuple[dict, HDPissaConfig, ds_config.TrainValues]:
+    """Checks a config and fills its "auto" values with `initialize`'s defaults."""
+    raw, hd = ds_config.split_section(ds_config.read_ds_config(config))
+    ds_config.check_ds_config(raw)
+    defaults = ds_config.TrainValues(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=zero3.read_launcher()[1],
+        max_grad_norm=0.0,
+        learning_rate=2e-5 if lr is None else lr,
+        bf16=False,
+        given=frozenset() if lr is None else frozenset({"learning_rate"}),
+    )
+    filled, values = ds_config.fill_auto(raw, defaults)
+    final = ds_config.engine_ds_config(filled)
+    zero3.check_zero_section(final["zero_optimization"])
+    return final, hd, values
+
+
+def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:
+    """The slice plan of this rank; refuses counts that do not divide."""
+    rank, world, _ = zero3.read_launcher()
+    plan = SlicePlan(world if hd.slices == "auto" else hd.slices, world, rank)
+    plan.micro_batches_per_slice(accumulation)
+    return plan
+
+
+def check_kernels(hd: HDPissaConfig) -> None:
+    """Refuses kernels that this machine cannot run.
+
+    Raises:
+        ConfigError: named in the config, and not to be had here.
+    """
+    impl, device = hd.kernels.impl, zero3.device()
+    if hd.delta.precision == "tf32" and (device.type != "cuda" or impl == "torch"):
+        why = "hd_pissa.kernels.impl is torch" if device.type == "cuda" else f"this runs on {device.type}"
+        raise ConfigError(f'hd_pissa.delta.precision is "tf32": needs Triton on a GPU and {why}; set it to "fp32"')
+    fused = hd.kernels.linear == "fused"
+    if fused and impl == "torch":
+        raise ConfigError(
+            'hd_pissa.kernels.linear is "fused" and impl "torch": fused is a Triton kernel; set one to "auto"'
+        )
+    obstacle = kernels._obstacle(torch.empty(0, device=device))
+    if obstacle and (fused or impl == "triton"):
+        key, value = ("impl", "triton") if impl == "triton" else ("linear", "fused")
+        raise ConfigError(f'hd_pissa.kernels.{key} is "{value}": {obstacle}; or set it to "auto"')
+
+
+def make_rule(hd: HDPissaConfig) -> DeltaRule:
+    """The hyper-parameters of the update."""
+    return DeltaRule(
+        betas=hd.adam.betas,
+        eps=hd.adam.eps,
+        second_order=hd.delta.second_order,
+        dtype=DTYPES[hd.delta.dtype],
+        precision=hd.delta.precision,
+        impl=hd.kernels.impl,
+    )
