@@ -1,0 +1,148 @@
+"""What do the slices cost on a CPU? CPU time of forward and backward against the frozen base, in one run.
+
+    python benchmarks/cpu_layers.py [--dtype fp32] [--layers N]
+
+SmolLM2-135M, 1024 tokens (4 × 256), r = 16 on all seven targets of each layer; the input embeddings require grad,
+so that every Linear computes its input gradient. Three variants take turns, each round in another order:
+
+    frozen   the base: forward and input gradient
+    ours     `SliceLinear`: also the gradients of the slices
+    lora     PEFT's LoRA with adapters in the base's dtype and no dropout
+
+The figure is the CPU time of one thread, which is steady where other processes share the cores. Beside it: the
+optimizer step of ours (Adam and update of the exact weights) with one slice and with eight.
+
+--layers N takes the first N decoder layers and leaves the output head away: for CPUs without bf16 arithmetic, where
+the whole model takes minutes. It is the stricter figure, because the head costs all three the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hdpissa.benchmarks import plain_engine, timing
+from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.launch.demo_model import ensure_demo_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+R = 16
+BATCH, LENGTH = 4, 256
+COLUMNS = ("variant", "median s", "least s", "median / frozen", "least / frozen")
+
+
+def load(dtype: torch.dtype, layers: int | None) -> nn.Module:
+    """The model, frozen; cut to its first layers and without head where `layers` says so."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(ensure_demo_model(), dtype=dtype, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    if layers is None:
+        return model.train()
+    model.model.layers = model.model.layers[:layers]
+    return model.model.train()
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """PEFT's LoRA on the same targets."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=R, lora_alpha=R, target_modules=list(DEFAULT_TARGETS), lora_dropout=0.0)
+    return get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+def forward_backward(model: nn.Module, embeds: Tensor, ids: Tensor) -> Callable[[], None]:
+    """One micro-batch of a variant."""
+
+    def run() -> None:
+        x = embeds.clone().requires_grad_()
+        output = model(inputs_embeds=x)
+        if hasattr(output, "logits"):
+            logits = output.logits[:, :-1].flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
+        else:
+            loss = output.last_hidden_state.float().square().mean()
+        loss.backward()
+        assert x.grad is not None
+
+    return run
+
+
+def cpu_seconds(work: Callable[[], None]) -> float:
+    """CPU time of a call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def rounds_of(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Every work once a round, the order rotating; a round before the first one is not counted."""
+    names = list(works)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            spent = cpu_seconds(works[name])
+            if number:
+                seconds[name].append(spent)
+    return seconds
+
+
+def optimizer_seconds(dtype: torch.dtype, layers: int | None, slices: int, embeds: Tensor, ids: Tensor) -> float:
+    """CPU time of an optimizer step, the least of three."""
+    model = load(dtype, layers)
+    optimizer = plain_engine.attach(model, r=R, slices=slices)
+    optimizer.store.grads.normal_(std=1e-3)
+
+    def step() -> None:
+        assert not optimizer.vote(torch.zeros(2, dtype=torch.float64)).refusal
+        optimizer.step()
+
+    return min(cpu_seconds(step) for _ in range(3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dtype = DTYPES[args.dtype]
+    models = {name: load(dtype, args.layers) for name in ("frozen", "ours", "lora")}
+    plain_engine.attach(models["ours"], r=R)
+    models["lora"] = with_lora(models["lora"])
+    embedding = models["frozen"].get_input_embeddings()
+    ids = torch.randint(0, embedding.num_embeddings, (BATCH, LENGTH))
+    embeds = embedding(ids).detach()
+    seconds = rounds_of({name: forward_backward(m, embeds, ids) for name, m in models.items()}, args.rounds)
+    base_median, base_least = statistics.median(seconds["frozen"]), min(seconds["frozen"])
+
+    def row(name: str, median: float, least: float) -> dict[str, object]:
+        ratios = {"median / frozen": median / base_median, "least / frozen": least / base_least}
+        return {"variant": name, "median s": median, "least s": least, **ratios}
+
+    rows = [row(name, statistics.median(spent), min(spent)) for name, spent in seconds.items()]
+    for slices in (1, 8):
+        spent = optimizer_seconds(dtype, args.layers, slices, embeds, ids)
+        rows.append(row(f"optimizer step of ours, S = {slices}", spent, spent))
+    depth = "whole model" if args.layers is None else f"{args.layers} layers without head"
+    native = "has" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "has no"
+    note = (
+        f"SmolLM2-135M ({depth}), {args.dtype}, {BATCH * LENGTH} tokens, r = {R} on all seven targets: CPU time of "
+        f"forward + backward, {args.rounds} rounds in rotating order, one thread of a CPU that {native} bf16 "
+        f"instructions. Limits: ours / frozen at most 1.15, and less than lora / frozen."
+    )
+    timing.write(f"cpu_layers_{args.dtype}", rows, COLUMNS, note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Our layers and optimizer on a plain model, without DeepSpeed: for timing them alone, on one device.
+
+The same parts as `hdpissa.engine.initialize` puts together, with random slices: what a product costs does
+not depend on its numbers, and decomposing a 7B model takes minutes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdpissa.engine import adapt, settings
+from hdpissa.engine.buckets import make_buckets
+from hdpissa.engine.config import HDPissaConfig
+from hdpissa.engine.exchange import FactorExchange, choose_kinds
+from hdpissa.engine.factors import FactorStore
+from hdpissa.engine.optimizer import SliceOptimizer
+from hdpissa.engine.shards import make_shard
+from hdpissa.engine.slicing import SlicePlan
+
+
+def random_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> adapt.InitReport:
+    """Stands in for `adapt.compute_slices`: entries of the size that those of a real weight's slices have."""
+    for bucket in store.buckets:
+        A, B = (torch.empty(n, device=store.grads.device).normal_(std=0.02) for n in (bucket.numel_A, bucket.numel_B))
+        store.fill(bucket, A, B, exchange)
+    return adapt.InitReport()
+
+
+def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> SliceOptimizer:
+    """Turns the model's targets into SliceLinears over their own weights, and returns what steps them.
+
+    Args:
+        model: whole, on one device; it is frozen and put into training mode.
+        section: more of the config's `hd_pissa`.
+    """
+    hd = HDPissaConfig.from_dict({"r": r, **section})
+    plan = SlicePlan(slices, world_size=1, rank=0)
+    adapt.freeze(model)
+    targets = adapt.find_targets(model, hd, plan)
+    for target in targets:
+        flat = target.param.data.view(-1)
+        target.shard = make_shard(lambda flat=flat: flat, flat.float(), format="split", device="auto")
+    choose_kinds(targets, plan, hd.delta.exchange)
+    rule = settings.make_rule(hd)
+    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
+    store = FactorStore(plan, buckets, flat.device, impl=hd.kernels.impl, linear=hd.kernels.linear)
+    exchange = FactorExchange(plan)
+    random_slices(store, exchange)
+    adapt.install(targets, store)
+    model.train()
+    return SliceOptimizer(store, exchange, rule, lr=2e-5)
