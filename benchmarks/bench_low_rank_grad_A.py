@@ -1,0 +1,26 @@
+"""How fast is grad A += qᵀ x against torch, and against reading x once?
+
+python benchmarks/bench_low_rank_grad_A.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hdpissa.benchmarks.thin_products import Layer, compare
+from hdpissa.kernels import api
+
+
+def call(layer: Layer, impl: str):
+    """Both passes of the kernel."""
+    grad, q = torch.zeros_like(layer.A), torch.randn(len(layer.x), layer.r, device=layer.x.device).to(layer.x.dtype)
+    return lambda: api.low_rank_grad_A_([grad], [q], layer.x, impl=impl)
+
+
+if __name__ == "__main__":
+    compare(
+        "bench_low_rank_grad_A",
+        "grad A += qᵀ x; the least traffic is one reading of x, grad A read and written.",
+        call,
+        lambda layer: layer.x.nbytes + 2 * layer.A.nbytes,
+    )

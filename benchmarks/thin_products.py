@@ -1,0 +1,68 @@
+"""What the low-rank kernels' benchmarks share: real layers at 8k tokens, kernel beside torch, bytes beside time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdpissa.benchmarks import shapes, timing
+
+TOKENS = 8192
+RANKS = (16, 64)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Random bf16 operands of one Linear: x (T × I), dy (T × O), W (O × I); fp32 A (R × I), B (O × R)."""
+
+    name: str
+    r: int
+    x: Tensor
+    dy: Tensor
+    W: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def layers(tokens: int = TOKENS) -> Iterator[Layer]:
+    """Every distinct Linear of the two Llamas, for every rank."""
+    device = timing.need_gpu()
+
+    def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
+    for shape in (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B):
+        x, dy, W = random(tokens, shape.cols), random(tokens, shape.rows), random(shape.rows, shape.cols)
+        for r in RANKS:
+            A, B = random(r, shape.cols, dtype=torch.float32), random(shape.rows, r, dtype=torch.float32)
+            yield Layer(f"{shape.name} {shape.rows}x{shape.cols}", r, x, dy, W, A, B)
+
+
+COLUMNS = ["layer", "r", "triton ms", "torch ms", "torch / triton", "least bytes MB", "% of copy bandwidth"]
+
+
+def compare(
+    name: str,
+    note: str,
+    calls: Callable[[Layer, str], Callable[[], object]],
+    nbytes: Callable[[Layer], int],
+) -> None:
+    """Times `calls(layer, impl)` for both implementations over all layers and writes the table.
+
+    Args:
+        nbytes: what the operation has to read and write at least, each operand once.
+    """
+    bandwidth = timing.copy_bandwidth()
+    rows = []
+    for layer in layers():
+        times = {impl: timing.median_ms(calls(layer, impl)) for impl in ("triton", "torch")}
+        moved = nbytes(layer)
+        rows.append({
+            "layer": layer.name, "r": layer.r, "triton ms": times["triton"], "torch ms": times["torch"],
+            "torch / triton": times["torch"] / times["triton"], "least bytes MB": moved / 1e6,
+            "% of copy bandwidth": 100 * moved / (times["triton"] * 1e-3) / bandwidth,
+        })  # fmt: skip
+    timing.write(name, rows, COLUMNS, f"{note} {TOKENS} tokens, bf16; copy bandwidth {bandwidth / 1e12:.2f} TB/s.")
