@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hdpissa.engine import delta, shards
 from hdpissa.engine.delta import DeltaRule
-from hdpissa.engine.shards import DirectShard, Fp32Shard, SplitShard, make_shard
+from hdpissa.engine.shards import DirectShard, Fp32Shard, SplitShard, make_shard, on_device, staging_bytes
 from hdpissa.engine.slicing import ShardRange
+from hdpissa.kernels import api as kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -52,8 +54,19 @@ class RoundedShard:
     def read(self, start, stop):
         return self._compute()[start:stop].float()
 
-    def write(self, start, stop, w):
-        self._compute()[start:stop].copy_(w)
+    def parts(self):
+        return self._compute(), torch.zeros(self._compute().numel(), dtype=torch.int16)
+
+
+def no_bad() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32)
+
+
+def subtract(shard, change: torch.Tensor) -> float:
+    """W ← W − change on the whole shard; returns how many results were not finite."""
+    bad = no_bad()
+    kernels.shard_subtract_(shard.parts(), change, bad, scale=1.0)
+    return bad.item()
 
 
 def shard_of(kind: str, exact: torch.Tensor):
@@ -87,41 +100,39 @@ def test_reads_back_what_it_was_given(kind):
 
 
 @every_kind
-def test_writes_its_range_and_nothing_else(kind):
+def test_parts_are_the_storage(kind):
+    """What a kernel does to the parts is what `read` and ZeRO-3 see from then on."""
     w = awkward()
     shard, storage = shard_of(kind, w)
-    before = storage().clone()
-    new = w.flip(0)[7:20].clone()
-    shard.write(7, 20, new)
-    expected = torch.cat([w[:7], new, w[20:]])
+    parts = shard.parts()
+    assert [p.dtype for p in parts] == {"split": [BF16, torch.int16], "fp32": [FP32, BF16]}.get(kind, [FP32])
+    assert any(p.data_ptr() == storage().data_ptr() for p in parts)
+    assert subtract(shard, torch.ones_like(w)) == 2, "the infinities"
+    expected = torch.where(w.isfinite(), w - 1, w)
     assert torch.equal(bits(shard.read(0, w.numel())), bits(expected))
-    assert torch.equal(storage()[:7], before[:7])
-    assert torch.equal(storage()[20:], before[20:])
-    shard.write(3, 3, new[:0])
-    assert torch.equal(bits(shard.read(0, w.numel())), bits(expected))
+    assert torch.equal(
+        storage().float(), expected if storage().dtype == FP32 else kernels.split_fp32(expected)[0].float()
+    )
 
 
 @every_kind
-def test_given_and_written_tensors_stay_the_callers(kind):
-    w, new = values(12), values(5, seed=1)
+def test_the_given_tensor_stays_the_callers(kind):
+    w = values(12)
     kept = w.clone()
     shard, _ = shard_of(kind, w)
-    shard.write(2, 7, new)
-    expected = torch.cat([kept[:2], new, kept[7:]])
     w.fill_(7.0)
-    new.fill_(7.0)
-    assert torch.equal(shard.read(0, 12), expected)
+    assert torch.equal(shard.read(0, 12), kept)
 
 
 @every_kind
 def test_compute_half_is_the_rounded_value(kind):
     """Model code computes with W rounded to nearest; only exact ties may differ, up instead of to even."""
     w = torch.cat([awkward(), values(10_000, seed=2)])
-    shard, storage = shard_of(kind, torch.zeros_like(w))
     initial, _ = shard_of(kind, w)
-    shard.write(0, w.numel(), w)
+    shard, storage = shard_of(kind, w)
+    subtract(shard, torch.zeros_like(w))
     half = storage()
-    assert torch.equal(half, initial._compute()), "the constructor and write must round alike"
+    assert torch.equal(half, initial._compute()), "the constructor and the kernels must round alike"
     expected = w.to(half.dtype)
     if half.dtype == torch.float32:
         assert torch.equal(half, expected)
@@ -141,9 +152,9 @@ def test_looks_the_storage_up_at_every_use(kind):
     old = storage.tensor
     storage.tensor = old.clone()
     kept = old.clone()
-    shard.write(4, 8, torch.arange(4.0))
-    assert storage()[4:8].tolist() == [0, 1, 2, 3]
-    assert shard.read(4, 8).tolist() == [0, 1, 2, 3]
+    subtract(shard, w - torch.arange(16.0))
+    assert storage().tolist() == pytest.approx(range(16), abs=1e-6)
+    assert shard.read(0, 16).tolist() == pytest.approx(range(16), abs=1e-6)
     assert torch.equal(old, kept)
 
 
@@ -151,17 +162,17 @@ def test_looks_the_storage_up_at_every_use(kind):
 def test_empty_shard(kind):
     shard, _ = shard_of(kind, values(0))
     assert shard.read(0, 0).shape == (0,)
-    shard.write(0, 0, values(0))
+    subtract(shard, values(0))
     assert shard.nbytes == 0
 
 
 def drift(make) -> torch.Tensor:
-    """Weights around 1 after 1000 updates of 1e-6, in steps of read, subtract, write."""
+    """What 1000 updates of 1e-6 do to weights around 1."""
     start = 1 + 0.1 * values(64)
     storage = Storage(64, KINDS["split"][1])
     shard = make(storage, start, CPU)
     for _ in range(1000):
-        shard.write(0, 64, shard.read(0, 64) - 1e-6)
+        subtract(shard, torch.full((64,), 1e-6))
     return shard.read(0, 64) - start
 
 
@@ -196,17 +207,17 @@ def dense(scale: float, second_order: bool) -> torch.Tensor:
     return W - scale * change
 
 
-def applied(kind: str, world: int, *, scale=0.5, second_order=True, **options) -> torch.Tensor:
+def applied(kind: str, world: int, *, scale=0.5, second_order=True) -> torch.Tensor:
     """W after every rank of `world` has applied the delta to its own shard."""
-    parts = []
+    parts, bad = [], no_bad()
     for rank in range(world):
         owned = ShardRange.of(rank, world, ROWS, COLS)
         shard, _ = shard_of(kind, W.flatten()[owned.start : owned.stop].clone())
         rows = slice(owned.row_start, owned.row_stop)
-        DeltaRule(second_order=second_order).apply(
-            shard, owned, (A, B[rows]), (DA, DB[rows]), scale=scale, **options
-        )  # fmt: skip
+        rule = DeltaRule(second_order=second_order)
+        rule.apply(shard, owned, (A, B[rows]), (DA, DB[rows]), bad, scale=scale)
         parts.append(shard.read(0, owned.numel).clone())
+    assert not bad.item()
     return torch.cat(parts).view(ROWS, COLS)
 
 
@@ -225,37 +236,99 @@ def test_delta_scale_and_order(scale, second_order):
     assert not torch.equal(expected, dense(scale, not second_order))
 
 
-@pytest.mark.parametrize("world", [1, 3, 4])
-@pytest.mark.parametrize("block_elements", [1, COLS, COLS + 1, 2 * COLS, 3 * COLS - 1, 10**6])
-def test_delta_does_not_depend_on_the_block(block_elements, world):
-    """From one row at a time (also where even a row is larger than the block) to all at once."""
-    assert torch.equal(applied("split", world, block_elements=block_elements), dense(0.5, True))
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """Counts the calls of `delta_apply_`."""
+    calls = []
+    whole = kernels.delta_apply_
+
+    def counted(*args, **options):
+        calls.append(args[0][0].numel())
+        whole(*args, **options)
+
+    monkeypatch.setattr(delta.kernels, "delta_apply_", counted)
+    return calls
 
 
-def test_block_bounds_the_temporary(monkeypatch):
-    """The change of W is never materialised for more than the block's rows."""
-    from hdpissa.engine import delta
-
-    seen = []
-    whole = delta.kernels.delta_rows
-
-    def recorded(*args, **options):
-        seen.append(whole(*args, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(delta.kernels, "delta_rows", recorded)
-    applied("split", 1, block_elements=2 * COLS)
-    assert [len(change) for change in seen] == [2, 2, 2, 1]
+def test_one_kernel_per_shard(one_kernel):
+    applied("split", 3)
+    assert one_kernel == [12, 12, 11]
 
 
-def test_rank_without_elements_does_nothing(monkeypatch):
-    from hdpissa.engine import delta
-
-    monkeypatch.setattr(delta.kernels, "delta_rows", None)  # would raise if called
+def test_rank_without_elements_does_nothing(one_kernel):
     owned = ShardRange.of(15, 16, ROWS, COLS)
     assert owned.rows == 0
     shard, _ = shard_of("split", values(0))
-    DeltaRule().apply(shard, owned, (A, B[:0]), (DA, DB[:0]), scale=1.0)
+    DeltaRule().apply(shard, owned, (A, B[:0]), (DA, DB[:0]), no_bad(), scale=1.0)
+    assert one_kernel == []
+
+
+@every_kind
+def test_what_is_not_finite_is_counted_and_not_written(kind):
+    """An infinite factor spoils its row: those weights stay, the others move, and all of them are counted."""
+    spoilt = DB.clone()
+    spoilt[2, 1] = torch.inf
+    owned, bad = ShardRange.of(0, 1, ROWS, COLS), no_bad()
+    shard, _ = shard_of(kind, W.flatten().clone())
+    DeltaRule().apply(shard, owned, (A, B), (DA, spoilt), bad, scale=0.5)
+    found, expected = shard.read(0, owned.numel).view(ROWS, COLS), dense(0.5, True)
+    assert bad.item() == COLS
+    assert torch.equal(found[2], W[2])
+    others = [row for row in range(ROWS) if row != 2]
+    assert torch.equal(found[others], expected[others])
+
+
+# --- shards on the host, factors on the device: the same code path on one device, by force ---------------------
+
+
+def test_nothing_is_staged_where_all_is_at_hand():
+    parts = (values(5), values(5))
+    assert [(at, [p is q for p, q in zip(parts, here, strict=True)]) for at, here in on_device(parts, CPU)] == [
+        (0, [True, True])
+    ]
+    assert staging_bytes(parts, CPU) == 0
+
+
+@pytest.mark.parametrize("away", [{torch.int16}, {BF16}, {BF16, torch.int16}, {FP32}, {FP32, BF16}])
+@pytest.mark.parametrize("chunk", [1, COLS - 1, COLS, 2 * COLS + 1, 10**6])
+@pytest.mark.parametrize("world", [1, 3])
+def test_staged_shards_change_no_bit(monkeypatch, away, chunk, world):
+    """One part elsewhere or all of them, chunks that cut rows: the result is that of one kernel over the shard."""
+    expected = {kind: applied(kind, world) for kind in KINDS}
+    staged = []
+    whole = shards.on_device
+
+    def forced(parts, device):
+        for at, here in whole(parts, device, chunk=chunk):
+            staged.extend(h.numel() for h, p in zip(here, parts, strict=True) if h.data_ptr() != p[at:].data_ptr())
+            yield at, here
+
+    monkeypatch.setattr(shards, "is_elsewhere", lambda part, device: part.dtype in away)
+    monkeypatch.setattr(delta, "on_device", forced)
+    for kind in KINDS:
+        assert torch.equal(applied(kind, world), expected[kind]), kind
+    assert staged
+    assert max(staged) <= chunk
+    parts = shard_of("split", values(9))[0].parts()
+    wanted = sum(2 * min(chunk, 9) for p in parts if p.dtype in away)
+    assert staging_bytes(parts, CPU, chunk=chunk) == wanted
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 100])
+@pytest.mark.parametrize("away", [True, False])
+def test_staged_dense_delta(monkeypatch, chunk, away):
+    """`subtract` on a part of a shard, staged or not."""
+    whole = shards.on_device
+    monkeypatch.setattr(shards, "is_elsewhere", lambda part, device: away)
+    monkeypatch.setattr(delta, "on_device", lambda parts, device: whole(parts, device, chunk=chunk))
+    shard, _ = shard_of("split", values(12))
+    DeltaRule().subtract(shard, 3, torch.arange(5.0), no_bad(), scale=2.0)
+    expected = values(12)
+    expected[3:8] -= 2 * torch.arange(5.0)
+    assert torch.equal(shard.read(0, 12), expected)
+
+
+# --- Adam -----------------------------------------------------------------------------------------------------
 
 
 def test_adam_gets_the_rules_numbers():
