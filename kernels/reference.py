@@ -12,6 +12,7 @@ They import neither `engine` nor `torch.distributed`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -49,12 +50,26 @@ def merge_fp32(high_N: Tensor, low_N: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 instructions; torch emulates them elsewhere, 2 to 10 times slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _thin(a: Tensor, b: Tensor) -> Tensor:
+    """a b with a thin operand, in a's dtype; bf16 by way of fp32 where that is the fast path (same roundings)."""
+    b = b.to(a.dtype)
+    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and not _cpu_multiplies_bf16():
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
+
+
 def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
     """p = x Aᵀ (T × R) in x's dtype: all that the forward pass owes the slice.
 
     Example: x = [[1, 2]], A = [[3, 4]] → p = [[11]].
     """
-    return x_TI @ A_RI.to(x_TI.dtype).t()
+    return _thin(x_TI, A_RI.t())
 
 
 def low_rank_grad_B_(
@@ -69,8 +84,8 @@ def low_rank_grad_B_(
 
     Example: dy = [[2]], p = [[11]], B = [[5]], grad B = [[1]] → q = [[10]], grad B = [[23]].
     """
-    grad_B_OR.add_(dy_TO.t() @ p_TR)
-    return dy_TO @ B_OR.to(dy_TO.dtype) if q_TR is None else q_TR
+    grad_B_OR.add_(_thin(p_TR.t(), dy_TO).t())  # this way round the long operand is read along its rows
+    return _thin(dy_TO, B_OR) if q_TR is None else q_TR
 
 
 def low_rank_grad_A_(grad_As: Sequence[Tensor], qs: Sequence[Tensor], x_TI: Tensor) -> None:
@@ -82,7 +97,7 @@ def low_rank_grad_A_(grad_As: Sequence[Tensor], qs: Sequence[Tensor], x_TI: Tens
     Example: q = [[10]], x = [[1, 2]], grad A = [[1, 1]] → grad A = [[11, 21]].
     """
     for grad_A_RI, q_TR in zip(grad_As, qs, strict=True):
-        grad_A_RI.add_(q_TR.t() @ x_TI)
+        grad_A_RI.add_(_thin(q_TR.t(), x_TI))
 
 
 def fused_linear(x_TI: Tensor, W_OI: Tensor, A_RI: Tensor, bias_O: Tensor | None = None) -> tuple[Tensor, Tensor]:
