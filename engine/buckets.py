@@ -93,7 +93,8 @@ class Bucket:
             rows = [t.own_range(self.plan).rows for t in self.targets]
             sent = sum(t.ranges[rank].rows * t.r for t in self.targets for rank in self.plan.group)
             return _factor_bytes(self.targets, self.plan, rows, sent * self.plan.slices_per_rank, itemsize)
-        return max(_dense_bytes(self.targets, pieces, self.plan, itemsize) for pieces in self.rounds or ())
+        group = self.plan.group
+        return max(_dense_bytes(self.targets, pieces, self.plan, itemsize, group) for pieces in self.rounds or ())
 
 
 def make_buckets(targets: Sequence[Target], plan: SlicePlan, bucket_bytes: int, itemsize: int = 4) -> list[Bucket]:
@@ -148,21 +149,30 @@ def _factor_bytes(targets: Sequence[Target], plan: SlicePlan, rows: list[int], s
     return itemsize * (received + max(delta + sent, one_A + one_B))
 
 
-def _dense_bytes(targets: Sequence[Target], pieces: Sequence[Piece], plan: SlicePlan, itemsize: int) -> int:
-    """See `Bucket.buffer_bytes`; follows `optimizer._step_dense`. Δ is fp32 whatever the wire."""
+def _dense_bytes(
+    targets: Sequence[Target], pieces: Sequence[Piece], plan: SlicePlan, itemsize: int, members: Sequence[int] = ()
+) -> int:
+    """See `Bucket.buffer_bytes`; follows `optimizer._step_dense`. Δ is fp32 whatever the wire.
+
+    Args:
+        members: ranks whose parts are formed one by one; empty for a bound that holds on every rank alike.
+    """
     size = sum(p.size for p in pieces)
     delta = 4 * sum(t.factor_numel(plan.slices_per_rank) for t in targets)
     received = itemsize * size if plan.group_size > 1 else 0
-    return delta + itemsize * plan.group_size * size + max(received, *(_block_bytes(p, plan, itemsize) for p in pieces))
+    block = max(_block_bytes(p, plan, itemsize, members) for p in pieces)
+    return delta + itemsize * plan.group_size * size + max(received, block)
 
 
-def _block_bytes(piece: Piece, plan: SlicePlan, itemsize: int) -> int:
+def _block_bytes(piece: Piece, plan: SlicePlan, itemsize: int, members: Sequence[int]) -> int:
     """One dense block of the own slices, and B and ΔB with several slices side by side."""
-    target = piece.target
-    whole = piece.is_whole(plan)
-    numel = target.rows * target.cols if whole else max(piece.of(rank).numel for rank in plan.group)
-    rows = target.rows if whole else max(piece.of(rank).rows for rank in plan.group)
-    own = plan.slices_per_rank
+    target, own = piece.target, plan.slices_per_rank
+    if piece.is_whole(plan):
+        numel, rows = target.rows * target.cols, target.rows
+    elif members:
+        numel, rows = max(piece.of(m).numel for m in members), max(piece.of(m).rows for m in members)
+    else:
+        numel, rows = piece.size, min(target.rows, -(-piece.size // target.cols) + 1)
     return itemsize * numel + (2 * 4 * rows * own * target.r if own > 1 else 0)
 
 
