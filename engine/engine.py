@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, ds_config, export, pretrained, zero3
+from . import adapt, ds_config, export, pretrained, sharded_load, zero3
 from .buckets import make_buckets
 from .config import HDPissaConfig
 from .errors import ConfigError
@@ -350,7 +350,8 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     settings, hd, values = resolve_config(config)
     make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
     check_kernels(hd)
-    return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
+    with sharded_load.reading_own_rows():
+        return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 
 
 def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan) -> dict[int, Tensor]:

@@ -26,9 +26,9 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = [
-    ["errors", "config", "slicing", "svd", "bounds", "delta", "shards", "targets", "buckets", "prompts"],
-    ["zero3", "layer", "exchange", "data", "metrics", "batches", "ds_config"],
-    ["settings", "factors", "adapt", "optimizer", "export", "pretrained", "evaluate"],
+    ["errors", "config", "slicing", "krylov", "svd", "bounds", "delta", "shards", "targets", "buckets", "prompts"],
+    ["zero3", "shared_input", "layer", "exchange", "data", "metrics", "batches", "ds_config"],
+    ["settings", "factors", "adapt", "optimizer", "export", "pretrained", "sharded_load", "evaluate"],
     ["engine"],
 ]
 FLOOR = {f"engine.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
