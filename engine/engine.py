@@ -141,6 +141,7 @@ class HDPissaEngine:
         if self._micro == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
         scaled = self.ds.backward(loss)
+        self.optimizer.store.end_of_backward()
         self._loss += loss.detach()
         self._micro += 1
         return scaled

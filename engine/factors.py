@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import api as kernels
+from ..kernels.available import uses_triton
 from .buckets import Bucket
 from .exchange import FactorExchange
 from .layer import ActiveSlice, LayerFactors
+from .shared_input import SharedInputs
 from .slicing import SlicePlan
 from .targets import Target
 
@@ -31,6 +33,7 @@ class FactorStore:
         A: per target the fixed A, of all slices (Q × I) or, for a dense one, of the own ones (own · R × I).
         B_rows: per factor target (C × Q), the fixed B of all slices on the own shard.
         layers: per target what its `SliceLinear` modules read.
+        inputs: the groups of Linears that share an input; None where Triton does not run.
 
     Args:
         impl, linear: of the kernels, for `LayerFactors`.
@@ -54,7 +57,11 @@ class FactorStore:
         self.A: dict[str, Tensor] = {}
         self.B_rows: dict[str, Tensor] = {}
         self.active = ActiveSlice()
-        self.layers = {t.name: LayerFactors(self.active, impl=impl, linear=linear) for t in self.targets}
+        # One reading of x for all that share it pays where the kernels are bound by that reading.
+        self.inputs = SharedInputs(impl) if uses_triton(self.grads, impl) else None
+        self.layers = {
+            t.name: LayerFactors(self.active, impl=impl, linear=linear, inputs=self.inputs) for t in self.targets
+        }
 
     def fill(self, bucket: Bucket, own_A: Tensor, own_B: Tensor, exchange: FactorExchange) -> None:
         """Takes the fixed factors of a bucket's own slices and fetches the peers' parts; collective.
@@ -97,6 +104,11 @@ class FactorStore:
     def leaves(self) -> list[Tensor]:
         """All leaves, A before B, target by target."""
         return [leaf for layer in self.layers.values() for leaf in (*layer.A, *layer.B)]
+
+    def end_of_backward(self) -> None:
+        """Gradients that wait for a neighbour's are finished without it; see `SharedInputs.flush`."""
+        if self.inputs is not None:
+            self.inputs.flush()
 
     def unreached(self) -> list[str]:
         """Targets that no backward pass has reached yet."""

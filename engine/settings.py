@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import api as kernels
+from ..kernels.available import obstacle
 from . import ds_config, zero3
 from .config import HDPissaConfig
 from .delta import DeltaRule
 from .errors import ConfigError
+from .layer import FUSED_MOST_R
 from .slicing import SlicePlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,10 +64,15 @@ def check_kernels(hd: HDPissaConfig) -> None:
         raise ConfigError(
             'hd_pissa.kernels.linear is "fused" and impl "torch": fused is a Triton kernel; set one to "auto"'
         )
-    obstacle = kernels._obstacle(torch.empty(0, device=device))
-    if obstacle and (fused or impl == "triton"):
+    widest = max(hd.r, *hd.rank_pattern.values()) if hd.rank_pattern else hd.r
+    if fused and widest > FUSED_MOST_R:
+        raise ConfigError(
+            f'hd_pissa.kernels.linear is "fused" and r is {widest}: fused takes {FUSED_MOST_R} at most; set it to "auto"'
+        )
+    problem = obstacle(torch.empty(0, device=device))
+    if problem and (fused or impl == "triton"):
         key, value = ("impl", "triton") if impl == "triton" else ("linear", "fused")
-        raise ConfigError(f'hd_pissa.kernels.{key} is "{value}": {obstacle}; or set it to "auto"')
+        raise ConfigError(f'hd_pissa.kernels.{key} is "{value}": {problem}; or set it to "auto"')
 
 
 def make_rule(hd: HDPissaConfig) -> DeltaRule:

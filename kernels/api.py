@@ -12,46 +12,27 @@ A named implementation is used or refused in words, never replaced in silence.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from . import reference
+from .available import obstacle, uses_triton
 
 Impl = Literal["auto", "triton", "torch"]
 IMPLEMENTATIONS: tuple[str, ...] = ("triton", "torch")
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _obstacle(tensor: Tensor) -> str | None:
-    """Why Triton cannot take this tensor; None when it can."""
-    if not _has_triton():
-        return "triton is not installed; pip install triton"
-    if tensor.dtype == torch.float64:
-        return "float64 is for the torch version only"
-    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {tensor.device.type}, Triton needs a GPU (or TRITON_INTERPRET=1, to test numbers)"
-    return None
-
-
 def _choose(name: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl={impl!r} for {name}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if impl == "torch" or (impl == "auto" and (tensor.device.type != "cuda" or _obstacle(tensor))):
+    if not uses_triton(tensor, impl):
         return getattr(reference, name)
-    obstacle = _obstacle(tensor)
-    if obstacle:
-        raise ValueError(f"impl='triton' for {name}: {obstacle}; or use impl='torch' or 'auto'")
+    problem = obstacle(tensor)
+    if problem:
+        raise ValueError(f"impl='triton' for {name}: {problem}; or use impl='torch' or 'auto'")
     return getattr(import_module(f".{name.rstrip('_')}", __package__), name)
 
 

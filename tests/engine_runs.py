@@ -24,18 +24,24 @@ def train_tiny(
     checkpointing=False,
     eval_between=False,
     poison=None,
+    poison_with=float("nan"),
+    staged=False,
     after=None,
     only_ours=None,
 ):
     """Trains a tiny Llama; returns losses, weights (rank 0), and what the steps reported.
 
     Args:
-        poison: (rank, step): that rank's loss is multiplied by nan in that step.
+        lr: one for all steps, or a list.
+        staged: W is treated as if it were on another device than the factors.
+        poison: (rank, step): that rank's loss is multiplied by `poison_with` in that step.
         only_ours: (release,): DeepSpeed's own step is left out, and `release_gathered` too unless `release`.
         after: called with the engine at the end; its result is returned too.
     """
-    from hdpissa.engine import initialize, zero3
+    from hdpissa.engine import initialize, shards, zero3
 
+    if staged:
+        shards.is_elsewhere = lambda part, device: True
     net = build(model)
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
@@ -46,24 +52,62 @@ def train_tiny(
     accumulation = engine.gradient_accumulation_steps()
     results, forward_losses = [], []
     for step in range(steps):
-        engine.optimizer.param_groups[0]["lr"] = lr
+        engine.optimizer.param_groups[0]["lr"] = lr[step] if isinstance(lr, list) else lr
         for slice_id, micro in engine.plan.schedule(accumulation):
             loss = engine(**tiny_batch(step, slice_id, micro)).loss
             if poison == (dist.get_rank(), step):
-                loss = loss * float("nan")
+                loss = loss * poison_with
             engine.backward(loss)
             results.append(engine.step())
         if eval_between:
             forward_losses.append(eval_loss(engine))
     assert [r is not None for r in results] == ([False] * (accumulation - 1) + [True]) * steps
     results = [r for r in results if r is not None]
+    plan = engine.exchange_plan()
+    assert {(r.bytes_sent, r.collectives) for r in results if r.applied} == {(plan.bytes_per_step, plan.collectives)}
     return {
+        "plan": plan,
         "losses": [r.loss for r in results],
         "steps": results,
         "eval": forward_losses,
         "weights": whole_weights(engine),
         "after": after(engine) if after else None,
     }
+
+
+def spoil_delta(optimizer) -> None:
+    """The next Δ that the optimizer computes has a nan in it."""
+    original = optimizer._adam
+
+    def spoilt(bucket, dtype):
+        delta = original(bucket, dtype)
+        delta[:1] = float("nan")
+        optimizer._adam = original
+        return delta
+
+    optimizer._adam = spoilt
+
+
+def lost_weights(settings, *, steps, step, export_to=None):
+    """What a nan of rank 0's Δ in `step` leads to: (steps that returned, message, weights before and
+    after on rank 0)."""
+    from hdpissa.engine import initialize
+
+    engine = initialize(model=build({}), config=settings)
+    before, done = whole_weights(engine), 0
+    try:
+        for at in range(steps):
+            if dist.get_rank() == 0 and at == step:
+                spoil_delta(engine.optimizer)
+            for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
+                engine.backward(engine(**tiny_batch(at, slice_id, micro)).loss)
+                engine.step()
+            done += 1
+        if export_to:
+            engine.export(export_to)
+    except RuntimeError as error:
+        return done, str(error), before, whole_weights(engine)
+    return done, None, before, whole_weights(engine)
 
 
 def eval_loss(engine) -> float:
@@ -245,9 +289,21 @@ def write_error(settings, folder, *, how=None):
     return None
 
 
+def groups_of(engine):
+    """Names of the leaders of shared inputs → names of their followers, as the engine has learned them."""
+    store = engine.optimizer.store
+    names = {id(factors): name for name, factors in store.layers.items()}
+    return {names[leader]: [names[id(f)] for f in others] for leader, others in store.inputs.followers.items()}
+
+
 def ranks_of(engine):
     """Module suffix → r."""
     return {t.name.rsplit(".", 1)[-1]: t.r for t in engine.targets}
+
+
+def kinds(engine):
+    """Module suffix → how its update travels."""
+    return {t.name.rsplit(".", 1)[-1]: t.kind for t in engine.targets}
 
 
 def counts(engine):

@@ -9,7 +9,7 @@ import torch
 from tensors import BF16, F64, error, randn
 from torch import nn
 
-from hdpissa.kernels import api, reference
+from hdpissa.kernels import api, available, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,7 +165,7 @@ def test_triton_is_refused_for_float64_and_without_triton(monkeypatch):
     with pytest.raises(ValueError, match="float64 is for the torch version only"):
         api.low_rank_forward(x, x, impl="triton")
     assert torch.equal(api.low_rank_forward(x, x), x @ x.T)
-    monkeypatch.setattr(api, "_has_triton", lambda: False)
+    monkeypatch.setattr(available, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed; pip install triton"):
         api.low_rank_forward(x.float(), x.float(), impl="triton")
 
