@@ -135,6 +135,7 @@ class Stepped:
         sent, collectives: counted; predicted_*: as the cost model has them.
         buffers: most bytes that were alive at any collective or kernel beside the state; predicted_buffers: what
             `buffer_bytes` says.
+        factor_bytes: of the fixed factors held.
         buckets, rounds: how many.
     """
 
@@ -146,6 +147,7 @@ class Stepped:
     predicted_collectives: int
     buffers: int
     predicted_buffers: int
+    factor_bytes: int
     buckets: int
     rounds: int
 
@@ -192,6 +194,7 @@ def _step(case: StepCase) -> Stepped:
         predicted_collectives=optimizer.collectives,
         buffers=watch.peak,
         predicted_buffers=optimizer.buffer_bytes,
+        factor_bytes=store.nbytes_factors,
         buckets=len(store.buckets),
         rounds=sum(len(b.rounds) for b in store.buckets),
     )

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_runs import counts, losses_in_shards, measure_memory, one_step_change, raises, ranks_of, train_tiny
+from engine_runs import (
+    counts,
+    kinds,
+    losses_in_shards,
+    lost_weights,
+    measure_memory,
+    one_step_change,
+    raises,
+    ranks_of,
+    train_tiny,
+)
 from oracle import Oracle
 from ranks import run_ranks
 from tiny import SEVEN, build, ds_settings, target_names, tiny_batch, tiny_llama
@@ -34,19 +44,67 @@ def relative(weights, reference):
     return max(((weights[n].double() - w).norm() / w.norm()).item() for n, w in reference.items())
 
 
+LADDER = [(4, 1, 2), (4, 2, 2), (4, 4, 2), (2, 4, 2), (2, 4, 4), (1, 1, 1), (3, 3, 1), (1, 4, 4)]
+
+
 @pytest.mark.parametrize(
-    ("slices", "world_size", "per_slice"),
-    [(4, 1, 2), (4, 2, 2), (4, 4, 2), (2, 4, 2), (2, 4, 4), (1, 1, 1), (3, 3, 1), (1, 4, 4)],
+    ("slices", "world_size", "per_slice", "exchange"),
+    [(*case, "factor") for case in LADDER] + [(*case, "dense") for case in LADDER[:4]],
 )
-def test_slices_are_not_ranks(slices, world_size, per_slice):
-    """S = c·K, S = K and K = c·S all give the oracle's W to 1e-6 in fp32, and its norm: the clipping is active."""
+def test_slices_are_not_ranks(slices, world_size, per_slice, exchange):
+    """S = c·K, S = K and K = c·S all give the oracle's W to 1e-6 in fp32, and its norm: the clipping is active.
+
+    By either way through the network; every step on every rank sends the bytes that were predicted (`train_tiny`).
+    """
     accumulation = per_slice * slices // world_size
-    settings = ds_settings(slices=slices, accumulation=accumulation, clip=0.05)
+    settings = ds_settings(slices=slices, accumulation=accumulation, clip=0.05, delta={"exchange": exchange})
     losses, reference, _, oracle = oracle_run(slices, per_slice, clip=0.05)
     run = run_ranks(world_size, train_tiny, settings, steps=STEPS, lr=LR)[0]
     assert run["losses"] == pytest.approx(losses, rel=1e-5)
     assert run["steps"][-1].grad_norm == pytest.approx(oracle.norm, rel=1e-4)
     assert relative(run["weights"], reference) < 1e-6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_auto_mixes_both_ways(world_size):
+    """k_proj and v_proj are 8 × 16, and S·r = 8: dense is fewer bytes there, factors everywhere else."""
+    model = {"hidden": 16}
+    settings = ds_settings(slices=4, accumulation=8 // world_size)
+    losses, reference, evals, _ = oracle_run(4, 2, model=model)
+    runs = run_ranks(world_size, train_tiny, settings, steps=STEPS, lr=LR, model=model, eval_between=True, after=kinds)
+    for run in runs:
+        assert {name for name, kind in run["after"].items() if kind == "dense"} == {"k_proj", "v_proj"}
+        assert (run["plan"].factor_targets, run["plan"].dense_targets, run["plan"].buckets) == (10, 4, 2)
+        assert run["eval"] == pytest.approx(evals, rel=1e-5)
+    assert runs[0]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert relative(runs[0]["weights"], reference) < 1e-6
+
+
+@pytest.mark.parametrize(("exchange", "expected"), [("factor", 3), ("dense", 2), ("auto", 4)])
+def test_collectives_do_not_grow_with_the_layers(exchange, expected):
+    """One vote, and two collectives per factor bucket, one per dense bucket, for 2 layers as for 8."""
+    found = []
+    for layers in (2, 8):
+        settings = ds_settings(slices=4, accumulation=2, delta={"exchange": exchange})
+        run = run_ranks(2, train_tiny, settings, steps=1, model={"hidden": 16, "layers": layers})[0]
+        found.append(run["steps"][0].collectives)
+    assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("exchange", ["factor", "dense"])
+def test_bf16_on_the_wire(exchange):
+    """The whole change of W within half a bf16 unit (2⁻⁸) of the oracle's: roundings are independent, so that their
+
+    norm stays below one rounding's bound, though each step's delta is rounded anew (dense: and its sum).
+    """
+    settings = ds_settings(slices=4, accumulation=4, delta={"exchange": exchange, "dtype": "bf16"})
+    start = {n: w.detach().double() for n, w in tiny_llama().named_parameters()}
+    _, reference, _, _ = oracle_run(4, 2)
+    run = run_ranks(2, train_tiny, settings, steps=STEPS, lr=LR)[0]
+    for name, W in run["weights"].items():
+        expected = reference[name] - start[name]
+        error = ((W.double() - start[name]) - expected).norm() / expected.norm()
+        assert 1e-4 < error < 2**-8, name
 
 
 VARIANTS = {
@@ -60,6 +118,12 @@ VARIANTS = {
     "no overlap": {"settings": {"zero": {"overlap_comm": False}}},
     "tied": {"model": {"tie": True}},
     "small buckets": {"settings": {"delta": {"bucket_bytes": 1}}},
+    "dense, a row at a time": {"settings": {"delta": {"bucket_bytes": 1, "exchange": "dense"}}},
+    "dense, first order, lora_alpha": {
+        "settings": {"lora_alpha": 6, "delta": {"exchange": "dense", "second_order": False}},
+        "oracle": {"scale": 3.0, "second_order": False},
+    },
+    "dense, offload": {"settings": {"delta": {"exchange": "dense"}, "zero": {"offload_param": {"device": "cpu"}}}},
     "first order": {"settings": {"delta": {"second_order": False}}, "oracle": {"second_order": False}},
     "lora_alpha": {"settings": {"lora_alpha": 6}, "oracle": {"scale": 3.0}},
     "adam": {"settings": {"adam": {"betas": [0.8, 0.9], "eps": 1e-6}}, "oracle": {"betas": (0.8, 0.9), "eps": 1e-6}},
@@ -142,6 +206,50 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all():
     assert relative(runs[0]["weights"], reference) < 1e-6
 
 
+@pytest.mark.parametrize("absurd", [1e38, float("nan"), float("inf"), 1e30])
+def test_a_learning_rate_that_leaves_fp32_skips_the_step(absurd):
+    """Before anything is written: W and moments are as if the step had not been, and the reason is told."""
+    settings = ds_settings(slices=2, accumulation=1)
+    _, reference, evals, _ = oracle_run(2, 1, skip=(2,), steps=5)
+    rates = [LR, LR, absurd, LR, LR]
+    runs = run_ranks(2, train_tiny, settings, steps=5, lr=rates, eval_between=True, after=counts)
+    for run in runs:
+        assert [r.applied for r in run["steps"]] == [True, True, False, True, True]
+        assert run["steps"][2].refusal.startswith(f"learning rate {absurd:g}: model.layers.0.self_attn.")
+        assert [r.refusal for r in run["steps"] if r.applied] == [""] * 4
+        assert run["after"] == (5, 1)
+        assert run["eval"] == pytest.approx(evals, rel=1e-5)
+    assert relative(runs[0]["weights"], reference) < 1e-6
+
+
+def test_gradients_whose_squares_leave_fp32_skip_the_step():
+    """Adam's v would be infinite from then on, and the weights stuck without a word."""
+    settings = ds_settings(slices=2, accumulation=1)
+    _, reference, _, _ = oracle_run(2, 1, skip=(1,), steps=3)
+    run = run_ranks(2, train_tiny, settings, steps=3, lr=LR, poison=(1, 1), poison_with=1e25)[0]
+    assert [r.applied for r in run["steps"]] == [True, False, True]
+    assert "squares would leave fp32" in run["steps"][1].refusal
+    assert relative(run["weights"], reference) < 1e-6
+
+
+@pytest.mark.parametrize("exchange", ["factor", "dense"])
+def test_lost_updates_raise_on_all_ranks(exchange, tmp_path):
+    """A nan after the vote, which nothing known produces: W stays finite, and the next vote or the export says so."""
+    settings = ds_settings(slices=2, delta={"exchange": exchange})
+    for steps in (1, 3):
+        folder = str(tmp_path / str(steps)) if steps == 1 else None
+        runs = run_ranks(2, lost_weights, settings, steps=steps, step=0, export_to=folder)
+        for done, message, _, _ in runs:
+            assert done == 1
+            assert "weights were not updated" in message
+        _, message, before, after = runs[0]
+        kept = sum(int((after[n] == w).sum()) for n, w in before.items())
+        assert int(message.split()[0]) <= kept
+        assert all(w.isfinite().all() for w in after.values())
+        assert any((after[n] != w).any() for n, w in before.items())
+        assert not list(tmp_path.glob("1/*.safetensors"))
+
+
 def test_split_master_equals_fp32_master_under_bf16_compute():
     """The remainder format is lossless: same trajectory as a separate fp32 master, bit for bit."""
     model = {"half": True}  # values that were fp16 once: one in sixteen is an exact tie between two bf16 numbers
@@ -159,6 +267,8 @@ BF16_VARIANTS = {
     "fp32 master, offload": ({"master": {"format": "fp32"}, "zero": {"offload_param": {"device": "cpu"}}}, {}),
     "persistent": ({"zero": {"stage3_param_persistence_threshold": 100_000}}, {}),
     "checkpointing": ({}, {"checkpointing": True}),
+    "staged": ({}, {"staged": True}),
+    "fp32 master, staged": ({"master": {"format": "fp32"}}, {"staged": True}),
     "optimizer offload": ({"zero": {"offload_optimizer": {"device": "cpu"}}}, {}),
 }
 

@@ -271,6 +271,18 @@ def test_buffers_are_bounded_and_counted(world, case):
             assert found.buckets == len(STEP_SHAPES)
 
 
+@every_step
+def test_dense_targets_keep_the_own_factors_only(world, case):
+    """A and B of the own slices; for factor exchange A of all slices, and their rows of B beside the own B."""
+    own = max(1, case.slices // world)
+    for rank, found in enumerate(stepped(world, case)):
+        expected = 0
+        for kind, (o, i, r) in zip(found.kinds, case.shapes, strict=True):
+            rows = len(rows_of(rank, world, o, i))
+            expected += own * r * o + (own * r * i if kind == "dense" else case.slices * r * (i + rows))
+        assert found.factor_bytes == 4 * expected
+
+
 @pytest.mark.parametrize(("slices", "world"), [(s, w) for s, w in CASES if w > 1 and s > 1])
 def test_dense_bytes_in_closed_form(slices, world):
     """Each rank passes the parts of its G − 1 peers on: padded shards of ⌈rows · cols / K⌉ elements."""
