@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUTPUT ?= outputs/demo
 
-.PHONY: venv check test demo clean
+.PHONY: venv check test demo bench gpu clean
 
 venv: $(READY)
 
@@ -30,6 +30,15 @@ test: $(READY)
 # Two ranks, four slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT="$(OUTPUT)" sh launch/demo.sh
+
+# What can be measured on any machine: what the compilers make of the kernels, and the layers' CPU time.
+bench: $(READY)
+	$(BIN)/python benchmarks/aot_table.py
+	$(BIN)/python benchmarks/cpu_layers.py --dtype fp32
+
+# Needs a GPU; on a bare machine no virtual environment either (benchmarks/README.md). PHASES="tests bench" runs a part.
+gpu:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(PHASES)
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -28,7 +28,8 @@ from typing import Any
 from hdpissa.benchmarks import timing
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-NOT_KERNELS = ("api", "reference", "common", "choice", "delta_tile")
+# What kernels share, and what chooses between them.
+NOT_KERNELS = ("api", "available", "choice", "common", "delta_tile", "reference")
 COLUMNS = ("kernel", "target", "registers", "spilled", "shared KiB", "limit KiB", "matrix instructions")
 
 

@@ -26,7 +26,7 @@ class Group:
     members: tuple[Shape, ...]
 
 
-def _groups(model: str, hidden: int, intermediate: int, kv: int) -> list[Group]:
+def groups(model: str, hidden: int, intermediate: int, kv: int) -> list[Group]:
     def group(**rows_cols: tuple[int, int]) -> Group:
         members = tuple(Shape(f"{model} {name}", *size) for name, size in rows_cols.items())
         return Group(f"{model} {','.join(rows_cols)}", members)
@@ -39,7 +39,7 @@ def _groups(model: str, hidden: int, intermediate: int, kv: int) -> list[Group]:
     ]
 
 
-def _distinct(groups: list[Group]) -> list[Shape]:
+def distinct(groups: list[Group]) -> list[Shape]:
     """Each size once, under the name of the first Linear that has it."""
     first: dict[tuple[int, int], Shape] = {}
     for shape in (shape for group in groups for shape in group.members):
@@ -47,8 +47,8 @@ def _distinct(groups: list[Group]) -> list[Shape]:
     return list(first.values())
 
 
-LLAMA_2_7B_GROUPS = _groups("llama-2-7b", 4096, 11008, 4096)
-LLAMA_3_70B_GROUPS = _groups("llama-3-70b", 8192, 28672, 1024)
+LLAMA_2_7B_GROUPS = groups("llama-2-7b", 4096, 11008, 4096)
+LLAMA_3_70B_GROUPS = groups("llama-3-70b", 8192, 28672, 1024)
 
-LLAMA_2_7B = _distinct(LLAMA_2_7B_GROUPS)
-LLAMA_3_70B = _distinct(LLAMA_3_70B_GROUPS)
+LLAMA_2_7B = distinct(LLAMA_2_7B_GROUPS)
+LLAMA_3_70B = distinct(LLAMA_3_70B_GROUPS)
