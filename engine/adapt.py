@@ -1,23 +1,18 @@
-"""Turns a model into one that HD-PiSSA trains: find the targets, swap their class, give each rank its slices.
+"""Turns a model into one that HD-PiSSA trains: freeze it, find the targets, swap their class.
 
-The singular vectors are computed once, on rank 0, one matrix at a time, and scattered: every rank holds
-slices of the *same* decomposition, and none but rank 0 ever sees a whole matrix.
+Which slices they then hold is `decompose`'s business.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from . import svd, zero3
+from . import zero3
 from .config import DEFAULT_TARGETS, HDPissaConfig
 from .errors import ConfigError
-from .exchange import FactorExchange
 from .factors import FactorStore
 from .layer import SliceLinear
 from .slicing import ShardRange, SlicePlan
@@ -122,91 +117,3 @@ def install(targets: Sequence[Target], store: FactorStore) -> None:
         for module in target.modules:
             module.__class__ = SliceLinear
             module.slice_factors = store.layers[target.name]  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class InitReport:
-    """What the decomposition reached: the largest residual over all targets, and where."""
-
-    residual: float = 0.0
-    worst: str = ""
-
-
-def compute_slices(
-    store: FactorStore,
-    exchange: FactorExchange,
-    *,
-    method: str,
-    tol: float,
-    progress: Callable[[str], None] = lambda name: None,
-) -> InitReport:
-    """Fills the store: per target gather W to rank 0, decompose, scatter to each rank its own slices.
-
-    Collective. Rank 0 needs room for one whole matrix in float64 and its workspace.
-
-    Raises:
-        ConfigError: on every rank alike, when rank 0 cannot decompose a matrix.
-    """
-    report = InitReport()
-    for bucket in store.buckets:
-        own_A, own_B = [], []
-        for target in bucket.targets:
-            A, B, residual = _slices_of(target, store.plan, method=method, tol=tol)
-            own_A.append(A)
-            own_B.append(B)
-            if residual > report.residual:
-                report = InitReport(residual, target.name)
-            progress(target.name)
-        store.fill(bucket, torch.cat(own_A), torch.cat(own_B), exchange)
-    return report
-
-
-def _slices_of(target: Target, plan: SlicePlan, *, method: str, tol: float) -> tuple[Tensor, Tensor, float]:
-    """(A, B) of the own slices, flat, and the residual reached (known to rank 0 only, 0 elsewhere)."""
-    W_OI = gather_exact(target, plan)
-    parts, problem, residual = None, None, 0.0
-    if W_OI is not None:
-        try:
-            triplets = svd.top_triplets(W_OI, plan.slices * target.r, method=method, tol=tol)
-            parts, residual = _parts_by_rank(*svd.slice_factors(triplets, target.r), plan), triplets.residual
-        except torch.OutOfMemoryError:
-            problem = f"{target.name}: no memory left on rank 0 to decompose it; free some, or offload parameters"
-        except (ValueError, RuntimeError) as error:  # not finite, or LAPACK did not converge
-            problem = f"{target.name}: {error}; leave it out with hd_pissa.exclude_modules or mend the weights"
-    _raise_together(problem)
-    own = plan.slices_per_rank
-    numel_A, numel_B = own * target.r * target.cols, own * target.r * target.rows
-    received = torch.empty(numel_A + numel_B, device=zero3.device())
-    dist.scatter(received, parts, src=0)
-    return received[:numel_A], received[numel_A:], residual
-
-
-def _parts_by_rank(A_SRI: Tensor, B_SOR: Tensor, plan: SlicePlan) -> list[Tensor]:
-    """For each rank its own slices' A and B, flat, one behind the other."""
-    owned = [plan.owned_by(rank) for rank in range(plan.world_size)]
-    return [torch.cat([A_SRI[o.start : o.stop].flatten(), B_SOR[o.start : o.stop].flatten()]) for o in owned]
-
-
-def gather_exact(target: Target, plan: SlicePlan) -> Tensor | None:
-    """The whole fp32 weight (O × I) on rank 0, None elsewhere; collective."""
-    assert target.shard is not None
-    owned = target.own_range(plan)
-    size = max(r.numel for r in target.ranges)
-    part = torch.zeros(size, device=zero3.device())
-    part[: owned.numel].copy_(target.shard.read(0, owned.numel))
-    received = [torch.empty_like(part) for _ in target.ranges] if plan.rank == 0 else None
-    dist.gather(part, received, dst=0)
-    if received is None:
-        return None
-    whole = torch.cat([p[: r.numel] for p, r in zip(received, target.ranges, strict=True)])
-    return whole.view(target.rows, target.cols)
-
-
-def _raise_together(problem: str | None) -> None:
-    """Raises rank 0's problem on every rank, so that none is left waiting in the next collective."""
-    flag = torch.tensor([0 if problem is None else 1], device=zero3.device())
-    dist.broadcast(flag, 0)
-    if flag.item():
-        message = [problem]
-        dist.broadcast_object_list(message, 0, device=zero3.device())
-        raise ConfigError(str(message[0]))

@@ -138,9 +138,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class InitConfig(_Section):
     """How the slices are computed from the pre-trained W."""
 
-    method: Literal["auto", "gram", "full"] = "auto"
-    placement: Literal["rank0"] = "rank0"
+    method: Literal["auto", "gram", "randomized", "full"] = "auto"
+    placement: Literal["rank0", "round_robin"] = "rank0"  # who decomposes; the slices are the same
     tol: PositiveFloat = 1e-4  # largest accepted relative error of the kept singular triplets
+    cache_dir: Annotated[str, Field(min_length=1)] | None = None  # where slices are kept between runs
 
 
 class DeltaConfig(_Section):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, ds_config, export, pretrained, sharded_load, zero3
+from . import adapt, decompose, ds_config, export, pretrained, sharded_load, zero3
 from .buckets import make_buckets
 from .config import HDPissaConfig
 from .errors import ConfigError
@@ -30,6 +30,7 @@ from .factors import FactorStore
 from .optimizer import SliceOptimizer, Vote
 from .settings import check_kernels, make_plan, make_rule, resolve_config
 from .shards import make_shard
+from .slice_cache import SliceCache
 from .slicing import SlicePlan
 from .targets import Target
 
@@ -104,7 +105,7 @@ class HDPissaEngine:
         plan: SlicePlan,
         *,
         accumulation: int,
-        report: adapt.InitReport,
+        report: decompose.InitReport,
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report = report
@@ -334,13 +335,29 @@ def initialize(
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)
-    report = adapt.compute_slices(store, exchange, method=hd.init.method, tol=hd.init.tol, progress=progress)
+    report = decompose.compute_slices(
+        store,
+        exchange,
+        method=hd.init.method,
+        tol=hd.init.tol,
+        placement=hd.init.placement,
+        cache=_slice_cache(hd, model, store),
+        progress=progress,
+    )
     adapt.install(targets, store)
     optimizer = SliceOptimizer(store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm)
     engine = HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
     return engine
+
+
+def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
+    if hd.init.cache_dir is None:
+        return None
+    origin = pretrained.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
+    how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
+    return SliceCache(hd.init.cache_dir, store.targets, origin=list(origin), how=how)
 
 
 def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:

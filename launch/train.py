@@ -133,6 +133,7 @@ def describe_run(args: Any, ds: dict, engine: Any, train: Any, data: Any, total_
             "dropped_at_the_end_of_an_epoch": data.dropped_samples,
         },
         "init": asdict(engine.init_report),
+        "exchange": asdict(engine.exchange_plan()),
         "memory_bytes": engine.memory_bytes(),
         "device": zero3.accelerator_name(),
         "versions": {name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers", "datasets")},
@@ -170,7 +171,9 @@ def train(args: Any, job: Job, recorder: Any) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds, progress=tell_progress(recorder))
-    recorder.say(f"slices of all {len(engine.targets)} weights computed, residual {engine.init_report.residual:.1e}")
+    done = "read from the cache" if engine.init_report.cached else "computed"
+    recorder.say(f"slices of all {len(engine.targets)} weights {done}, residual {engine.init_report.residual:.1e}")
+    recorder.say(str(engine.exchange_plan()))
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
     evaluator.evaluate(engine, recorder, step=0)

@@ -9,10 +9,18 @@ from tiny import build, tiny_batch
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:
     """Every trained weight, exact, on rank 0 (empty elsewhere)."""
-    from hdpissa.engine.adapt import gather_exact
-
     gathered = {f"{t.name}.weight": gather_exact(t, engine.plan) for t in engine.targets}
     return {name: w.clone() for name, w in gathered.items() if w is not None}
+
+
+def gather_exact(target, plan) -> torch.Tensor | None:
+    """The whole fp32 weight (O × I) on rank 0, None elsewhere."""
+    owned = target.own_range(plan)
+    part = torch.zeros(target.shard_size)
+    part[: owned.numel] = target.shard.read(0, owned.numel)
+    received = [torch.empty_like(part) for _ in target.ranges] if plan.rank == 0 else None
+    dist.gather(part, received, dst=0)
+    return received and torch.cat(received)[: target.rows * target.cols].view(target.rows, target.cols)
 
 
 def train_tiny(

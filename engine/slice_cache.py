@@ -1,0 +1,104 @@
+"""Slices kept on disk between runs: one safetensors file per target under a key of all that they depend on.
+
+The key is a hash of the checkpoint's files (name, size, time of change), of targets and ranks, of S, method and
+tolerance. `index.json` is written last; a folder without it is no cache. Each rank reads only its own slices. That
+they belong to the weights is not taken from the key alone: `decompose` multiplies them with the shards.
+
+The folder must be one that all ranks see. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .targets import Target
+
+VERSION = 1  # of the format; another one is another key
+
+
+class SliceCache:
+    """The cached slices of one model, one set of targets, one way to decompose them.
+
+    Args:
+        root: `hd_pissa.init.cache_dir`; made when first written to.
+        targets: in order; files are numbered by it.
+        origin: the checkpoint's safetensors files, empty for a model that came from elsewhere.
+        how: everything else that the slices depend on, JSON-serialisable.
+    """
+
+    EMPTY = "nothing is kept for this model and these settings"
+
+    def __init__(self, root: str | Path, targets: Sequence[Target], *, origin: Sequence[str], how: dict[str, Any]):
+        self.targets = list(targets)
+        key = {
+            "version": VERSION,
+            "origin": [_identity(Path(path)) for path in sorted(set(origin))],
+            "targets": [(t.name, t.rows, t.cols, t.r) for t in self.targets],
+            **how,
+        }
+        self.folder = Path(root) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        self._numbers = {t.name: n for n, t in enumerate(self.targets)}
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{self._numbers[name]:05d}.safetensors"
+
+    @property
+    def _index(self) -> Path:
+        return self.folder / "index.json"
+
+    def write(self, name: str, A_SRI: Tensor, B_SOR: Tensor) -> None:
+        """Keeps all slices of a target; raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self._file(name)
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        try:
+            save_file({"A": A_SRI.float().cpu().contiguous(), "B": B_SOR.float().cpu().contiguous()}, partial)
+            os.replace(partial, target)
+        except SafetensorError as error:  # its own name for a full disk
+            raise OSError(str(error)) from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def finish(self, residual: float, worst: str) -> None:
+        """Declares the cache complete; call when all targets are written."""
+        partial = self._index.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"residual": residual, "worst": worst, "targets": len(self.targets)}))
+        os.replace(partial, self._index)
+
+    def reached(self) -> tuple[float, str]:
+        """(largest residual, its target) when the slices were computed."""
+        content = json.loads(self._index.read_text())
+        return content["residual"], content["worst"]
+
+    def read(self, owned: range, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]] | None, str | None]:
+        """(A: own × R × I, B: own × O × R) per target, or None and what is wrong with the cache."""
+        if not self._index.is_file():
+            return None, self.EMPTY
+        try:
+            self.reached()
+            return [self._read_one(t, owned, device) for t in self.targets], None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return None, f"damaged ({type(error).__name__}: {error})"
+
+    def _read_one(self, target: Target, owned: range, device: torch.device) -> tuple[Tensor, Tensor]:
+        with safe_open(self._file(target.name), framework="pt") as file:
+            A, B = (file.get_slice(key)[owned.start : owned.stop].to(device) for key in "AB")
+        wanted = (len(owned), target.r, target.cols), (len(owned), target.rows, target.r)
+        if (A.shape, B.shape) != wanted or A.dtype != torch.float32 or B.dtype != torch.float32:
+            raise ValueError(f"{target.name} is {tuple(A.shape)}, {tuple(B.shape)}, must be {wanted}")
+        return A, B
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return path.name, status.st_size, status.st_mtime_ns
