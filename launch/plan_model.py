@@ -1,0 +1,196 @@
+"""What the plan must know of a model, found without weights: shapes, targets, widths, FLOPs per token.
+
+The model is built on the meta device from its config.json, so that every architecture with plain Linears works, and
+its targets are found by the engine's own `find_targets`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine.errors import ConfigError
+
+ATTENTION = "hdpissa_plan"  # see plan_trace
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model without weights.
+
+    Attributes:
+        module: on the meta device, in the compute dtype. family: its class.
+        hidden, heads_width, kv_width, ff, layers, vocabulary: widths in elements; heads_width and kv_width are the
+            outputs of q_proj and k_proj. 0 where the config has no such thing.
+    """
+
+    module: Any
+    family: str
+    hidden: int
+    heads_width: int
+    kv_width: int
+    ff: int
+    layers: int
+    vocabulary: int
+    checkpointing: bool
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters, tied ones once."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def read_config(name: str, trust_remote_code: bool) -> Any:
+    """The model's configuration: of a folder, a config.json, or a hub name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoConfig
+
+    from hdpissa.launch.train_checks import reason
+
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
+        raise ConfigError(
+            f"--model_name_or_path {name}: no such folder or file; give a folder, a config.json or a name"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {name}: no usable config.json there ({reason(error)}); "
+            f"give a Hugging Face folder, config.json or name"
+        ) from None
+
+
+def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool) -> Model:
+    """The model on the meta device.
+
+    Raises:
+        ConfigError: it is no causal language model.
+    """
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    from hdpissa.launch import plan_trace
+    from hdpissa.launch.train_checks import reason
+
+    AttentionInterface.register(ATTENTION, plan_trace.attention)
+    options = {"trust_remote_code": trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
+    try:
+        with torch.device("meta"):
+            try:
+                module = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), attn_implementation=ATTENTION, **options
+                )
+            except (ValueError, ImportError, KeyError):  # an architecture with an attention of its own
+                module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {name}: cannot be built ({reason(error)}); give a causal language model"
+        ) from None
+    module.config.use_cache = False
+    return _describe(module)
+
+
+def _describe(module: Any) -> Model:
+    text = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
+    hidden = _size(text, "hidden_size")
+    heads = _size(text, "num_attention_heads")
+    head_width = _size(text, "head_dim") or (hidden // heads if heads else 0)
+    return Model(
+        module,
+        type(module).__name__,
+        hidden=hidden,
+        heads_width=heads * head_width,
+        kv_width=(_size(text, "num_key_value_heads") or heads) * head_width,
+        ff=_size(text, "intermediate_size") or 4 * hidden,
+        layers=_size(text, "num_hidden_layers"),
+        vocabulary=_size(text, "vocab_size"),
+        checkpointing=bool(getattr(module, "supports_gradient_checkpointing", False)),
+    )
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if type(value) is int else 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one token costs, forward and backward; FLOP, or bytes of device memory.
+
+    Attributes:
+        forward: products with all Linears but the head, and with the experts a token meets, 2 per weight.
+        head: the same of the output layer.
+        attention: of one forward pass, causal; a sequence's mean position sees half of it.
+        elementwise: bytes of everything that is no product (norms, activations, residuals, rotations, loss), both
+            directions; a third of it belongs to the forward.
+        low_rank: bytes that the slices read on top.
+    """
+
+    forward: float
+    head: float
+    attention: float
+    elementwise: float
+    low_rank: float
+
+    def floor_flops(self, *, recompute: bool) -> float:
+        """Forward and input gradient: 4 per weight. Flash attention's backward costs 2.5 forwards."""
+        again = self.forward + self.attention if recompute else 0.0
+        return 2 * (self.forward + self.head) + 3.5 * self.attention + again
+
+    def floor_bytes(self, *, recompute: bool) -> float:
+        """Element-wise traffic; the forward's third once more when it is recomputed."""
+        return self.elementwise * (4 / 3 if recompute else 1)
+
+    @property
+    def useful_flops(self) -> float:
+        """What MFU(4N) counts: no weight gradient, nothing that is computed twice."""
+        return 2 * (self.forward + self.head) + 3 * self.attention
+
+
+def work_per_token(model: Model, targets: list, length: int, *, inputs: int | None = None, width: int = 2) -> Work:
+    """The work of a token in a sequence of `length`.
+
+    The element-wise traffic per layer is 36 hidden, 12 kv and 9 ff elements, plus 3 of the vocabulary. A slice reads
+    x twice (x Aᵀ, gradient of A), Linears with the same x together, and dy once.
+
+    Args:
+        inputs: elements of the different inputs that the targets read; default: each its own.
+        width: bytes of an activation element.
+    """
+    linears, head = _products(model.module)
+    layers = model.layers
+    elements = layers * (36 * model.hidden + 12 * model.kv_width + 9 * model.ff) + 3 * model.vocabulary
+    read = sum(len(t.modules) * t.cols for t in targets) if inputs is None else inputs
+    factors = 2 * read + sum(len(t.modules) * t.rows for t in targets)
+    return Work(
+        forward=2.0 * linears,
+        head=2.0 * head,
+        attention=2.0 * length * model.heads_width * layers,
+        elementwise=float(width * elements),
+        low_rank=float(width * factors),
+    )
+
+
+def _products(module: Any) -> tuple[float, int]:
+    """(weights that a token is multiplied with, but for the head; the head's)."""
+    from torch import nn
+
+    output = module.get_output_embeddings()
+    head = output.weight.numel() if isinstance(output, nn.Linear) else 0
+    linears = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m is not output)
+    fused = sum(p.numel() for p in module.parameters() if p.dim() == 3)  # experts, stacked
+    return linears + fused * _share_of_experts(module.config), head
+
+
+def _share_of_experts(config: Any) -> float:
+    """The part of a layer's experts that a token meets."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = _size(text, "num_experts_per_tok")
+    there = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := _size(text, key))), 0)
+    return chosen / there if chosen and there else 1.0

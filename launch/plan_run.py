@@ -1,0 +1,176 @@
+"""The run that is planned: everything the closed forms need, gathered from model, cluster and config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hdpissa.engine.config import HDPissaConfig
+from hdpissa.engine.slicing import ShardRange, SlicePlan
+from hdpissa.engine.targets import Target
+from hdpissa.launch import plan_trace
+from hdpissa.launch.plan_gathers import Gathers, Policy, simulate, without_trace
+from hdpissa.launch.plan_hardware import Cluster
+from hdpissa.launch.plan_model import Model, Work, work_per_token
+from hdpissa.launch.plan_trace import Trace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of an optimizer step; every row is taken to be full."""
+
+    rows: int
+    length: int
+    accumulation: int
+    checkpointing: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights are kept, and how: width 2 is bf16 compute, 4 is fp32."""
+
+    width: int
+    offload: bool
+    master_format: str
+    master_on_cpu: bool
+
+    @property
+    def master_bytes(self) -> int:
+        """Per target weight, beside the shard that ZeRO-3 gathers from."""
+        return 0 if self.width == 4 else {"split": 2, "fp32": 4}[self.master_format]
+
+    @property
+    def staged_bytes(self) -> int:
+        """Per target weight, what an update brings from host memory, and back."""
+        if self.offload:
+            return self.width + self.master_bytes
+        return self.master_bytes if self.master_on_cpu else 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rank's view of a run; rank 0's, whose shards are the fullest.
+
+    Raises ConfigError where slices, ranks, accumulation and matrices do not go together, in the engine's words.
+    """
+
+    model: Model
+    section: HDPissaConfig
+    cluster: Cluster
+    batch: Batch
+    placement: Placement
+    policy: Policy
+
+    @cached_property
+    def plan(self) -> SlicePlan:
+        world = self.cluster.gpus
+        slices = world if self.section.slices == "auto" else self.section.slices
+        plan = SlicePlan(slices, world, 0)
+        plan.micro_batches_per_slice(self.batch.accumulation)
+        return plan
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """The engine's targets, and how the engine lets their update travel; both worked out once per shape."""
+        from hdpissa.engine import adapt, exchange
+
+        found = adapt.find_targets(self.model.module, self.section, SlicePlan(self.plan.slices, 1, 0))
+        world = self.plan.world_size
+        first: dict[tuple[int, int, int], Target] = {}
+        for t in found:
+            if _shape(t) not in first:
+                ranges = [ShardRange.of(rank, world, t.rows, t.cols) for rank in range(world)]
+                first[_shape(t)] = dataclasses.replace(t, ranges=ranges)
+        exchange.choose_kinds(list(first.values()), self.plan, self.section.delta.exchange)
+        return [dataclasses.replace(t, ranges=(f := first[_shape(t)]).ranges, kind=f.kind) for t in found]
+
+    @cached_property
+    def shapes(self) -> list[tuple[Target, int]]:
+        """One target of each shape, and how many there are."""
+        counts = Counter(_shape(t) for t in self.targets)
+        first = {_shape(t): t for t in reversed(self.targets)}
+        return [(first[shape], count) for shape, count in counts.items()]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the update on the wire."""
+        return 2 if self.section.delta.dtype == "bf16" else 4
+
+    @cached_property
+    def trace(self) -> Trace | None:
+        """None for models that cannot run without numbers."""
+        return _trace(self.model, self.targets, self.batch.rows, self.batch.length)
+
+    @cached_property
+    def work(self) -> Work:
+        inputs = self.trace.read // self.batch.tokens if self.trace else None
+        return work_per_token(self.model, self.targets, self.batch.length, inputs=inputs, width=self.placement.width)
+
+    @cached_property
+    def gathers(self) -> Gathers:
+        """Of a micro-batch. A single rank without offload has nothing to gather."""
+        if self.plan.world_size == 1 and not self.placement.offload:
+            return Gathers(0, 0, 0)
+        if self.trace is None:
+            numel = [p.numel() for p in self.model.module.parameters()]
+            return without_trace(numel, self.policy, checkpointing=self.batch.checkpointing)
+        return _gathers(self.model, self.trace, self.policy, self.batch.checkpointing)
+
+    def with_batch(self, **changes: Any) -> Run:
+        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, **changes))
+
+    def with_offload(self) -> Run:
+        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, offload=True))
+
+    def with_gpus(self, gpus: int, slices: int) -> Run:
+        section = self.section.model_copy(update={"slices": slices})
+        return dataclasses.replace(self, cluster=self.cluster.sized(gpus), section=section)
+
+
+def _shape(target: Target) -> tuple[int, int, int]:
+    return target.rows, target.cols, target.r
+
+
+_traces: dict[tuple, Trace | None] = {}
+
+
+def _trace(model: Model, targets: list, rows: int, length: int) -> Trace | None:
+    key = (id(model), tuple((t.name, t.r) for t in targets), rows, length)
+    if key not in _traces:
+        try:
+            _traces[key] = plan_trace.run(model.module, targets, rows=rows, length=length)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+            _traces[key] = None  # code of a model that looks at values, which the meta device has not
+    return _traces[key]
+
+
+_simulated: dict[tuple, Gathers] = {}
+
+
+def _gathers(model: Model, trace: Trace, policy: Policy, checkpointing: bool) -> Gathers:
+    """The order of modules, and so the answer, is the same for every batch and every number of GPUs."""
+    key = (id(model), policy, checkpointing)
+    if key not in _simulated:
+        _simulated[key] = simulate(trace, policy, checkpointing=checkpointing)
+    return _simulated[key]
+
+
+def largest_slices(model: Model, section: HDPissaConfig, world: int) -> int:
+    """The largest number of slices up to `world` that divides it and that every target has singular vectors for.
+
+    Raises:
+        ConfigError: not even one slice goes.
+    """
+    from hdpissa.engine import adapt
+
+    found = adapt.find_targets(model.module, section, SlicePlan(1, 1, 0))
+    most = min(min(t.rows, t.cols) // t.r for t in found)
+    return max(s for s in range(1, world + 1) if world % s == 0 and s <= most)

@@ -1,0 +1,122 @@
+"""What the plan's tests share: shapes of known models, and what ranks do to measure what a plan predicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import build
+
+# hidden, kv heads, intermediate, layers, heads, vocabulary, tied
+SHAPES = {
+    "SmolLM2-135M": (576, 3, 1536, 30, 9, 49152, True),
+    "Qwen2.5-0.5B": (896, 2, 4864, 24, 14, 151936, True),
+    "Qwen2.5-7B": (3584, 4, 18944, 28, 28, 152064, False),
+    "Llama-2-7B": (4096, 32, 11008, 32, 32, 32000, False),
+    "Llama-3-70B": (8192, 8, 28672, 80, 64, 128256, False),
+}
+
+
+def shape_config(name: str) -> dict:
+    hidden, kv, ff, layers, heads, vocabulary, tied = SHAPES[name]
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+        "num_key_value_heads": kv, "intermediate_size": ff, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "vocab_size": vocabulary, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+def write_configs(folder: Path) -> Path:
+    """A config.json for each of them, by its name."""
+    for name in SHAPES:
+        (folder / f"{name}.json").write_text(json.dumps(shape_config(name)))
+    return folder
+
+
+def measure(settings: list[tuple[dict, bool]], model: dict, length: int) -> list[dict[str, Any]]:
+    """For each (DeepSpeed config, checkpointing): persistent bytes, bytes of a step, and ZeRO-3's gathers."""
+    return [measure_one(config, model, checkpointing, length) for config, checkpointing in settings]
+
+
+def measure_one(config: dict, model: dict, checkpointing: bool, length: int) -> dict[str, Any]:
+    from hdpissa.engine import initialize
+
+    net = build(model)
+    if checkpointing:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    engine = initialize(model=net, config=config)
+    ids = torch.zeros(config["train_micro_batch_size_per_gpu"], length, dtype=torch.long)
+    seen = Gathers(engine)
+    for _ in range(3):  # DeepSpeed records the order of modules in the first, and follows it from the third on
+        for _ in range(engine.gradient_accumulation_steps()):
+            seen.start()
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            result = engine.step()
+    seen.stop()
+    return {
+        "memory": engine.memory_bytes(),
+        "bytes_sent": result.bytes_sent,
+        "gathered": seen.gathered,
+        "peak": seen.peak,
+    }
+
+
+def memory_of_pretrained(folder: str, config: dict) -> dict[str, int]:
+    """Singular vectors are not looked at here, so none are computed: half a minute."""
+    from hdpissa.engine import initialize, load_pretrained
+
+    torch.linalg.eigh = lambda M: torch.return_types.linalg_eigh((M.new_zeros(len(M)), torch.eye(len(M)).to(M)))
+    config["hd_pissa"]["init"] = {"method": "gram", "tol": 1e9}
+    return initialize(model=load_pretrained(folder, config), config=config).memory_bytes()
+
+
+class Gathers:
+    """Elements that ZeRO-3 gathers in a micro-batch, and the most it holds at a time; looks into DeepSpeed."""
+
+    def __init__(self, engine: Any) -> None:
+        from deepspeed.runtime.zero import partition_parameters
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        self.params = [p for n, p in engine.module.named_parameters() if "_hdpissa" not in n]
+        self.flying = engine.module.ds_inflight_param_registry
+        self.start()
+        self._patched = [
+            (PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__all_gather_params_", self._gather),
+            (partition_parameters.AllGatherCoalescedHandle, "wait", self._wait),
+        ]
+        self._patched = [(owner, name, getattr(owner, name), hook) for owner, name, hook in self._patched]
+        for owner, name, original, hook in self._patched:
+            setattr(owner, name, self._wrap(original, hook))
+
+    @staticmethod
+    def _wrap(original, hook):
+        return lambda *args, **kwargs: hook(original, *args, **kwargs)
+
+    def start(self) -> None:
+        self.gathered = self.peak = 0
+
+    def stop(self) -> None:
+        for owner, name, original, _ in self._patched:
+            setattr(owner, name, original)
+
+    def _gather(self, original, coordinator, params, *args, **kwargs):
+        self.gathered += sum(p.ds_numel for p in params if p.ds_status.name == "NOT_AVAILABLE")
+        result = original(coordinator, params, *args, **kwargs)
+        self._look()
+        return result
+
+    def _wait(self, original, handle, *args, **kwargs):
+        result = original(handle, *args, **kwargs)
+        self._look()
+        return result
+
+    def _look(self) -> None:
+        """Every storage that holds gathered elements, once: of parameters, and of buffers that several arrive in."""
+        tensors = [p.data for p in self.params if p.ds_status.name != "NOT_AVAILABLE" and p.data.numel()]
+        for handle in set(self.flying.values()):
+            for part in getattr(handle, "handles", [handle]):
+                tensors += getattr(part, "partitions", None) or []
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in tensors}
+        self.peak = max(self.peak, sum(held.values()))
