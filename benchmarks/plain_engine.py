@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdpissa.engine import adapt, settings
+from hdpissa.engine import adapt, decompose, settings
 from hdpissa.engine.buckets import make_buckets
 from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.exchange import FactorExchange, choose_kinds
@@ -21,12 +21,12 @@ from hdpissa.engine.shards import make_shard
 from hdpissa.engine.slicing import SlicePlan
 
 
-def random_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> adapt.InitReport:
-    """Stands in for `adapt.compute_slices`: entries of the size that those of a real weight's slices have."""
+def random_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> decompose.InitReport:
+    """Stands in for `decompose.compute_slices`: entries of the size that those of a real weight's slices have."""
     for bucket in store.buckets:
         A, B = (torch.empty(n, device=store.grads.device).normal_(std=0.02) for n in (bucket.numel_A, bucket.numel_B))
         store.fill(bucket, A, B, exchange)
-    return adapt.InitReport()
+    return decompose.InitReport()
 
 
 def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> SliceOptimizer:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import plain_engine, reference_step, timing
+from hdpissa.engine import zero3
 from hdpissa.engine.config import DEFAULT_TARGETS
 from hdpissa.engine.metrics import peak_flops
 
@@ -149,10 +150,10 @@ def reference(work: Work, device: torch.device) -> Callable[[], None]:
 
 
 def ours(work: Work, device: torch.device, *, random_slices: bool) -> Callable[[], None]:
-    from hdpissa.engine import adapt, initialize
+    from hdpissa.engine import decompose, initialize
 
     if random_slices:
-        adapt.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
+        decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": work.slices,
@@ -299,6 +300,7 @@ def main() -> int:
     )
     timing.write("whole_step_tiny" if args.tiny else "whole_step", rows, COLUMNS, note, folder=args.folder)
     print(ratios(rows))
+    zero3.shut_down()
     return 1 if any("step s" not in r for r in rows) else 0
 
 
