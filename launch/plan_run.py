@@ -143,7 +143,7 @@ _traces: dict[tuple, Trace | None] = {}
 
 
 def _trace(model: Model, targets: list, rows: int, length: int) -> Trace | None:
-    key = (id(model), tuple((t.name, t.r) for t in targets), rows, length)
+    key = (model.module, tuple((t.name, t.r) for t in targets), rows, length)
     if key not in _traces:
         try:
             _traces[key] = plan_trace.run(model.module, targets, rows=rows, length=length)
@@ -157,7 +157,7 @@ _simulated: dict[tuple, Gathers] = {}
 
 def _gathers(model: Model, trace: Trace, policy: Policy, checkpointing: bool) -> Gathers:
     """The order of modules, and so the answer, is the same for every batch and every number of GPUs."""
-    key = (id(model), policy, checkpointing)
+    key = (model.module, policy, checkpointing)
     if key not in _simulated:
         _simulated[key] = simulate(trace, policy, checkpointing=checkpointing)
     return _simulated[key]
