@@ -67,10 +67,14 @@ def check_kernels(hd: HDPissaConfig) -> None:
     widest = max(hd.r, *hd.rank_pattern.values()) if hd.rank_pattern else hd.r
     if fused and widest > FUSED_MOST_R:
         raise ConfigError(
-            f'hd_pissa.kernels.linear is "fused" and r is {widest}: fused takes {FUSED_MOST_R} at most; set it to "auto"'
+            f'hd_pissa.kernels.linear is "fused" and r is {widest}: must be at most {FUSED_MOST_R}; set it to "auto"'
         )
-    problem = obstacle(torch.empty(0, device=device))
-    if problem and (fused or impl == "triton"):
+    if not (fused or impl == "triton"):
+        return
+    # on the rank's own GPU, which the launcher's checks have not selected yet: a tensor makes a context there
+    own = torch.device("cuda", zero3.read_launcher()[2]) if device.type == "cuda" else device
+    problem = obstacle(torch.empty(0, device=own))
+    if problem:
         key, value = ("impl", "triton") if impl == "triton" else ("linear", "fused")
         raise ConfigError(f'hd_pissa.kernels.{key} is "{value}": {problem}; or set it to "auto"')
 

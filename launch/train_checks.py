@@ -33,13 +33,14 @@ class Job:
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.batches import SliceBatches
-    from hdpissa.engine.engine import make_plan
     from hdpissa.engine.prompts import resolve_template
+    from hdpissa.engine.settings import check_kernels, make_plan
 
     check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
     plan = make_plan(hd, values.gradient_accumulation_steps)
+    check_kernels(hd)
     weights = check_targets(model_config, hd, plan, args)
     template = resolve_template(args.prompt_template)
     tokenizer = read_tokenizer(args)

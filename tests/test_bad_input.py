@@ -51,6 +51,11 @@ def section(mistake: str, words: tuple[str, ...], **hd_pissa: Any) -> Case:
     return Case(mistake, words, ds={"hd_pissa": {"r": 4, **hd_pissa}})
 
 
+def without_gpu(mistake: str, words: tuple[str, ...], **kernels: Any) -> Case:
+    """As on a machine where nobody has asked for Triton's interpreter."""
+    return Case(mistake, words, ds={"hd_pissa": {"r": 4, "kernels": kernels}}, environment={"TRITON_INTERPRET": "0"})
+
+
 def zero(mistake: str, words: tuple[str, ...], **keys: Any) -> Case:
     return Case(mistake, words, ds={"zero_optimization": {"stage": 3, **keys}})
 
@@ -153,6 +158,18 @@ HD_PISSA = [
         ("hd_pissa.slices is 3 with 2 ranks", "use slices = 1 or 2 or 4"),
         ds={"hd_pissa": {"r": 2, "slices": 3}},
         environment={"WORLD_SIZE": "2"},
+    ),
+    section("unknown exchange", ('delta.exchange is "thin"', '"auto", "factor", "dense"'), delta={"exchange": "thin"}),
+    section(
+        "a key of kernels in delta", ("hd_pissa.delta.impl", "move it to hd_pissa.kernels"), delta={"impl": "torch"}
+    ),
+    section("TF32 without a GPU", ('precision is "tf32"', "on cpu", 'set it to "fp32"'), delta={"precision": "tf32"}),
+    without_gpu("Triton without a GPU", ('kernels.impl is "triton"', "needs a GPU", '"auto"'), impl="triton"),
+    without_gpu("fused products without a GPU", ('kernels.linear is "fused"', "needs a GPU", '"auto"'), linear="fused"),
+    section(
+        "fused products in torch",
+        ('kernels.linear is "fused" and impl "torch"', "Triton kernel", 'set one to "auto"'),
+        kernels={"linear": "fused", "impl": "torch"},
     ),
     section("accumulation that does not fit the slices", ("steps is 4 with 3 slices", "use 6"), r=2, slices=3),
 ]

@@ -90,6 +90,15 @@ def test_the_defaults_are_the_papers():
     assert (config.r, config.slices, config.lora_alpha) == (16, "auto", None)
     assert config.target_modules == list(DEFAULT_TARGETS)
     assert (config.adam.betas, config.adam.eps, config.delta.second_order) == ((0.9, 0.999), 1e-8, True)
+    delta, kernels = config.delta.model_dump(), config.kernels.model_dump()
+    assert delta == {
+        "exchange": "auto",
+        "dtype": "fp32",
+        "precision": "fp32",
+        "second_order": True,
+        "bucket_bytes": 2**28,
+    }
+    assert kernels == {"impl": "auto", "linear": "auto"}
     assert config.scale_for(16) == config.scale_for(4) == 1.0
     doubled = HDPissaConfig.from_dict({"lora_alpha": 32, "rank_pattern": {"k_proj": 8}})
     assert (doubled.scale_for(16), doubled.scale_for(8)) == (2.0, 4.0)
@@ -120,6 +129,15 @@ BAD_SECTIONS = [
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0: must be at least 1"),
     ({"rank_pattern": {"(": 4}}, 'rank_pattern is {"(": 4}: "(" is not a valid regular expression'),
     ({"init": {"method": "svd"}}, 'init.method is "svd": must be one of "auto", "gram", "full"'),
+    (
+        {"delta": {"exchange": "thin"}},
+        'delta.exchange is "thin": must be one of "auto", "factor", "dense"; leave it out',
+    ),
+    ({"delta": {"dtype": "fp16"}}, 'delta.dtype is "fp16": must be one of "fp32", "bf16"'),
+    ({"delta": {"precision": "bf16"}}, 'delta.precision is "bf16": must be one of "fp32", "tf32"'),
+    ({"kernels": {"impl": "cuda"}}, 'kernels.impl is "cuda": must be one of "auto", "triton", "torch"'),
+    ({"kernels": {"linear": True}}, 'kernels.linear is true: must be one of "auto", "separate", "fused"'),
+    ({"impl": "triton"}, "impl: unknown key; move it to hd_pissa.kernels"),
     ({"delta": {"second_order": 1}}, "delta.second_order is 1: must be true or false"),
     ({"adam": {"betas": [0.9, 1]}}, "adam.betas.1 is 1: must be less than 1"),
     ({"adam": {"betas": [0.9]}}, "adam.betas is [0.9]: must be a list of two numbers"),

@@ -37,7 +37,8 @@ from hdpissa.launch import train, train_arguments
 STEPS, LR = 8, 3e-3
 # documented in engine/metrics.py and design; a reader of metrics.jsonl counts on them
 STEP_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu"}
-STEP_KEYS |= {"peak_memory_bytes", "step_time_s", "applied", "skipped_steps", "bytes_sent", "collectives"}
+STEP_KEYS |= {"peak_memory_bytes", "step_time_s", "applied", "refusal", "skipped_steps", "bytes_sent", "collectives"}
+TEXTS = ("mfu", "refusal")  # null on a CPU, and a reason
 EVAL_KEYS = {"step", "eval_loss", "perplexity", "eval_tokens"}
 
 
@@ -89,7 +90,7 @@ def test_metrics_have_a_row_for_every_step(launched):
     steps, evaluations = read_metrics(launched["deepspeed"])
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert all(set(row) == STEP_KEYS for row in steps)
-    assert all(math.isfinite(value) for row in steps for name, value in row.items() if name != "mfu")
+    assert all(math.isfinite(value) for row in steps for name, value in row.items() if name not in TEXTS)
     assert {row["mfu"] for row in steps} == {None}  # no peak is known for a CPU
     assert [row["epoch"] for row in steps] == [step / 8 for step in range(1, STEPS + 1)]
     assert all(row["applied"] and row["tokens"] > 0 and row["bytes_sent"] > 0 for row in steps)
@@ -129,6 +130,11 @@ def test_run_json_tells_what_was_run(launched, inputs):
     assert (run["world_size"], run["slices"], run["total_steps"], run["targets"]) == (2, 2, STEPS, 14)
     assert run["rows"]["used"] == 64
     assert run["init"]["residual"] < 1e-4
+    steps, _ = read_metrics(launched["deepspeed"])
+    exchange = run["exchange"]
+    assert (exchange["factor_targets"], exchange["dense_targets"], exchange["buckets"]) == (14, 0, 1)
+    assert {(row["bytes_sent"], row["collectives"]) for row in steps} == {(exchange["bytes_per_step"], 3)}
+    assert run["memory_bytes"]["buffers"] > 0
     assert run["device"] == "cpu"
     names = ("hdpissa", "torch", "deepspeed", "transformers", "datasets")
     assert run["versions"] == {name: version(name) for name in names}
