@@ -82,7 +82,7 @@ def buffer_bytes(targets: Sequence[Target], plan: SlicePlan, bucket_bytes: int, 
     """Buffers of the largest bucket: `delta.bucket_bytes` where there is more to send than that.
 
     A single weight may need more in the factor exchange; a dense one goes in pieces. (The engine's `make_buckets` says
-    it more exactly, and takes minutes for a thousand ranks.)
+    it more exactly, and needs seconds for 70B on a thousand ranks.)
     """
     most = 0
     for kind in ("factor", "dense"):
