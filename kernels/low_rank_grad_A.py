@@ -50,7 +50,7 @@ def outer_product(
     q_at = q + (start + t[:, None]) * stride_qt + r[None, :]
     total = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
     for first in range(0, run, BLOCK_T):
-        here = (first + t < run) & (start + first + t < T)
+        here = start + first + t < T  # runs are whole blocks of tokens
         x_TI = tl.load(x_at, mask=here[:, None] & (i[None, :] < I), other=0.0)
         q_TR = tl.load(q_at, mask=here[:, None] & (r[None, :] < R), other=0.0)
         total = dot(tl.trans(x_TI), q_TR, total, PRECISION)

@@ -60,7 +60,7 @@ def one_pass(
     grad = tl.zeros((BLOCK_O, BLOCK_R), dtype=tl.float32)
     zero = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for first in range(0, run, BLOCK_T):
-        here = (first + t < run) & (start + first + t < T)
+        here = start + first + t < T  # runs are whole blocks of tokens
         dy_TO = tl.load(dy_at, mask=here[:, None] & of_O[None, :], other=0.0)
         p_TR = tl.load(p_at, mask=here[:, None] & of_R[None, :], other=0.0)
         q_TR = dot(dy_TO, B_OR, zero, PRECISION)

@@ -23,12 +23,21 @@ def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str = "contiguous",
     if layout == "transposed":
         return randn(cols, rows, seed=seed, dtype=dtype).to(DEVICE).t()
     if layout == "strided":
-        return randn(2 * rows, 3 * cols, seed=seed, dtype=dtype).to(DEVICE)[::2, ::3]
+        return _amid_nan(randn(rows, cols, seed=seed, dtype=dtype), slice(0, None, 2), slice(0, None, 3))
     if layout == "expanded":
         return randn(1, cols, seed=seed, dtype=dtype).to(DEVICE).expand(rows, cols)
     if layout == "offset":  # neither base address nor row length divides by anything
-        return randn(rows, cols + 1, seed=seed, dtype=dtype).to(DEVICE)[:, 1:]
+        return _amid_nan(randn(rows, cols, seed=seed, dtype=dtype), slice(1, 1 + rows), slice(3, 3 + cols))
     return randn(rows, cols, seed=seed, dtype=dtype).to(DEVICE)
+
+
+def _amid_nan(values: torch.Tensor, rows: slice, cols: slice) -> torch.Tensor:
+    """A view of a larger matrix that is NaN elsewhere, so that reading past an edge shows even where it is times 0."""
+    height, width = values.shape
+    around = torch.full((2 * height + 260, 3 * width + 260), float("nan"), dtype=values.dtype, device=DEVICE)
+    view = around[rows, cols][:height, :width]
+    view.copy_(values)
+    return view
 
 
 def poisoned(rows: int, cols: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ from hdpissa.kernels import api, reference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def check(T, O, R, dtype, layout="contiguous", *, with_q=False):
-    dy, p = matrix(T, O, dtype, layout, seed=1), matrix(T, R, dtype, seed=2)
+def check(T, O, R, dtype, layout="contiguous", layout_p="contiguous", *, with_q=False):
+    dy, p = matrix(T, O, dtype, layout, seed=1), matrix(T, R, dtype, layout_p, seed=2)
     B = matrix(O, R, torch.float32, seed=3)
     given_q = matrix(T, R, dtype, seed=4) if with_q else None
     found, plain = poisoned(O, R), poisoned(O, R)
@@ -22,7 +22,7 @@ def check(T, O, R, dtype, layout="contiguous", *, with_q=False):
     q = api.low_rank_grad_B_(found[1:-1], dy, p, B, given_q, impl="triton")
     torch_q = reference.low_rank_grad_B_(plain[1:-1], dy, p, B, given_q)
     dy64, p64, B64 = double(dy, p, B.to(dtype))
-    what = f"{T, O, R, dtype, layout, with_q}"
+    what = f"{T, O, R, dtype, layout, layout_p, with_q}"
     assert_as_good(found[1:-1], plain[1:-1], start + dy64.T @ p64, "grad B " + what)
     assert bool(found[[0, -1]].isnan().all())
     if with_q:
@@ -33,9 +33,9 @@ def check(T, O, R, dtype, layout="contiguous", *, with_q=False):
 
 
 @few
-@given(tokens, features, ranks, dtypes, layouts)
-def test_low_rank_grad_B(T, O, R, dtype, layout):
-    check(T, O, R, dtype, layout)
+@given(tokens, features, ranks, dtypes, layouts, layouts)
+def test_low_rank_grad_B(T, O, R, dtype, layout, layout_p):
+    check(T, O, R, dtype, layout, layout_p)
 
 
 @pytest.mark.parametrize(("R", "dtype"), [(65, BF16), (256, BF16), (17, torch.float32)])
