@@ -218,9 +218,8 @@ class SliceOptimizer(torch.optim.Optimizer):
     def _dense_parts(self, pieces: list[Piece], deltas: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """What the own slices change on each member's pieces (G × elements of a round), in the wire's dtype."""
         plan, dtype = self.store.plan, self.rule.dtype
-        parts = torch.zeros(
-            plan.group_size, sum(p.size for p in pieces), dtype=dtype, device=self.store.grads.device
-        )  # zeros: padding is summed, too
+        size = sum(p.size for p in pieces)
+        parts = torch.empty(plan.group_size, size, dtype=dtype, device=self.store.grads.device)
         at = 0
         for piece in pieces:
             target, column = piece.target, parts[:, at : at + piece.size]
@@ -296,9 +295,11 @@ def _cells(piece: Piece, group: list[int], *, whole: bool) -> Iterator[tuple[sli
 
 
 def _put(cells_GN: Tensor, block: Tensor) -> None:
-    """Lays a flat block out over rows of N elements; the last may stay short."""
+    """Lays a flat block out over rows of N elements; what it does not fill is padding, zero."""
     width = cells_GN.shape[1]
-    full = block.numel() // width
+    full, rest = divmod(block.numel(), width)
     cells_GN[:full].copy_(block[: full * width].view(full, width))
-    if rest := block.numel() - full * width:
+    if full < len(cells_GN):
         cells_GN[full, :rest].copy_(block[full * width :])
+        cells_GN[full, rest:].zero_()
+        cells_GN[full + 1 :].zero_()
