@@ -51,6 +51,7 @@ def test_exchange_groups_own_every_slice_once(slices, world):
         # in slice order without sorting: what is received lies in the order of the group
         assert [i for rank in group for i in plan.owned_by(rank)] == list(range(slices))
         assert {SlicePlan(slices, world, rank).replica for rank in group} == {replica}
+        assert all(SlicePlan(slices, world, rank).group == group for rank in group)
 
 
 @pytest.mark.parametrize(("slices", "world"), DIVIDING)
@@ -157,3 +158,16 @@ def test_shard_ranges_follow_zero3():
             assert (shard.rows, shard.numel) == (len(touched), len(part))
             empty += not part
     assert empty > 100, "the sizes above must include shards that own nothing"
+
+
+def test_parts_of_a_shard():
+    """Pieces of every rank's shard cover it once; the last shard, which is shorter, has less in the last ones."""
+    for rows, cols, world in [(9, 5, 4), (1, 5, 4), (7, 3, 2), (4, 6, 1)]:
+        for rank in range(world):
+            shard = ShardRange.of(rank, world, rows, cols)
+            size = -(-rows * cols // world)
+            for step in (1, 4, size):
+                parts = [shard.part(begin, min(begin + step, size)) for begin in range(0, size, step)]
+                covered = [element for part in parts for element in range(part.start, part.stop)]
+                assert covered == list(range(shard.start, shard.stop))
+                assert all(part.cols == cols and part.numel >= 0 for part in parts)
