@@ -3,10 +3,11 @@
     python benchmarks/aot_table.py [KERNEL ...]
 
 Compiles the configurations that the launchers use (each kernel module's `AOT`) for an A100 (sm_80), an H100 or
-H200 (sm_90) and an MI300 (gfx942), and reads from the machine code: registers per thread, bytes spilled (stack
+H200 (sm_90) and an MI300 (gfx942), and reads from what comes out: registers per thread, bytes spilled (stack
 frame and local memory, on AMD scratch), shared memory against what a program may have, and the matrix
-instructions. KERNEL is a stem of `kernels/` or the path of a Python file that has an `AOT`; without any, all
-kernels are compiled and the table goes to `benchmarks/results/aot.md` and `aot.json`.
+instructions (of PTX on NVIDIA: mma becomes HMMA, wgmma HGMMA). KERNEL is a stem of `kernels/` or the path of a
+Python file that has an `AOT`; without any, all kernels are compiled and the table goes to
+`benchmarks/results/aot.md` and `aot.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def compile_case(kernel: str, index: int, target_name: str) -> dict[str, Any]:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     chip = GPUTarget(target.backend, target.arch, target.warp_size)
     compiled = triton.compile(case.source(), target=chip, options=options)
-    read = _read_nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _read_amd(compiled.asm["amdgcn"])
+    read = _read_nvidia(compiled.asm) if target.backend == "cuda" else _read_amd(compiled.asm["amdgcn"])
     return {
         "module": kernel,
         "kernel": case.name,
@@ -88,21 +89,22 @@ def compile_case(kernel: str, index: int, target_name: str) -> dict[str, Any]:
     }
 
 
-def _read_nvidia(cubin: bytes) -> dict[str, Any]:
-    """Registers, spills and matrix instructions of a cubin, by the tools that Triton brings."""
+def _read_nvidia(asm: Mapping[str, Any]) -> dict[str, Any]:
+    """Registers and spills of a cubin, by the tool that Triton brings; matrix instructions of its PTX."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
-        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        code = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     # a function's stack frame holds what is spilled; local memory is counted too, should a compiler use it
     figure = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    instructions = re.sub(r"\.(?:mma_async|sync|aligned|row|col)\b", "", asm["ptx"])
     return {
         "registers": figure["REG"],
         "spilled": figure["STACK"] + figure["LOCAL"],
-        "matrix instructions": _distinct(r"\b(?:HG|H|Q|I|D)MMA\.[\w.]+", code),
+        "matrix instructions": _distinct(r"\bw?g?mma\.m\d[\w.]+", instructions),
     }
 
 
@@ -116,10 +118,6 @@ def _read_amd(assembly: str) -> dict[str, Any]:
         "spilled": max(4 * spilled_registers, figure["private_segment_fixed_size"]),
         "matrix instructions": _distinct(r"\bv_mfma_\w+", assembly),
     }
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _distinct(pattern: str, code: str) -> str:
