@@ -37,8 +37,10 @@ def reading_own_rows() -> Iterator[None]:
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.__dict__["_load_pretrained_model"]
+    building = ExitStack()  # until values arrive, from here or from transformers
 
     def load(model: nn.Module, state_dict: dict | None, checkpoint_files: list[str] | None, *rest: Any, **more: Any):
+        building.close()
         with ExitStack() as stack:
             source = _open(stack, checkpoint_files) if state_dict is None else {}
             needed, tied = _parameters_and_buffers(model)
@@ -51,7 +53,9 @@ def reading_own_rows() -> Iterator[None]:
 
     PreTrainedModel._load_pretrained_model = staticmethod(load)
     try:
-        yield
+        with building:
+            building.enter_context(zero3.building_without_broadcast())
+            yield
     finally:
         PreTrainedModel._load_pretrained_model = original
 
