@@ -12,6 +12,7 @@ time is processor time of one thread, which other processes on the machine distu
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -80,7 +81,7 @@ def rates(device: torch.device, n: int = 512) -> svd.Rates:
     found: dict[str, float] = {}
     for bits, dtype in ((32, torch.float32), (64, torch.float64)):
         big = torch.randn(4 * n, 4 * n, dtype=dtype, device=device)
-        thin = torch.randn(48 if bits == 32 else 4 * n, 4 * n, dtype=dtype, device=device)
+        thin = torch.randn(32 if bits == 32 else 4 * n, 4 * n, dtype=dtype, device=device)
         found[f"gemm{bits}"] = 2 * len(thin) * len(big) ** 2 / best(partial(torch.matmul, thin, big))
         small = big[: n // 4, : n // 4] + big[: n // 4, : n // 4].t()
         large = big[: 2 * n, : 2 * n] + big[: 2 * n, : 2 * n].t()
@@ -115,18 +116,22 @@ def case(rows: int, cols: int, rank: int, name: str, device: torch.device, full:
     return row
 
 
-def models() -> list[dict[str, Any]]:
-    """Every target matrix of two Llamas, rank 128: expected seconds, and the FLOP of the method that auto takes."""
+def models(rank: int = 128) -> list[dict[str, Any]]:
+    """Every target matrix of two Llamas: expected seconds, and the PFLOP in products, by the cheaper method of each."""
     table = []
+    products = svd.Rates(gemm32=1e15, gemm64=1e15, eigh32=math.inf, eigh64=math.inf, row=0.0)
     sizes = {"llama-2-7b": (32, shapes.LLAMA_2_7B_GROUPS), "llama-3-70b": (80, shapes.LLAMA_3_70B_GROUPS)}
     for model, (layers, groups) in sizes.items():
-        members = [(m.rows, m.cols) for group in groups for m in group.members]
-        for device, constants in (("cpu", svd.CPU), ("gpu, assumed", svd.GPU)):
-            total = dict.fromkeys(("gram", "randomized"), 0.0)
-            for method in total:
-                total[method] = layers * sum(svd.seconds(method, *size, 128, constants) for size in members)
-            mixed = layers * sum(min(svd.seconds(m, *size, 128, constants) for m in total) for size in members)
-            table.append({"model": model, "matrices": layers * len(members), "device": device, **total, "best": mixed})
+        members = [(m.rows, m.cols, rank) for group in groups for m in group.members] * layers
+        for device, constants in (("one CPU core", svd.CPU), ("GPU, assumed", svd.GPU)):
+            costs = [{m: svd.seconds(m, *size, constants) for m in ("gram", "randomized")} for size in members]
+            best = [min(cost, key=cost.__getitem__) for cost in costs]
+            row: dict[str, Any] = {"model": model, "matrices": len(members), "device": device}
+            row["gram s"] = sum(cost["gram"] for cost in costs)
+            row["best s"] = sum(cost[m] for cost, m in zip(costs, best, strict=True))
+            row["randomized"] = best.count("randomized")
+            row["PFLOP"] = sum(svd.seconds(m, *size, products) for m, size in zip(best, members, strict=True))
+            table.append(row)
     return table
 
 
@@ -142,7 +147,8 @@ def main() -> None:
     if args.rates:
         return print(rates(device))
     if args.models:
-        return print(timing.markdown(models(), ["model", "matrices", "device", "gram", "randomized", "best"]))
+        found = models()
+        return print(timing.markdown(found, list(found[0])))
     table: list[dict[str, Any]] = []
     for rows, cols in SIZES:
         for name in SPECTRA if rows <= args.largest else ():

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22  # entries of M converted at a time where it is not of the working dtype: 32 MiB of float64
-BLOCK = (16, 64)  # vectors a step adds: half of the triplets wanted, within these limits
+BLOCK = (16, 32)  # vectors a step adds: half of the triplets wanted, within these limits
 PROBES, PROBE_STEPS = 16, 8
 MAY_FAIL = 1e-9  # probability that `bound` is too low
+AIM = 0.8  # of the tolerance: what the float32 estimate of a residual is to reach
 NOISE = 8  # rounding of a float32 product, in units of its epsilon times σ₁²
 
 
@@ -206,18 +207,19 @@ class Search:
 
     def _converge(self, space: Subspace, first: int) -> None:
         """Grows the space until its k leading Ritz vectors have converged, or it is full; then the triplets from it."""
-        check = first
+        check, before = first, (self.k, 0.5 / (AIM * self.tol))
         while True:
             space.grow()
-            full = len(space.Q) + len(space.next) > self.limit or not len(space.next)
-            if len(space.Q) < check and not full:
+            m = len(space.Q)
+            full = m + len(space.next) > self.limit or not len(space.next)
+            if m < check and not full:
                 continue
-            wanted = min(self.k + BLOCK[0], len(space.Q))
-            theta, Y, left = space.ritz(wanted)
+            theta, Y, left = space.ritz(min(self.k + BLOCK[0], m))
             noise = NOISE * torch.finfo(space.dtype).eps * theta[0]
-            if full or bool((left[: self.k] <= torch.clamp_min(0.5 * self.tol * theta[: self.k], noise)).all()):
+            worst = (left / torch.clamp_min(self.tol * theta, noise))[: self.k].max().nan_to_num().item()
+            if full or worst <= AIM:
                 break
-            check = max(len(space.Q) + self.block, len(space.Q) * 5 // 4)
+            check, before = next_check(before, (m, worst / AIM)), (m, worst / AIM)
         self._settle(Y.t() @ space.Q)
 
     def _settle(self, X_qs: Tensor) -> None:
@@ -227,6 +229,19 @@ class Search:
         turn = torch.linalg.eigh(Y @ Y.t()).eigenvectors.flip(1).t()
         self.X, self.Y = turn @ X, turn @ Y
         self.sigma = torch.linalg.vector_norm(self.Y, dim=1)
+
+
+def next_check(before: tuple[int, float], now: tuple[int, float]) -> int:
+    """At how many vectors to look again, from two looks at (vectors, residual over what is aimed at).
+
+    A look costs an eigendecomposition, one too late the vectors between. Residuals fall ever faster as the space
+    grows, so the line through the logarithms of the last two is taken to be too flat by a third.
+    """
+    m, ahead = now
+    if before[1] <= ahead or before[0] >= m:
+        return m * 5 // 4
+    slope = math.log(before[1] / ahead) / (m - before[0])
+    return round(min(m * 1.25, m + math.log(ahead) / (1.5 * slope)))
 
 
 def basis_size(s: int, k: int) -> int:
