@@ -59,8 +59,9 @@ class DeltaRule:
             betas=self.betas,
             eps=self.eps,
             grad_scale=grad_scale,
+            dtype=dtype,
             impl=self.impl,
-        ).to(dtype)
+        )
 
     def apply(
         self,

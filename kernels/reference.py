@@ -122,13 +122,15 @@ def slice_adam_(
     betas: tuple[float, float],
     eps: float,
     grad_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One bias-corrected Adam step; moments in place, returns Δ already multiplied by the learning rate.
 
         m ← β₁ m + (1−β₁) g      v ← β₂ v + (1−β₂) g²      with g = grad · grad_scale
         Δ = lr · (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)      t = step, counted from 1
 
-    No weight decay (method.md, step 3). All tensors flat and of one dtype.
+    No weight decay (method.md, step 3). All tensors flat and of one dtype. Δ comes in `dtype`: bf16 where that
+    is what travels, grad's own when not told.
 
     Example: zero moments, g = 4, step 1, lr 0.1, ε 0 → Δ = 0.1.
     """
@@ -137,7 +139,7 @@ def slice_adam_(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.div(1 - beta2**step).sqrt_().add_(eps)
-    return exp_avg.div(denominator).mul_(lr / (1 - beta1**step))
+    return exp_avg.div(denominator).mul_(lr / (1 - beta1**step)).to(dtype or grad.dtype)
 
 
 def dense_delta(
