@@ -114,7 +114,6 @@ _MUST_BE_OFF = {
     "zero_optimization.zeropp_loco_param": _REMOVED,
 }
 _MUST_BE_ONE = {
-    "zero_optimization.zero_hpz_partition_size": "its second copy of W would go stale (not supported yet)",
     "sequence_parallel_size": _ONE_GROUP,
     "tensor_parallel.autotp_size": _ONE_GROUP,
     "tensor_parallel.tp.tp_size": _ONE_GROUP,
@@ -250,6 +249,7 @@ def fill_auto(ds: dict[str, Any], args: TrainValues) -> tuple[dict[str, Any], Tr
         values = dataclasses.replace(values, **{field: value})
     if not problems:
         values = _fit_batch(out, values, "gradient_accumulation_steps" not in fixed | args.given, differ)
+    problems += _second_copy_problems(out, args.world_size)
     if differ:
         remedy = 'set these config values to "auto" or drop the arguments'
         problems.append(f"config and command line must agree: {', '.join(differ)}; {remedy}")
@@ -257,6 +257,17 @@ def fill_auto(ds: dict[str, Any], args: TrainValues) -> tuple[dict[str, Any], Tr
         fail(["DeepSpeed config: " + problems[0], *problems[1:]])
     _fill_off_and_sizes(out, args.hidden_size)
     return out, values
+
+
+def _second_copy_problems(out: dict[str, Any], world_size: int) -> list[str]:
+    """hpZ keeps a second copy of W in every so many consecutive ranks, which ought to be those of a host."""
+    size = _at(out, "zero_optimization.zero_hpz_partition_size")
+    if not _is_count(size) or world_size % min(size, world_size) == 0:
+        return []
+    return [
+        f"zero_optimization.zero_hpz_partition_size is {size} with {world_size} ranks: must divide them; set it to the "
+        f"number of ranks on a host"
+    ]
 
 
 def _fit_batch(out: dict[str, Any], values: TrainValues, free: bool, differ: list[str]) -> TrainValues:

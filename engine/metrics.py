@@ -1,6 +1,7 @@
 """What a run leaves behind for people and programs: metrics.jsonl, run.json, run_state.json, one line per step.
 
-Rank 0 alone writes; the other ranks hold a recorder that does nothing, so that the loop has no branches.
+Rank 0 alone writes; the other ranks hold a recorder that does nothing, so that the loop has no branches. One
+exception: when a run fails, rank 0 may be what was lost, so then others write run_state.json, too.
 Figures of a step: `tokens` are input tokens of all ranks without padding, `mfu` counts forward plus the input
 gradient (4 FLOP per weight and token, the floor of a frozen base) against the device's published dense
 bf16 peak, and is null where that is unknown (CPU).
@@ -28,9 +29,9 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key in device_name), None)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file that a reader never sees half-written."""
-    temporary = path.with_name(f".{path.name}.partial")
+def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None:
+    """Writes a JSON file that a reader never sees half-written, whatever other ranks are writing there."""
+    temporary = path.with_name(f".{path.name}.{rank}.partial")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
     os.replace(temporary, path)
 
@@ -41,25 +42,26 @@ def finite_or_none(value: float) -> float | None:
 
 
 class Recorder:
-    """Rank 0's record of a run.
+    """A rank's record of a run; rank 0's is the one that is written.
 
     Args:
-        folder: output folder, exists.
+        folder: output folder; on rank 0 it exists.
         total_steps: optimizer steps planned.
         weights: parameters of the model, for `mfu`.
         device_name, devices: for `mfu`.
-        quiet: a recorder of another rank; nothing is written.
+        rank: whose it is.
     """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, weights: int, device_name: str, devices: int, quiet: bool
+        self, folder: Path, *, total_steps: int, weights: int, device_name: str, devices: int, rank: int
     ) -> None:
-        self.folder, self.total_steps, self.quiet = folder, total_steps, quiet
+        quiet = rank != 0
+        self.folder, self.total_steps, self.rank, self.quiet = folder, total_steps, rank, quiet
         self._flops_per_token = 4 * weights
         peak = peak_flops(device_name)
         self._peak = peak * devices if peak else None
-        self._last = time.perf_counter()
-        self._steps_done = 0
+        self._last = self._moved = time.perf_counter()
+        self.steps_done = 0
         self._file: IO[str] | None = None if quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._console = Console(quiet=quiet)
         self._progress = Progress(
@@ -78,6 +80,10 @@ class Recorder:
         self._progress.start()
         self._last = time.perf_counter()
 
+    def idle_s(self) -> float:
+        """Seconds since something was recorded: how long the run has stood still, or has been busy with one thing."""
+        return time.perf_counter() - self._moved
+
     def resume_clock(self) -> None:
         """Leaves out what happened since the last step (evaluation, generation)."""
         self._last = time.perf_counter()
@@ -92,7 +98,8 @@ class Recorder:
         Returns: the row.
         """
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        seconds, self._last, self._moved = now - self._last, now, now
+        self.steps_done = figures["step"]
         row = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in figures.items()}
         row["step_time_s"] = round(seconds, 6)
         row["tokens_per_second"] = round(figures["tokens"] / seconds, 2)
@@ -116,6 +123,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on rank 0 only."""
+        self._moved = time.perf_counter()
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, row: Mapping[str, Any]) -> None:
@@ -138,18 +146,40 @@ class Recorder:
 
         Launchers can return 0 for a run that was killed, so this file is what says how a run ended.
         """
-        self._steps_done = step
-        self.save_json("run_state.json", {"state": state, "step": step, "message": message})
+        self.steps_done = step
+        self.save_json("run_state.json", _state(state, step, message))
 
-    def failed(self, error: BaseException) -> None:
-        """run_state.json: "failed", after how many steps, and the error."""
-        self.state("failed", self._steps_done, f"{type(error).__name__}: {error}")
+    def failed(self, error: BaseException, *, lost: bool = False) -> None:
+        """run_state.json: "failed", after how many steps, and the error; from any rank.
+
+        The cause must stand there, not what followed from it: rank 0's own error always counts, another rank's
+        unless somebody has written already, and so does that peers were lost (`lost`). Ranks on hosts that do not
+        share the folder each write their own.
+        """
+        path = self.folder / "run_state.json"
+        if (self.rank or lost) and _says_failed(path):
+            return
+        text = str(error) if lost else f"{type(error).__name__}: {error}"
+        message = text if lost or self.rank == 0 else f"rank {self.rank}: {text}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, _state("failed", self.steps_done, message), rank=self.rank)
 
     def close(self) -> None:
         """Ends the bar and closes the file."""
         self._progress.stop()
         if self._file is not None:
             self._file.close()
+
+
+def _state(state: str, step: int, message: str) -> dict[str, Any]:
+    return {"state": state, "step": step, "message": message}
+
+
+def _says_failed(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text())["state"] == "failed"
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _short(row: Mapping[str, Any]) -> str:

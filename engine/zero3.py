@@ -9,15 +9,19 @@ What ZeRO-3 does to frozen weights that change, and what is done about it here:
   shard does not reach: `release_gathered` drops them all before the shard is written.
 * Gathers run on a private stream that never waits for the compute stream: `fence` after the update.
 * Padding of the last shards is uninitialised memory: `shard_view` cuts it off.
+* Under hpZ each host keeps a second copy, of which it gathers, and which for frozen weights is never renewed:
+  whoever is given a shard may write it, so `shard_view` drops that copy. The next gather is of the shards.
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +32,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import psutil
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.constants import default_pg_timeout
+from deepspeed.utils import groups
 
+from . import peers
 from .errors import ConfigError
+from .launcher import Launch, read_launch
 
 # DeepSpeed 0.19 still calls torch.distributed's older names; nobody who reads the warning can mend it.
 warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
@@ -42,30 +52,80 @@ ANCHOR = "_hdpissa_anchor"
 
 
 def read_launcher() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from the process group if there is one, else from deepspeed or torchrun.
+    """(rank, world size, local rank) from the process group if there is one, else from the launcher's environment.
 
     (0, 1, 0) for a plain process.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size(), local
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local
+        return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
+    launch = read_launch(os.environ)
+    return launch.rank, launch.world_size, _device_index(launch)
 
 
-def init_distributed() -> None:
-    """Starts the default process group (NCCL on GPUs, gloo on CPU) unless one exists already."""
-    rank, world, local = read_launcher()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if world == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+def _device_index(launch: Launch) -> int:
+    """The local rank, which is also the number of the GPU."""
+    count = 0 if get_accelerator().device_name() == "cpu" else get_accelerator().device_count()
+    if count == 1 and launch.launcher == "srun":
+        return 0  # with --gpus-per-task each task is shown one GPU, its own
+    if 0 < count <= launch.local_rank:
+        raise ConfigError(
+            f"{launch.launcher}: local rank {launch.local_rank}, but this host shows {count} GPUs; start at most one "
+            f"process per GPU"
+        )
+    return launch.local_rank
+
+
+def init_distributed(timeout_s: float | None = None) -> None:
+    """Starts the default process group (NCCL on GPUs, gloo on CPU) unless one exists already.
+
+    Args:
+        timeout_s: of every collective in every group; None is DeepSpeed's default (10 minutes, DEEPSPEED_TIMEOUT).
+    """
+    if not dist.is_initialized():
+        launch = read_launch(os.environ)
+        _set_environment(launch)
+        _share_cores(launch.local_world_size)
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
     # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if get_accelerator().device_name() == "cpu":
-        share_cores(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world))
-    else:
-        get_accelerator().set_device(local)
-    deepspeed.init_distributed(verbose=False)
+    if dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+        return
+    timeout = default_pg_timeout if timeout_s is None else datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed gathers in a group of its own, to which it gives no time-out: torch's default of 30 minutes would hold.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
+
+
+def _set_environment(launch: Launch) -> None:
+    """What torch, DeepSpeed and transformers look up, whoever launched this process."""
+    port = launch.master_port or _free_port()
+    where = {"MASTER_ADDR": launch.master_addr or "127.0.0.1", "MASTER_PORT": str(port)}
+    local = {"LOCAL_RANK": str(_device_index(launch)), "LOCAL_WORLD_SIZE": str(launch.local_world_size)}
+    os.environ.update(where, RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), **local)
+    # A collective that overruns the time-out ends the process; 0 would let it hang for ever.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    if launch.local_world_size < launch.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Left alone, gloo takes the interface that the host's own name stands for, which often is the loopback one.
+        name = _interface_of(peers.own_address(where["MASTER_ADDR"]))
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has this address; None for the loopback one."""
+    if peers.is_loopback(address):
+        return None
+    found = [name for name, given in psutil.net_if_addrs().items() if any(a.address == address for a in given)]
+    return found[0] if found else None
+
+
+def meet(timeout_s: float) -> peers.Peers:
+    """Makes the ranks known to each other, for messages about those that are lost; collective."""
+    several = int(os.environ["LOCAL_WORLD_SIZE"]) < dist.get_world_size()
+    address = peers.own_address(os.environ["MASTER_ADDR"]) if several else "127.0.0.1"
+    return peers.Peers.meet(address, timeout_s)
 
 
 def shut_down() -> None:
@@ -74,9 +134,9 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def share_cores(local_world_size: int) -> None:
+def _share_cores(local_world_size: int) -> None:
     """Splits the cores among the processes of a node; the deepspeed launcher does not."""
-    if "OMP_NUM_THREADS" not in os.environ:
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
 
@@ -159,6 +219,21 @@ def load_pretrained(folder: str, ds_config: dict, *, loader: Any, **kwargs: Any)
     return model
 
 
+@contextmanager
+def building_without_broadcast() -> Iterator[None]:
+    """Within it zero.Init shards each rank's own memory, uninitialised as it is, instead of rank 0's.
+
+    For models whose values are read from files afterwards: DeepSpeed would first send all of the model's
+    bytes from rank 0 to everybody, and receivers that lag behind would hold them in memory.
+    """
+    original = deepspeed.comm.broadcast
+    deepspeed.comm.broadcast = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        deepspeed.comm.broadcast = original
+
+
 def compute_dtype(ds_config: dict) -> torch.dtype:
     """bf16 when the config enables it, else fp32."""
     section = ds_config.get("bf16") or ds_config.get("bfloat16") or {}
@@ -197,7 +272,9 @@ def attach_anchor(model: nn.Module, ds_config: dict) -> None:
 
     It is never part of the graph, so its gradient is zero and AdamW without weight decay leaves it alone.
     """
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+    # the group of hpZ, which DeepSpeed would make anew here and refuses to
+    group = groups._get_zero_param_intra_parallel_group()
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=group):
         anchor = nn.Linear(1, 1, bias=False)
     model.add_module(ANCHOR, anchor)
 
@@ -227,7 +304,7 @@ def full_numel(param: nn.Parameter) -> int:
 
 
 def shard_view(param: nn.Parameter) -> Tensor:
-    """This rank's real elements of the parameter, in place, without the padding.
+    """This rank's real elements of the parameter, in place, without the padding. For use between gathers.
 
     Raises:
         RuntimeError: the shard is not the plain, world-wide, resident one this project relies on.
@@ -237,9 +314,15 @@ def shard_view(param: nn.Parameter) -> Tensor:
         raise RuntimeError(f"unexpected ZeRO-3 shard: {shard.numel()} of {shard.ds_numel} elements, quantised or away")
     if dist.get_world_size(param.ds_process_group) != dist.get_world_size():  # type: ignore[attr-defined]
         raise RuntimeError("a parameter is sharded over a part of the world only")
+    drop_second_copy(param)
     start = dist.get_rank() * shard.ds_numel
     valid = max(0, min(shard.ds_numel, param.ds_numel - start))  # type: ignore[attr-defined]
     return shard.data[:valid]
+
+
+def drop_second_copy(param: nn.Parameter) -> None:
+    """Drops what hpZ would gather in place of the shards; it is made anew when the weight has been gathered."""
+    param.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
 
 def shard_getter(param: nn.Parameter) -> Callable[[], Tensor]:

@@ -2,8 +2,9 @@
 
     deepspeed launch/train.py --ds_config ds_configs/zero3.json --model_name_or_path M --dataset_name D --output_dir O
 
-Also under torchrun, and as one plain `python` process. `fit` is the loop, `train` wires the parts.
-Whatever a person can get wrong is found before any weight is read (train_checks.py): one line, exit code 2.
+Also under torchrun, srun and mpirun, on one host or many (launch/nodes/), and as one plain `python` process.
+`fit` is the loop, `train` wires the parts. Whatever a person can get wrong is found before any weight is read
+(train_checks.py): one line, exit code 2. Peers that are lost on the way: one line, exit code 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.errors import ConfigError, LostError
+from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
 from hdpissa.launch.train_checks import Job, check, model_options
 
@@ -62,6 +64,30 @@ def make_scheduler(args: Any, optimizer: Any, total_steps: int) -> Any:
     )
 
 
+def meet(args: Any, job: Job) -> Any:
+    """Starts the process group and makes the ranks known to each other.
+
+    Raises:
+        LostError: they did not all come.
+    """
+    from hdpissa.engine import peers, zero3
+
+    try:
+        zero3.init_distributed(args.ddp_timeout)
+        if job.plan.rank:  # where hosts do not share the folder nobody else does this; rank 0 writes after the meeting
+            (Path(args.output_dir) / "run_state.json").unlink(missing_ok=True)
+        return zero3.meet(args.ddp_timeout)
+    except RuntimeError as error:
+        if not peers.is_loss(error):
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LostError(
+            f"rank {job.plan.rank} of {job.plan.world_size}: the ranks did not all meet at {where} within "
+            f"--ddp_timeout {args.ddp_timeout} s ({peers.reason(error)}); start the launcher on every host, with this "
+            f"address and a port that is free there"
+        ) from error
+
+
 def make_recorder(args: Any, job: Job) -> Any:
     """Makes the output folder, where nothing of an earlier run counts any more."""
     from hdpissa.engine import zero3
@@ -78,7 +104,7 @@ def make_recorder(args: Any, job: Job) -> Any:
         weights=job.weights,
         device_name=zero3.accelerator_name(),
         devices=job.plan.world_size,
-        quiet=job.plan.rank != 0,
+        rank=job.plan.rank,
     )
     recorder.state("running", 0)
     return recorder
@@ -196,24 +222,49 @@ def main(argv: list[str] | None = None) -> None:
     job = check(args, given)
 
     from hdpissa.engine import zero3
+    from hdpissa.engine.peers import Watch, is_loss
 
-    zero3.init_distributed()
+    others = meet(args, job)
     recorder = make_recorder(args, job)
+    watch = Watch(others, recorder.idle_s, lambda: os._exit(say_and_wait(give_up(others, recorder))))
+    watch.start()
     try:
         train(args, job, recorder)
     except BaseException as error:
+        watch.stop()
+        if is_loss(error):
+            raise give_up(others, recorder, error) from error
         recorder.failed(error)
         raise
     finally:
+        watch.stop()
         recorder.close()
     zero3.shut_down()
 
 
-PATIENCE_S = 15.0
+def give_up(others: Any, recorder: Any, error: BaseException | None = None) -> LostError:
+    """Finds out which peers are lost, and has it in run_state.json: by the lowest rank that is left on a host."""
+    if not others.may_speak():  # the watch is about to end this process
+        time.sleep(60)
+    lost = others.explain(recorder.steps_done, error)
+    time.sleep(0.1 * int(os.environ["LOCAL_RANK"]))
+    recorder.failed(lost, lost=True)
+    return lost
+
+
+def say_and_wait(lost: LostError) -> int:
+    """Exit code, after one line, and after the neighbours had time for theirs: launchers end them when one exits."""
+    print(f"error: {lost}", file=sys.stderr, flush=True)
+    time.sleep(GRACE_S)
+    return LOST
+
+
+PATIENCE_S, GRACE_S = 15.0, 3.0
+LOST = 1
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` with a user's mistakes as one line and exit code 2.
+    """`main` with a user's mistakes as one line and exit code 2, and lost peers as one line and exit code 1.
 
     Rank 0 speaks for all. Launchers end every rank as soon as one has exited, so the others wait until it
     has spoken; one that is then still there has a mistake of its own (a file that its node lacks).
@@ -221,13 +272,18 @@ def run(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except ConfigError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = speaking_rank(os.environ)
         if rank != "0":
             time.sleep(PATIENCE_S)
         print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
         return 2
+    except LostError as error:
+        return say_and_wait(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    if code == LOST:  # a process group that has lost its peers would wait for them on the way out, or abort
+        os._exit(code)
+    sys.exit(code)

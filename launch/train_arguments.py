@@ -61,6 +61,7 @@ class TrainArguments:
     sample_prompt: str | None = _option(None, "an instruction whose greedy answer is printed before and after training")
     max_new_tokens: int = _option(128, "length of that answer")
     preprocessing_num_workers: int | None = _option(None, "processes that tokenise")
+    ddp_timeout: int = _option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
     overwrite_output_dir: bool = _option(False, "let this run replace the one in --output_dir")
     local_rank: int = _option(-1, "set by the deepspeed launcher; the environment is what counts")
 
@@ -171,6 +172,7 @@ def _check(args: TrainArguments) -> None:
         "gradient_accumulation_steps",
         "logging_steps",
         "max_new_tokens",
+        "ddp_timeout",
     ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")

@@ -206,7 +206,7 @@ def test_a_bad_file_names_the_place(tmp_path, name, text, expected):
 REFUSED = """
     zero_optimization=null zero.stage=2 zero.stage=null zero.zero_quantized_weights=true
     zero.zero_quantized_nontrainable_weights=true zero.zero_quantized_gradients=true
-    zero.zero_hpz_partition_size=2 zero.mics_shard_size=4 zero.zenflow={"topk_ratio":0.1}
+    zero.mics_shard_size=4 zero.zenflow={"topk_ratio":0.1}
     zero.zeropp_loco_param={"err_beta":0.8} zero.offload_param.device="nvme" fp8.enabled=true
     zero.offload_optimizer.super_offload=true fp16.enabled=true fp16.enabled="true" bf16=true
     torch_autocast.enabled=true hybrid_engine.enabled=true pipeline.stages=2 amp.enabled=true

@@ -27,6 +27,7 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = [
     ["errors", "config", "slicing", "krylov", "svd", "bounds", "delta", "shards", "targets", "buckets", "prompts"],
+    ["launcher", "peers"],
     ["zero3", "shared_input", "layer", "exchange", "data", "metrics", "batches", "ds_config", "slice_cache"],
     ["settings", "factors", "decompose", "adapt", "optimizer", "export", "pretrained", "sharded_load", "evaluate"],
     ["engine"],

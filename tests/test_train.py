@@ -341,20 +341,26 @@ def test_run_state_tells_when_the_launcher_was_killed(folder, inputs):
     assert not (output / "model").exists()
 
 
-def test_run_state_tells_an_error_in_the_middle(folder, inputs, cache):
-    argv = flags(arguments(inputs, folder / "failed"))
-    first, second = run_ranks(2, train_and_raise, argv, cache, rank=0, step=3)
-    assert first["error"] == "RuntimeError: the disk is on fire"
-    assert second["error"] is not None  # its peer has gone
-    expected = {"state": "failed", "step": 2, "message": "RuntimeError: the disk is on fire"}
-    assert read_json(folder / "failed" / "run_state.json") == expected
-    steps, _ = read_metrics(folder / "failed")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_run_state_tells_an_error_in_the_middle(folder, inputs, cache, rank):
+    """The error itself, whichever rank had it, and not what followed from it; the other rank says that in one line."""
+    output = folder / f"failed{rank}"
+    results = run_ranks(2, train_and_raise, flags(arguments(inputs, output)), cache, rank=rank, step=3)
+    other = results.pop(1 - rank)
+    assert results[0]["error"] == "RuntimeError: the disk is on fire"
+    message = ("rank 1: " if rank else "") + "RuntimeError: the disk is on fire"
+    assert read_json(output / "run_state.json") == {"state": "failed", "step": 2, "message": message}
+    assert (other["code"], other["error"]) == (1, None)
+    (line,) = [line for line in other["stderr"].splitlines() if line.startswith("error: ")]
+    assert f"rank {1 - rank} on " in line
+    assert f"lost its peers after step 2: rank {rank} on " in line
+    steps, _ = read_metrics(output)
     assert [row["step"] for row in steps] == [1, 2]
-    assert not (folder / "failed" / "model").exists()
+    assert not (output / "model").exists()
 
 
 def test_metrics_stay_json_when_a_loss_is_not_finite(tmp_path):
-    recorder = Recorder(tmp_path, total_steps=2, weights=1, device_name="cpu", devices=1, quiet=False)
+    recorder = Recorder(tmp_path, total_steps=2, weights=1, device_name="cpu", devices=1, rank=0)
     figures = {"step": 1, "loss": math.nan, "learning_rate": LR, "tokens": 1, "grad_norm": math.inf, "applied": False}
     recorder.step(figures, log=True)
     recorder.evaluation({"step": 1, "eval_loss": math.nan, "perplexity": math.inf, "eval_tokens": 1})
