@@ -46,13 +46,18 @@ def thin_product(
     tl.store(p_at, narrow(total, p.dtype.element_ty), mask=(t[:, None] < T) & (r[None, :] < R))
 
 
-def _blocks(tokens: int, R: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes: the token block shrinks with the number of tokens, the warps grow with the block of r."""
+def _blocks(tokens: int, R: int, dtype: torch.dtype, *, amd: bool) -> dict[str, int]:
+    """Block sizes: the token block shrinks with the number of tokens, the warps grow with the block of r.
+
+    AMD's chips have 64 KiB of shared memory for what NVIDIA's have 160 and more, and need no deep pipeline.
+    """
     block_t, block_r = (64 if tokens >= 8192 else 32 if tokens >= 4096 else 16), block(R, most=MOST_R)
     if dtype == torch.float32:  # three bf16 parts of both operands live in registers
         block_t, block_i, stages = min(block_t, 32), 32, 2
     else:
         block_i, stages = (128 if block_r <= 64 else 64), 3
+    if amd:
+        block_i, stages = min(block_i, 64 if block_r <= 64 else 32), 2
     warps = 4 if block_r <= 64 else 8
     return {"BLOCK_T": block_t, "BLOCK_I": block_i, "BLOCK_R": block_r, "num_warps": warps, "num_stages": stages}
 
@@ -65,7 +70,7 @@ def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
     p_TR = x_TI.new_empty(tokens, R)
     if not p_TR.numel():
         return p_TR
-    how = _blocks(tokens, R, x_TI.dtype)
+    how = _blocks(tokens, R, x_TI.dtype, amd=torch.version.hip is not None)
     grid = triton.cdiv(tokens, how["BLOCK_T"]), triton.cdiv(R, how["BLOCK_R"])
     thin_product[grid](
         x_TI, A_RI, p_TR, tokens, features, R, *x_TI.stride(), *A_RI.stride(), p_TR.stride(0),
@@ -74,8 +79,8 @@ def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
     return p_TR
 
 
-def _case(dtype: torch.dtype, tokens: int, R: int) -> AotCase:
-    how = _blocks(tokens, R, dtype)
+def _case(dtype: torch.dtype, tokens: int, R: int, *, amd: bool) -> AotCase:
+    how = _blocks(tokens, R, dtype, amd=amd)
     warps, stages = how.pop("num_warps"), how.pop("num_stages")
     signature = {"x": POINTER[dtype], "A": POINTER[torch.float32], "p": POINTER[dtype]}
     signature |= dict.fromkeys(("T", "I", "R", "stride_xt", "stride_ar", "stride_pt"), "i32:16")
@@ -87,11 +92,13 @@ def _case(dtype: torch.dtype, tokens: int, R: int) -> AotCase:
         num_warps=warps,
         num_stages=stages,
         tensor_core=True,
+        targets=("gfx942",) if amd else ("sm_80", "sm_90"),
     )
 
 
 AOT = [
-    _case(dtype, *size)
+    _case(dtype, *size, amd=amd)
+    for amd in (False, True)
     for dtype in (torch.bfloat16, torch.float32)
     for size in ((2048, 16), (8192, 16), (8192, 64), (8192, 256))
 ]

@@ -1,0 +1,72 @@
+"""How near does the delta on a shard come to a plain copy of it? 8 bytes of traffic per parameter is the least.
+
+python benchmarks/bench_delta_apply.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdpissa.benchmarks import shapes, timing
+from hdpissa.kernels import api, reference
+
+RANK = 16
+SLICES = (1, 2, 4, 8, 16)
+COLUMNS = ["weight", "slices", "wire", "precision", "ms", "% of copy bandwidth", "torch ms", "relative error of D"]
+
+
+def factors(rows: int, cols: int, Q: int, wire: torch.dtype) -> list[Tensor]:
+    """ΔA, ΔB, A, B of the sizes they have in a run."""
+    device = timing.need_gpu()
+    shapes_ = ((Q, cols), (rows, Q), (Q, cols), (rows, Q))
+    dtypes, sizes = (wire, wire, torch.float32, torch.float32), (2e-5, 2e-5, 0.1, 0.1)
+    made = zip(shapes_, sizes, dtypes, strict=True)
+    return [(torch.randn(*shape, device=device) * size).to(dtype) for shape, size, dtype in made]
+
+
+def error(factors: list[Tensor], precision: str) -> float:
+    """Of the D that is subtracted, against float64, on the first rows."""
+    dA, dB, A, B = factors[0], factors[1][:64], factors[2], factors[3][:64]
+    w = torch.zeros(64 * A.shape[1], device=A.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=A.device)
+    arguments: dict[str, Any] = {"start": 0, "second_order": True}
+    api.delta_apply_((w,), dA, dB, A, B, bad, scale=1.0, precision=precision, impl="triton", **arguments)
+    doubles = [t.double() for t in (dA, dB, A, B)]
+    truth = reference.dense_delta(*doubles, numel=w.numel(), dtype=torch.float64, **arguments)
+    return ((w.double() + truth).norm() / truth.norm()).item()
+
+
+def row(shape: shapes.Shape, slices: int, wire: torch.dtype, precision: str, bandwidth: float) -> dict[str, Any]:
+    """One measurement on a split shard that is the whole weight."""
+    made = factors(shape.rows, shape.cols, slices * RANK, wire)
+    parts = reference.split_fp32(torch.randn(shape.rows * shape.cols, device=made[0].device))
+    bad = torch.zeros(1, dtype=torch.int32, device=made[0].device)
+    how: dict[str, Any] = {"start": 0, "scale": 1.0, "second_order": True}
+    ms = timing.median_ms(lambda: api.delta_apply_(parts, *made, bad, precision=precision, impl="triton", **how))
+    torch_ms = timing.median_ms(lambda: api.delta_apply_(parts, *made, bad, impl="torch", **how))
+    return {
+        "weight": shape.name, "slices": slices, "wire": str(wire)[6:], "precision": precision, "ms": ms,
+        "% of copy bandwidth": 100 * 8 * parts[0].numel() / (ms * 1e-3) / bandwidth,
+        "torch ms": torch_ms, "relative error of D": error(made, precision),
+    }  # fmt: skip
+
+
+def main() -> None:
+    timing.need_gpu()
+    bandwidth = timing.copy_bandwidth()
+    fp32, bf16 = torch.float32, torch.bfloat16
+    cases = [(s, fp32, "fp32") for s in SLICES] + [(8, bf16, "fp32"), (8, fp32, "tf32")]
+    weights = (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B)
+    rows = [row(shape, *case, bandwidth) for shape in weights for case in cases]
+    note = (
+        f"W ← W − D on a split fp32 shard, r = {RANK}, the splitting of the factors included; copy bandwidth "
+        f"{bandwidth / 1e12:.2f} TB/s. Limit: 80 % of it up to 8 slices."
+    )
+    timing.write("bench_delta_apply", rows, COLUMNS, note)
+
+
+if __name__ == "__main__":
+    main()

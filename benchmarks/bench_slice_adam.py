@@ -1,0 +1,41 @@
+"""How near does Adam over the flat factor buffers come to a plain copy?
+
+python benchmarks/bench_slice_adam.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hdpissa.benchmarks import timing
+from hdpissa.kernels import api
+
+COLUMNS = ["elements", "wire", "ms", "torch ms", "% of copy bandwidth"]
+# own slices' factors of Llama-2-7B at r = 16 (40 M), and of 8 such slices
+SIZES = (40_000_000, 320_000_000)
+
+
+def row(numel: int, wire: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """One measurement: reads the gradient and both moments, writes both moments and Δ."""
+    m, v, grad = (torch.rand(numel, device=timing.need_gpu()) for _ in range(3))
+    hyper: dict[str, Any] = {"step": 7, "lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8, "dtype": wire}
+    ms, torch_ms = (
+        timing.median_ms(lambda impl=impl: api.slice_adam_(m, v, grad, impl=impl, **hyper))
+        for impl in ("triton", "torch")
+    )
+    share = 100 * numel * (20 + wire.itemsize) / (ms * 1e-3) / bandwidth
+    return {"elements": numel, "wire": str(wire)[6:], "ms": ms, "torch ms": torch_ms, "% of copy bandwidth": share}
+
+
+def main() -> None:
+    timing.need_gpu()
+    bandwidth = timing.copy_bandwidth()
+    rows = [row(numel, wire, bandwidth) for numel in SIZES for wire in (torch.float32, torch.bfloat16)]
+    note = f"Adam over flat buffers; copy bandwidth {bandwidth / 1e12:.2f} TB/s."
+    timing.write("bench_slice_adam", rows, COLUMNS, note)
+
+
+if __name__ == "__main__":
+    main()
