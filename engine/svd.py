@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import krylov
 
-WORTH = 2  # gram is exact: randomized must be cheaper by more than this factor for `auto` to prefer it
+WORTH = 3  # gram is exact, and `seconds` of randomized up to 2 times too low: it must be this much cheaper for `auto`
 ROUNDS = 4  # of the randomized method: a check that failed, then better triplets
 
 
