@@ -1,0 +1,64 @@
+"""Runs on the two hosts of tests/hosts.py: by the scripts of launch/nodes/, and as srun would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hosts import Host
+from launch_runs import BIN, TRAIN, flags, free_port, start, train_here
+from ranks import _context
+
+NODES = TRAIN.parent / "nodes"
+PER_HOST = 2
+
+
+def start_script(script: str, hosts: tuple[Host, Host], folder: Path, runs: list[dict[str, Any]]) -> list:
+    """Starts a script of launch/nodes/ on both hosts, as its header says; the outputs go to folder/{host name}.log."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{host.address} slots={PER_HOST}\n" for host in hosts))
+    said = {"HOSTFILE": hostfile, "NODES": len(hosts), "PROCESSES": PER_HOST, "MASTER_ADDR": hosts[0].address}
+    said |= {"MASTER_PORT": free_port(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    started = []
+    for number, (host, run) in enumerate(zip(hosts, runs, strict=True)):
+        variables = [f"{name}={value}" for name, value in (said | {"NODE_RANK": number}).items()]
+        line = host.run("env", *variables, str(NODES / script), *flags(run))
+        started.append(start(line, folder.parent / "home", folder / f"{host.name}.log"))
+    return started
+
+
+def slurm_environment(hosts: tuple[Host, Host], rank: int) -> dict[str, str]:
+    """What srun gives to a task; the names are addresses here, because nothing resolves these hosts' names."""
+    nodes = ",".join(host.address for host in hosts)
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": nodes}
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": nodes}
+    task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % PER_HOST, "SLURM_NODEID": rank // PER_HOST}
+    return job | step | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"} | {name: str(value) for name, value in task.items()}
+
+
+def run_srun(hosts: tuple[Host, Host], folder: Path, run: dict[str, Any], timeout: float = 200) -> list[dict]:
+    """Four tasks of one srun, forked instead of started, which saves their imports; what `train_here` returns."""
+    files = [folder / f"task{rank}.json" for rank in range(len(hosts) * PER_HOST)]
+    job = slurm_environment(hosts, 0)["SLURM_JOB_ID"]
+    environments = [slurm_environment(hosts, rank) | {"SLURM_JOB_ID": job} for rank in range(len(files))]
+    tasks = [
+        _context.Process(target=_task, args=(hosts[rank // PER_HOST], environments[rank], flags(run), folder, file))
+        for rank, file in enumerate(files)
+    ]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(timeout)
+    for task in tasks:
+        task.kill()
+        task.join()
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _task(host: Host, environment: dict[str, str], argv: list[str], folder: Path, file: Path) -> None:
+    host.enter()
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    file.write_text(json.dumps(train_here(argv, str(folder / "cache"))))
+    os._exit(0)

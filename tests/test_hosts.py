@@ -1,0 +1,183 @@
+"""Two hosts with a real network between them: the scripts of launch/nodes/, and what is left when one is cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from host_runs import NODES, PER_HOST, run_srun, start_script
+from hosts import obstacle, two_hosts
+from launch_runs import finish, flags, make_inputs, read_json, read_metrics, train_here, wait_for
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+STEPS = 4
+TIMEOUT = 20  # seconds; of the run that loses a host
+WHY_NOT = obstacle()
+on_two_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    return make_inputs(folder / "inputs")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with two_hosts() as pair:
+        yield pair
+
+
+def arguments(inputs, output, **changes):
+    """Constant rate, so that a longer run begins like a shorter one."""
+    chosen = {**inputs, "output_dir": str(output), "max_steps": STEPS, "learning_rate": 3e-3, "warmup_ratio": 0}
+    chosen |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
+    return chosen | {"max_length": 128, "prompt_template": "none"} | changes
+
+
+@pytest.fixture(scope="module")
+def one_host(folder, inputs):
+    """Four ranks on one host."""
+    output = folder / "one_host"
+    results = run_ranks(4, train_here, flags(arguments(inputs, output)), str(folder / "cache"))
+    assert [(r["code"], r["error"]) for r in results] == [(0, None)] * 4, results
+    return output
+
+
+def losses(output):
+    steps, _ = read_metrics(output)
+    return [row["loss"] for row in steps]
+
+
+def assert_same_run(output, other):
+    """Losses and weights bit for bit: gloo adds in the same order whatever the wires are."""
+    assert losses(output) == losses(other)
+    assert read_metrics(output)[1] == read_metrics(other)[1]
+    one, two = (load_file(at / "model" / "model.safetensors") for at in (output, other))
+    assert one.keys() == two.keys()
+    assert all((one[name] == two[name]).all() for name in one)
+    assert read_json(output / "run_state.json") == {"state": "finished", "step": STEPS, "message": ""}
+
+
+# --- the same run ----------------------------------------------------------------------------------
+
+
+@on_two_hosts
+def test_srun(folder, inputs, hosts, one_host):
+    """Rank, hosts and port from Slurm's variables alone."""
+    output = folder / "srun"
+    results = run_srun(hosts, folder, arguments(inputs, output))
+    assert [(r["code"], r["error"]) for r in results] == [(0, None)] * 4, results
+    assert_same_run(output, one_host)
+
+
+@on_two_hosts
+def test_torchrun(folder, inputs, hosts, one_host):
+    """Without GLOO_SOCKET_IFNAME, and with host names that nothing resolves."""
+    place = folder / "torchrun"
+    place.mkdir()
+    started = start_script("torchrun.sh", hosts, place, [arguments(inputs, place / "out")] * 2)
+    codes = [finish(process) for process in started]
+    assert codes == [0, 0], "".join(log.read_text() for log in place.glob("*.log"))
+    assert_same_run(place / "out", one_host)
+
+
+# --- a host is cut off -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut(folder, inputs):
+    """By the deepspeed launcher, with an output folder for each host; in mid-run the cable is taken out.
+
+    Returns: (folder of each host's output, log, exit code and seconds that it went on).
+    """
+    place = folder / "cut"
+    place.mkdir()
+    with two_hosts() as pair:
+        outputs = [place / host.name for host in pair]
+        runs = [arguments(inputs, output, max_steps=100_000, ddp_timeout=TIMEOUT) for output in outputs]
+        started = start_script("deepspeed_no_ssh.sh", pair, place, runs)
+        logs = [place / f"{host.name}.log" for host in pair]
+        state = outputs[0] / "run_state.json"
+        try:
+            wait_for(lambda: state.exists() and read_json(state)["step"] >= STEPS, started[0])
+            pair[1].cut()
+            at = time.monotonic()
+            codes, seconds = [None, None], [0.0, 0.0]
+            while None in codes and time.monotonic() < at + TIMEOUT + 60:
+                for number, process in enumerate(started):
+                    if codes[number] is None and process.poll() is not None:
+                        codes[number], seconds[number] = process.returncode, time.monotonic() - at
+                time.sleep(0.1)
+        except AssertionError as error:
+            raise AssertionError("".join(log.read_text() for log in logs)) from error
+        finally:
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    print("seconds until the launchers ended:", seconds)
+    return list(zip(outputs, [log.read_text() for log in logs], codes, seconds, strict=True))
+
+
+@on_two_hosts
+def test_until_then_it_is_the_same_run(cut, one_host):
+    assert losses(cut[0][0])[:STEPS] == losses(one_host)
+
+
+@on_two_hosts
+@pytest.mark.parametrize("side", [0, 1], ids=["host of rank 0", "the other host"])
+def test_each_host_ends_in_time_and_says_why(cut, side):
+    """Each is, to itself, the survivor: all its ranks say in one line whom they lost, and its run_state.json does."""
+    output, log, code, seconds = cut[side]
+    assert code not in (0, None), log
+    assert seconds < TIMEOUT + 15, log
+    lines = [line for line in log.splitlines() if "error: " in line]
+    mine, theirs = (range(s * PER_HOST, (s + 1) * PER_HOST) for s in (side, 1 - side))
+    lost = f"no answer from ranks {', '.join(map(str, theirs))} on host{'ba'[side]} (10.77.0.{2 - side})"
+    for rank in mine:
+        (line,) = [line for line in lines if f"rank {rank} on host{'ab'[side]} lost its peers after step" in line]
+        assert lost in line
+        assert f"--ddp_timeout {TIMEOUT} s" in line
+    assert "Traceback" not in log
+    state = read_json(output / "run_state.json")
+    assert state["state"] == "failed"
+    assert state["step"] >= STEPS
+    assert lost in state["message"]
+    assert f"after step {state['step']}:" in state["message"]
+
+
+@on_two_hosts
+def test_the_other_host_leaves_nothing_else(cut):
+    """metrics.jsonl and the rest are rank 0's."""
+    assert [path.name for path in cut[1][0].iterdir()] == ["run_state.json"]
+    assert {"metrics.jsonl", "run.json", "run_state.json"} <= {path.name for path in cut[0][0].iterdir()}
+
+
+# --- the scripts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in NODES.iterdir() if path.name != "hostfile"))
+def test_scripts_are_shell(script):
+    assert os.access(NODES / script, os.X_OK)
+    done = subprocess.run(["bash", "-n", str(NODES / script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_sbatch_script_calls_srun_here(tmp_path):
+    """With a stand-in for srun that prints what it was to start."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(NODES.parents[1])}
+    line = ["bash", str(NODES / "slurm.sbatch"), "--max_steps", "3"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-4:] == ["-u", "launch/train.py", "--max_steps", "3"]
+    assert "--kill-on-bad-exit=1" in done.stdout
