@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_kernel_delta_apply
+import test_kernel_dense_delta
 import test_kernel_low_rank_forward
 import test_kernel_low_rank_grad_A
 import test_kernel_low_rank_grad_B
 import torch
+from delta_cases import Case
 
 import hdpissa.kernels.api as api
 
@@ -37,6 +40,19 @@ def grad_B():
     test_kernel_low_rank_grad_B.check(33, 70, 5, torch.float32, "offset", "offset")
 
 
+def dense_delta():
+    test_kernel_dense_delta.check(Case(Q=20, cols=70, start=33, numel=300))
+
+
+def delta_apply():
+    test_kernel_delta_apply.test_error_of_the_new_weights()
+    test_kernel_delta_apply.check(Case(Q=20, cols=70, start=33, numel=300), "split")
+
+
+def not_finite():
+    test_kernel_delta_apply.test_what_is_not_finite_is_not_written("split")
+
+
 LOW_PRECISION = "dot(narrow(x_TI, tl.bfloat16), narrow(A_IR, tl.bfloat16)"
 
 # (kernel, what is wrong, the right text, the wrong text, the check)
@@ -48,6 +64,10 @@ MUTATIONS = [
     ("low_rank_grad_A", "missing mask", "x_at, mask=here[:, None] & ", "x_at, mask=", grad_A),
     ("low_rank_grad_B", "wrong index", "(j * T + start + t[:, None]) * R", "(j * T + t[:, None]) * R", grad_B),
     ("low_rank_grad_B", "missing mask", "dy_at, mask=here[:, None] & ", "dy_at, mask=", grad_B),
+    ("delta_tile", "wrong index", "+ first_i - offset", "+ first_i", dense_delta),
+    ("delta_tile", "low precision", "if RIGHT_LIMBS == 2:\n", "if RIGHT_LIMBS == 3:\n", dense_delta),
+    ("shard_subtract", "one rounding lost", "(bits - (high << 16))", "(0 * bits)", delta_apply),
+    ("shard_subtract", "missing mask", "tl.where(lost, old, new)", "new", not_finite),
 ]
 
 
@@ -61,7 +81,9 @@ def load_broken(name: str, right: str, wrong: str, folder: Path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Triton asks for the module of a function by name
     spec.loader.exec_module(module)
-    return module
+    for other in [n for n in sys.modules if n.startswith(f"{PACKAGE}.") and n != spec.name]:
+        if getattr(sys.modules[other], "AOT", None):  # kernels that use the broken one are imported anew
+            del sys.modules[other]
 
 
 @pytest.fixture
