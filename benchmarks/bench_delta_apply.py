@@ -5,6 +5,7 @@ python benchmarks/bench_delta_apply.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ def row(shape: shapes.Shape, slices: int, wire: torch.dtype, precision: str, ban
     parts = reference.split_fp32(torch.randn(shape.rows * shape.cols, device=made[0].device))
     bad = torch.zeros(1, dtype=torch.int32, device=made[0].device)
     how: dict[str, Any] = {"start": 0, "scale": 1.0, "second_order": True}
-    ms = timing.median_ms(lambda: api.delta_apply_(parts, *made, bad, precision=precision, impl="triton", **how))
-    torch_ms = timing.median_ms(lambda: api.delta_apply_(parts, *made, bad, impl="torch", **how))
+    dA, dB, A, B = made
+    apply = partial(api.delta_apply_, parts, dA, dB, A, B, bad, **how)
+    ms = timing.median_ms(partial(apply, impl="triton", precision=precision))
+    torch_ms = timing.median_ms(partial(apply, impl="torch"))
     return {
         "weight": shape.name, "slices": slices, "wire": str(wire)[6:], "precision": precision, "ms": ms,
         "% of copy bandwidth": 100 * 8 * parts[0].numel() / (ms * 1e-3) / bandwidth,

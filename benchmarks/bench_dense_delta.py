@@ -5,6 +5,7 @@ python benchmarks/bench_dense_delta.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,7 @@ def row(shape: shapes.Shape, slices: int, dtype: torch.dtype, bandwidth: float) 
     """One measurement over the whole weight."""
     made, numel = factors(shape.rows, shape.cols, slices * RANK, torch.float32), shape.rows * shape.cols
     how: dict[str, Any] = {"start": 0, "numel": numel, "second_order": True, "dtype": dtype}
-    ms, torch_ms = (
-        timing.median_ms(lambda impl=impl: api.dense_delta(*made, impl=impl, **how)) for impl in ("triton", "torch")
-    )
+    ms, torch_ms = (timing.median_ms(partial(api.dense_delta, *made, impl=impl, **how)) for impl in ("triton", "torch"))
     share = 100 * numel * dtype.itemsize / (ms * 1e-3) / bandwidth
     return {
         "weight": shape.name, "own slices": slices, "result": str(dtype)[6:], "ms": ms, "torch ms": torch_ms,

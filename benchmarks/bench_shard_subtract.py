@@ -5,6 +5,7 @@ python benchmarks/bench_shard_subtract.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def row(form: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     parts = {"split": (high, low), "master and half": (exact, high), "fp32": (exact,)}[form]
     D, bad = torch.randn(NUMEL, device=device).to(dtype), torch.zeros(1, dtype=torch.int32, device=device)
     ms, torch_ms = (
-        timing.median_ms(lambda impl=impl: api.shard_subtract_(parts, D, bad, scale=1.0, impl=impl))
+        timing.median_ms(partial(api.shard_subtract_, parts, D, bad, scale=1.0, impl=impl))
         for impl in ("triton", "torch")
     )
     # the half beside a master is only written

@@ -5,6 +5,7 @@ python benchmarks/bench_slice_adam.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ def row(numel: int, wire: torch.dtype, bandwidth: float) -> dict[str, Any]:
     m, v, grad = (torch.rand(numel, device=timing.need_gpu()) for _ in range(3))
     hyper: dict[str, Any] = {"step": 7, "lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8, "dtype": wire}
     ms, torch_ms = (
-        timing.median_ms(lambda impl=impl: api.slice_adam_(m, v, grad, impl=impl, **hyper))
-        for impl in ("triton", "torch")
+        timing.median_ms(partial(api.slice_adam_, m, v, grad, impl=impl, **hyper)) for impl in ("triton", "torch")
     )
     share = 100 * numel * (20 + wire.itemsize) / (ms * 1e-3) / bandwidth
     return {"elements": numel, "wire": str(wire)[6:], "ms": ms, "torch ms": torch_ms, "% of copy bandwidth": share}

@@ -8,6 +8,7 @@ Without torch's cache every tensor is an allocation of its own, so that a read o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     delta = (random(R, I), random(O, R)[:-1], A, B[:-1])
     bad = torch.zeros(1, dtype=torch.int32, device=device)
     parts = api.split_fp32(random(numel)) if dtype == torch.bfloat16 else (random(numel),)
-    where = {"start": start, "second_order": True, "impl": "triton"}
+    where: dict[str, Any] = {"start": start, "second_order": True, "impl": "triton"}
     adam = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
     return {
         "low_rank_forward": lambda: api.low_rank_forward(x, A, impl="triton"),

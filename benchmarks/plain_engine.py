@@ -6,6 +6,7 @@ not depend on its numbers, and decomposing a 7B model takes minutes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> Slic
     targets = adapt.find_targets(model, hd, plan)
     for target in targets:
         flat = target.param.data.view(-1)
-        target.shard = make_shard(lambda flat=flat: flat, flat.float(), format="split", device="auto")
+        target.shard = make_shard(partial(flat.view, -1), flat.float(), format="split", device="auto")
     choose_kinds(targets, plan, hd.delta.exchange)
     rule = settings.make_rule(hd)
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)

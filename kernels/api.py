@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from . import reference
 from .available import obstacle, uses_triton
 
-Impl = Literal["auto", "triton", "torch"]
+Impl = str  # one of the three, checked at every call
 IMPLEMENTATIONS: tuple[str, ...] = ("triton", "torch")
 
 

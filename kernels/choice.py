@@ -76,7 +76,7 @@ def fastest(
     """
     if key not in _known:
         kept = _read(_file()).get(key)
-        if kept not in candidates:
+        if kept is None or kept not in candidates:
             times = {name: measure(run) for name, run in candidates.items()}
             kept = min(times, key=times.__getitem__)
             told = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())

@@ -62,3 +62,17 @@ def _task(host: Host, environment: dict[str, str], argv: list[str], folder: Path
     os.environ.update(environment, OMP_NUM_THREADS="1")
     file.write_text(json.dumps(train_here(argv, str(folder / "cache"))))
     os._exit(0)
+
+
+def timeouts_of_groups(settings, timeout_s: float) -> list[float]:
+    """Seconds of every process group that there is once the engine stands."""
+    import torch
+    import torch.distributed as dist
+    from tiny import build
+
+    from hdpissa.engine import initialize, zero3
+
+    zero3.init_distributed(timeout_s)
+    initialize(model=build(), config=settings)
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]

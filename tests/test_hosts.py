@@ -9,11 +9,12 @@ import subprocess
 import time
 
 import pytest
-from host_runs import NODES, PER_HOST, run_srun, start_script
+from host_runs import NODES, PER_HOST, run_srun, start_script, timeouts_of_groups
 from hosts import obstacle, two_hosts
-from launch_runs import finish, flags, make_inputs, read_json, read_metrics, train_here, wait_for
+from launch_runs import flags, make_inputs, read_json, read_metrics, train_here, wait_for
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny import ds_settings
 
 STEPS = 4
 TIMEOUT = 20  # seconds; of the run that loses a host
@@ -81,51 +82,70 @@ def test_srun(folder, inputs, hosts, one_host):
 
 
 @on_two_hosts
-def test_torchrun(folder, inputs, hosts, one_host):
+def test_torchrun(launched, one_host):
     """Without GLOO_SOCKET_IFNAME, and with host names that nothing resolves."""
-    place = folder / "torchrun"
-    place.mkdir()
-    started = start_script("torchrun.sh", hosts, place, [arguments(inputs, place / "out")] * 2)
-    codes = [finish(process) for process in started]
-    assert codes == [0, 0], "".join(log.read_text() for log in place.glob("*.log"))
-    assert_same_run(place / "out", one_host)
+    assert_same_run(launched["torchrun"], one_host)
 
 
-# --- a host is cut off -----------------------------------------------------------------------------
+# --- the real launchers, and a host that is cut off ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def cut(folder, inputs):
-    """By the deepspeed launcher, with an output folder for each host; in mid-run the cable is taken out.
+def launched(folder, inputs, hosts):
+    """The deepspeed launcher, with an output folder for each host, until in mid-run the cable is taken out. While that
+    run waits in vain, torchrun does the whole run on the other pair of hosts.
 
-    Returns: (folder of each host's output, log, exit code and seconds that it went on).
+    Returns: "torchrun": its output folder; "cut": of each host the output folder, the log, the exit code and how long
+    it went on.
     """
-    place = folder / "cut"
+    place, other = folder / "cut", folder / "torchrun"
     place.mkdir()
-    with two_hosts() as pair:
+    other.mkdir()
+    with contextlib.ExitStack() as end:
+        pair = end.enter_context(two_hosts())
         outputs = [place / host.name for host in pair]
         runs = [arguments(inputs, output, max_steps=100_000, ddp_timeout=TIMEOUT) for output in outputs]
-        started = start_script("deepspeed_no_ssh.sh", pair, place, runs)
+        processes = start_script("deepspeed_no_ssh.sh", pair, place, runs)
+        end.callback(kill, processes)
         logs = [place / f"{host.name}.log" for host in pair]
         state = outputs[0] / "run_state.json"
         try:
-            wait_for(lambda: state.exists() and read_json(state)["step"] >= STEPS, started[0])
-            pair[1].cut()
-            at = time.monotonic()
-            codes, seconds = [None, None], [0.0, 0.0]
-            while None in codes and time.monotonic() < at + TIMEOUT + 60:
-                for number, process in enumerate(started):
-                    if codes[number] is None and process.poll() is not None:
-                        codes[number], seconds[number] = process.returncode, time.monotonic() - at
-                time.sleep(0.1)
+            wait_for(lambda: state.exists() and read_json(state)["step"] >= STEPS, processes[0])
         except AssertionError as error:
             raise AssertionError("".join(log.read_text() for log in logs)) from error
-        finally:
-            for process in started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-    print("seconds until the launchers ended:", seconds)
-    return list(zip(outputs, [log.read_text() for log in logs], codes, seconds, strict=True))
+        pair[1].cut()
+        at = time.monotonic()
+        processes += start_script("torchrun.sh", hosts, other, [arguments(inputs, other / "out")] * 2)
+        ends = wait_all(processes, TIMEOUT + 120)
+    codes = [process.returncode for process in processes]
+    assert codes[2:] == [0, 0], "".join(log.read_text() for log in other.glob("*.log"))
+    told = zip(outputs, [log.read_text() for log in logs], codes[:2], [end - at for end in ends[:2]], strict=True)
+    return {"torchrun": other / "out", "cut": list(told)}
+
+
+def wait_all(processes, seconds):
+    """When each ended; infinity for one that had to be killed."""
+    ends = [float("inf")] * len(processes)
+    over = time.monotonic() + seconds
+    while time.monotonic() < over and float("inf") in ends:
+        for number, process in enumerate(processes):
+            if process.poll() is not None:
+                ends[number] = min(ends[number], time.monotonic())
+        time.sleep(0.1)
+    kill(processes)
+    return ends
+
+
+def kill(processes):
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def cut(launched):
+    return launched["cut"]
 
 
 @on_two_hosts
@@ -160,6 +180,18 @@ def test_the_other_host_leaves_nothing_else(cut):
     """metrics.jsonl and the rest are rank 0's."""
     assert [path.name for path in cut[1][0].iterdir()] == ["run_state.json"]
     assert {"metrics.jsonl", "run.json", "run_state.json"} <= {path.name for path in cut[0][0].iterdir()}
+
+
+# --- the time-out ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hpz", [1, 2])
+def test_every_group_has_the_time_out(hpz):
+    """DeepSpeed's own groups, in which it gathers, too: they would wait for torch's 30 minutes."""
+    settings = ds_settings(zero={"zero_hpz_partition_size": hpz})
+    for found in run_ranks(2, timeouts_of_groups, settings, 7):
+        assert set(found) == {7.0}
+        assert len(found) >= 1 + hpz
 
 
 # --- the scripts -----------------------------------------------------------------------------------
