@@ -135,6 +135,11 @@ class Peers:
         first = {p.address: p for p in reversed(self.peers) if p.address != self.own.address}
         return frozenset(p.address for p, answer in self._ask(list(first.values())).items() if answer == "silent")
 
+    def is_first_here(self) -> bool:
+        """Whether no lower rank of this host answers."""
+        lower = [p for p in self.peers[: self.own.rank] if p.address == self.own.address]
+        return "here" not in self._ask(lower).values()
+
     def explain(self, step: int, error: BaseException | None = None) -> LostError:
         """Asks everybody, and says in one line what was lost."""
         answers = self._ask_all()
