@@ -40,13 +40,13 @@ from torch import Tensor
 from .common import POINTER, AotCase, require, require_same_device
 
 LOW_LOW_Q = 16
-SPLIT_BLOCK, SPLIT_WARPS = 32, 4
+SPLIT_BLOCK, SPLIT_WARPS = 64, 4
 FACTOR_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Blocks of D and of Q, and how a program runs them. `PAD` must be a multiple of BC and of BI."""
+    """Blocks of D (multiples of SPLIT_BLOCK) and of Q, and how a program runs them."""
 
     BC: int
     BI: int
@@ -55,7 +55,6 @@ class Tile:
     num_stages: int
 
 
-PAD = 128
 GROUP = 8
 # The one table of block sizes: in-place kernels must not be autotuned. Widest Q → tile, without a bound last.
 # "wide" halves what is read of the factors per element, and fits the registers only where the matrix units
@@ -107,10 +106,11 @@ def _split_block(
     tl.store(leave, _power_of_two(SHIFT - f))
     if ENTER:
         tl.store(leave - outer_padded, _power_of_two(f - SHIFT))
+    power = _power_of_two(f)[:, None]
     for q0 in range(0, Q_padded, BLOCK_Q):
         inside = (o < outer) & (q0 + q < Q)
         values = _factor(x, minus, o, q0 + q, inside, stride_xo, stride_xq, stride_mo, stride_mq, MINUS)
-        values *= _power_of_two(f)[:, None]
+        values *= power
         high = values.to(tl.float16)
         at = limbs + o * stride_lo + (q0 + q) * stride_lq
         tl.store(at, high)
@@ -355,7 +355,8 @@ def split(
     offset = start % cols
     width = width_for(A_QI.device, cols, offset, numel, *(tensor.data_ptr() for tensor in target))
     options = launch_options(width, Q, dA_QI.dtype, precision)
-    C_padded, I_padded = triton.cdiv(rows, PAD) * PAD, triton.cdiv(cols, PAD) * PAD
+    C_padded = triton.cdiv(rows, options["BC"]) * options["BC"]
+    I_padded = triton.cdiv(cols, options["BI"]) * options["BI"]
     Q_padded = triton.cdiv(Q, options["BK"]) * options["BK"]
     limbs = options["DELTA_LIMBS"] + options["FACTOR_LIMBS"]
     limbs_C = A_QI.new_empty(limbs, C_padded, Q_padded, dtype=torch.float16)

@@ -34,7 +34,7 @@ def test_dense_delta(case):
     check(case)
 
 
-@pytest.mark.parametrize("Q", [128, 257, 512])
+@pytest.mark.parametrize("Q", [128, 257])
 def test_many_slices(Q):
     """Over torch's own error: measured 0.66 at Q = 128, 0.55 at 300; the matrix units' sums are short."""
     check(Case(Q=Q, cols=130, start=7, numel=130 * 5))
