@@ -23,7 +23,9 @@ theoretical peak performance"): half the matrix-unit time of 3 × TF32 or six bf
 Splitting first, not inside the product: there each program would repeat it for every tile that shares the
 factor, and wait for the largest magnitude of each block. It costs a workspace as large as the factors.
 Full accuracy holds for rows and columns whose largest magnitude lies between 1e-30 and 1e30; beyond, D may overflow,
-which the caller sees as not finite.
+which the caller sees as not finite. Within a row, elements below 2^−15 of its largest lose bits. They matter
+only where the other factor is as much larger there; even so the error of an element of D is at most
+Q · 2^−37 · (largest of its row of B) · (largest of its column of A), for either term.
 
 Example: x = 3 alone in its row: f = 13, high = 24576, low = 0.
 """
