@@ -53,6 +53,8 @@ def commands(phase: str) -> list[tuple[list[str], int]]:
     if phase == "tests":
         files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_kernel_*.py"))]
         files.remove("tests/test_kernel_aot.py")  # needs no GPU
+        files.remove("tests/test_kernel_mutations.py")  # broken on purpose: reads beyond a tensor end a GPU process
+        files.append("tests/test_shared_input.py")  # the layers that use them, on the thread that autograd uses there
         workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
         return [([*python, "-m", "pytest", "-q", *workers, *files], 240)]
     if phase == "sanitizer":

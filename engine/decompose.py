@@ -103,8 +103,8 @@ def _from_cache(cache: SliceCache, store: FactorStore, tol: float) -> list[tuple
     if problem is None:
         assert own is not None
         residual = _misfit(store.targets, own, store.plan)
-        if not residual <= 10 * tol:
-            problem = f"its slices are not those of these weights (relative residual {residual:.1e})"
+        foreign = f"its slices are not those of these weights (relative residual {residual:.1e})"
+        problem = _first(None if residual <= 10 * tol else foreign)  # a float may differ from rank to rank
     if problem is None:
         assert own is not None
         return [(A, B, 0.0) for A, B in own]
@@ -140,7 +140,8 @@ def _misfit(targets: Sequence[Target], own: Sequence[tuple[Tensor, Tensor]], pla
     found = torch.cat([_own_rows_times(t, a, plan) for t, a in zip(targets, inputs, strict=True)])
     dist.all_reduce(found)
     parts = found.split([t.rows for t in targets])
-    misfits = [(f - b).norm() / b.norm() for f, b in zip(parts, expected, strict=True)]
+    tiny = torch.finfo(torch.float32).tiny  # a weight of zeros has slices of zeros
+    misfits = [(f - b).norm() / b.norm().clamp(min=tiny) for f, b in zip(parts, expected, strict=True)]
     return torch.stack(misfits).amax().item()
 
 

@@ -58,7 +58,7 @@ class FactorStore:
         self.B_rows: dict[str, Tensor] = {}
         self.active = ActiveSlice()
         # One reading of x for all that share it pays where the kernels are bound by that reading.
-        self.inputs = SharedInputs(impl) if uses_triton(self.grads, impl) else None
+        self.inputs = SharedInputs(impl, share_p=linear != "fused") if uses_triton(self.grads, impl) else None
         self.layers = {
             t.name: LayerFactors(self.active, impl=impl, linear=linear, inputs=self.inputs) for t in self.targets
         }
@@ -104,6 +104,12 @@ class FactorStore:
     def leaves(self) -> list[Tensor]:
         """All leaves, A before B, target by target."""
         return [leaf for layer in self.layers.values() for leaf in (*layer.A, *layer.B)]
+
+    def zero_grad(self) -> None:
+        """Clears the gradients, and what a backward pass that raised has left half done."""
+        self.grads.zero_()
+        if self.inputs is not None:
+            self.inputs.reset()
 
     def end_of_backward(self) -> None:
         """Gradients that wait for a neighbour's are finished without it; see `SharedInputs.flush`."""

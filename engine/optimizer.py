@@ -241,7 +241,7 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears the flat gradient buffer; the leaves keep their views of it."""
-        self.store.grads.zero_()
+        self.store.zero_grad()
 
     # --- figures -------------------------------------------------------------------------------------
 

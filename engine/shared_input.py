@@ -51,10 +51,10 @@ class InputGroup:
 class _Leader:
     """The x that is being served, and the p of all members of its group."""
 
-    def __init__(self, x: Tensor, factors: LayerFactors, group: InputGroup) -> None:
+    def __init__(self, x: Tensor, factors: LayerFactors, group: InputGroup, awaited: int) -> None:
         # The tensor itself is held: its memory cannot be given to another one while addresses are compared.
         self.x, self.version = x, x._version
-        self.factors, self.group = factors, group
+        self.factors, self.group, self.awaited = factors, group, awaited
         self.p: dict[int, Tensor] = {}
 
     def serves(self, x: Tensor) -> bool:
@@ -66,13 +66,18 @@ class _Leader:
 class SharedInputs:
     """Finds the groups of one engine and runs them.
 
+    Args:
+        impl: of the kernels.
+        share_p: False where each Linear's own product carries its p along (`kernels.linear: "fused"`); the
+            gradients of A are still made together.
+
     Attributes:
         followers: leader's `LayerFactors` (by id) → the others of its group, as learned.
         pending: groups some of whose gradients have arrived.
     """
 
-    def __init__(self, impl: kernels.Impl = "auto") -> None:
-        self.impl = impl
+    def __init__(self, impl: kernels.Impl = "auto", *, share_p: bool = True) -> None:
+        self.impl, self.share_p = impl, share_p
         self.followers: dict[int, list[LayerFactors]] = {}
         self.pending: set[InputGroup] = set()
         self._learning = True
@@ -85,10 +90,10 @@ class SharedInputs:
             if self._learning and id(factors) not in leader.p and factors is not leader.factors:
                 self.followers.setdefault(id(leader.factors), []).append(factors)
             leader.group.expected += 1
-            p_TR = leader.p.pop(id(factors), None)
-            if not self._learning and not leader.p:
+            leader.awaited -= 1
+            if not self._learning and leader.awaited <= 0:
                 self._leader = None  # all are served: the activation is not kept for anybody
-            return p_TR, leader.group
+            return leader.p.pop(id(factors), None), leader.group
         return self._lead(x, factors)
 
     def _lead(self, x: Tensor, factors: LayerFactors) -> tuple[Tensor | None, InputGroup | None]:
@@ -98,8 +103,8 @@ class SharedInputs:
             return None, None
         group = InputGroup(self)
         group.expected = 1
-        self._leader = _Leader(x, factors, group)
-        if len(members) == 1:
+        self._leader = _Leader(x, factors, group, len(members) - 1)
+        if len(members) == 1 or not self.share_p:
             return None, group
         index = factors.active.index
         A_RI = torch.cat([m.A[index].detach() for m in members])
@@ -107,6 +112,11 @@ class SharedInputs:
         parts = p_TR.split([m.A[index].shape[0] for m in members], dim=1)
         self._leader.p = {id(m): part for m, part in zip(members[1:], parts[1:], strict=True)}
         return parts[0], group
+
+    def reset(self) -> None:
+        """Forgets what a backward pass has left that did not come to its end."""
+        self.pending.clear()
+        self._leader = None
 
     def flush(self) -> None:
         """End of a backward pass: groups that wait for a gradient which will not come are finished without it."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,7 +27,8 @@ _known: dict[str, str] = {}
 def _file() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     folder = Path(os.environ.get("HDPISSA_CACHE", Path.home() / ".cache" / "hdpissa"))
-    return folder / f"choices-{name}-torch{torch.__version__}.json"
+    versions = "-".join(f"{package}{version(package)}" for package in ("hdpissa", "torch", "triton"))
+    return folder / f"choices-{name}-{versions}.json"
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -62,6 +65,15 @@ def milliseconds(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def _time(name: str, run: Callable[[], object], measure: Callable[[Callable[[], object]], float]) -> float:
+    """Its time, or infinity where it cannot run here (a chip with less shared memory than the kernel wants)."""
+    try:
+        return measure(run)
+    except Exception as error:
+        logger.warning("%s cannot run here and is left out: %s", name, error)
+        return math.inf
+
+
 def fastest(
     key: str,
     candidates: Mapping[str, Callable[[], object]],
@@ -77,7 +89,7 @@ def fastest(
     if key not in _known:
         kept = _read(_file()).get(key)
         if kept is None or kept not in candidates:
-            times = {name: measure(run) for name, run in candidates.items()}
+            times = {name: _time(name, run, measure) for name, run in candidates.items()}
             kept = min(times, key=times.__getitem__)
             told = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
             logger.info("%s: %s (%s)", key, kept, told)

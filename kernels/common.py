@@ -82,7 +82,8 @@ def narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+# Not specialised: a size of 1 would become a Python constant, and the kernel be compiled once more for it.
+@triton.jit(do_not_specialize=["numel", "stride", "count"])
 def sum_partials(partial, out, numel, stride, count, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """out (+)= Σ_s partial[s · stride + …], in the order of s: the second pass that stands in for atomics."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -125,6 +126,15 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError; launchers use it because a wrong pointer on a GPU has no message at all."""
     if not condition:
         raise ValueError(message)
+
+
+def require_dtype(name: str, **tensors: Tensor | None) -> None:
+    """The named tensors must be bf16 or fp32, the first one's dtype all of them."""
+    given = {argument: tensor.dtype for argument, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    for argument, dtype in given.items():
+        valid = dtype == first and dtype in (torch.bfloat16, torch.float32)
+        require(valid, f"{name}: {argument} is {dtype}; must be bfloat16 or float32, all alike")
 
 
 def require_same_device(name: str, *tensors: Tensor | None) -> None:

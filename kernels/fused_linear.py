@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FP32_DOT, POINTER, AotCase, block, dot, narrow, require, require_same_device
+from .common import FP32_DOT, POINTER, AotCase, block, dot, narrow, require, require_dtype, require_same_device
 
 MOST_R = 64
+LARGE_SHARED = 200 * 1024  # bytes of shared memory that the widest tiles need
 GROUP_T = 8  # blocks of tokens that share the same W tiles in the L2 cache
 
 
@@ -88,7 +89,10 @@ def _blocks(R: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
 def _chip() -> str:
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 else "sm_80"
+    if not torch.cuda.is_available():
+        return "sm_80"
+    # by memory, not by generation: later consumer chips have less than Hopper
+    return "sm_90" if torch.cuda.get_device_properties().shared_memory_per_block_optin >= LARGE_SHARED else "sm_80"
 
 
 def fused_linear(x_TI: Tensor, W_OI: Tensor, A_RI: Tensor, bias_O: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,8 +103,9 @@ def fused_linear(x_TI: Tensor, W_OI: Tensor, A_RI: Tensor, bias_O: Tensor | None
         f"fused_linear: x has {features} features, W {W_OI.shape[1]}, A {A_RI.shape[1]}",
     )
     require(R <= MOST_R, f"fused_linear: r is {R}, at most {MOST_R}; use the separate products")
-    require(W_OI.dtype == x_TI.dtype, f"fused_linear: x is {x_TI.dtype}, W {W_OI.dtype}")
     require(bias_O is None or bias_O.is_contiguous(), "fused_linear: bias must be contiguous")
+    require_dtype("fused_linear", x=x_TI, W=W_OI, bias=bias_O)
+    require_dtype("fused_linear", A=A_RI)
     require_same_device("fused_linear", x_TI, W_OI, A_RI, bias_O)
     y_TO, p_TR = x_TI.new_empty(tokens, outputs), x_TI.new_empty(tokens, R)
     if not tokens:

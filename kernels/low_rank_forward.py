@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FP32_DOT, POINTER, AotCase, block, dot, narrow, require, require_same_device
+from .common import FP32_DOT, POINTER, AotCase, block, dot, narrow, require, require_dtype, require_same_device
 
 MOST_R = 256
 
@@ -55,7 +55,7 @@ def _blocks(tokens: int, R: int, dtype: torch.dtype, *, amd: bool) -> dict[str, 
     if dtype == torch.float32:  # three bf16 parts of both operands live in registers
         block_t, block_i, stages = min(block_t, 32), 32, 2
     else:
-        block_i, stages = (128 if block_r <= 64 else 64), 3
+        block_i, stages = (128, 3) if block_r <= 64 else (64, 2)
     if amd:
         block_i, stages = min(block_i, 64 if block_r <= 64 else 32), 2
     warps = 4 if block_r <= 64 else 8
@@ -66,6 +66,8 @@ def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
     """Launches `thin_product`; any strides. See `reference.low_rank_forward`."""
     (tokens, features), R = x_TI.shape, A_RI.shape[0]
     require(A_RI.shape[1] == features, f"low_rank_forward: x has {features} features, A {A_RI.shape[1]}")
+    require_dtype("low_rank_forward", x=x_TI)
+    require_dtype("low_rank_forward", A=A_RI)
     require_same_device("low_rank_forward", x_TI, A_RI)
     p_TR = x_TI.new_empty(tokens, R)
     if not p_TR.numel():

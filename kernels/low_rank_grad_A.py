@@ -26,6 +26,7 @@ from .common import (
     multiprocessors,
     require,
     require_contiguous,
+    require_dtype,
     require_same_device,
     sum_partials_,
 )
@@ -41,9 +42,10 @@ def outer_product(
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """partial[s, i, r] = Σ_t x[t, i] q[t, r] over the tokens of run s, for one block of features and one of r."""
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    s = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # r runs fastest: programs that read the same x start together, and the later ones find it in the L2 cache
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    s = tl.program_id(2).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     start = s * run
     x_at = x + (start + t[:, None]) * stride_xt + i[None, :].to(tl.int64) * stride_xi
@@ -85,7 +87,7 @@ def partial_products(thin_TR: Tensor, wide_TN: Tensor, *, transposed: bool) -> T
     shape = (features, R) if transposed else (R, features)
     partial = torch.empty(runs, *shape, dtype=torch.float32, device=wide_TN.device)
     strides = (R, 1) if transposed else (1, features)
-    outer_product[(programs[0], runs, programs[1])](
+    outer_product[(programs[1], programs[0], runs)](
         thin_TR, wide_TN, partial, tokens, features, R, run, thin_TR.stride(0), *wide_TN.stride(), *strides,
         PRECISION=FP32_DOT, **how,
     )  # fmt: skip
@@ -99,6 +101,7 @@ def low_rank_grad_A_(grad_As: Sequence[Tensor], qs: Sequence[Tensor], x_TI: Tens
         require(grad.shape == (q.shape[1], x_TI.shape[1]), f"low_rank_grad_A_: grad A is {tuple(grad.shape)}")
         require(grad.dtype == torch.float32, f"low_rank_grad_A_: grad A is {grad.dtype}, must be float32")
         require(q.shape[0] == x_TI.shape[0], f"low_rank_grad_A_: q has {q.shape[0]} tokens, x {x_TI.shape[0]}")
+        require_dtype("low_rank_grad_A_", q=q, x=x_TI)
         require_same_device("low_rank_grad_A_", grad, q, x_TI)
         require_contiguous("low_rank_grad_A_", grad_A=grad)
     if not x_TI.numel():

@@ -4,9 +4,9 @@
     q (T × R) in dy's dtype      grad B (O × R) fp32, added to
 
 q sums over features and grad B over tokens, so no cut of dy suits both. Each program takes a block of features
-and a run of tokens, and leaves fp32 partial sums of either; for R = 16 they are an eighth of dy's bytes and stay
-in the L2 cache for the second pass, which adds them in a fixed order (no atomics). Wide slices (R > 64) would leave
-more than dy itself; they read dy twice instead.
+and a run of tokens, and leaves fp32 partial sums of either, which a second pass adds in a fixed order (no atomics).
+For R = 16 the sums of q are an eighth of dy's bytes, for R = 32 a quarter; beyond that they would cost what a second
+reading of dy costs, and dy is read twice instead.
 
 Example: dy = [[2]], p = [[11]], B = [[5]], grad B = [[1]] → q = [[10]], grad B = [[23]].
 """
@@ -27,6 +27,7 @@ from .common import (
     narrow,
     require,
     require_contiguous,
+    require_dtype,
     require_same_device,
     sum_partials_,
 )
@@ -34,7 +35,7 @@ from .low_rank_forward import low_rank_forward
 from .low_rank_grad_A import partial_products, split_tokens
 
 # Up to which r one pass pays and its accumulators fit into registers.
-ONE_PASS_R = {torch.bfloat16: 64, torch.float32: 16}
+ONE_PASS_R = {torch.bfloat16: 32, torch.float32: 16}
 
 
 @triton.jit
@@ -78,10 +79,7 @@ def _blocks(R: int, dtype: torch.dtype, *, amd: bool) -> dict[str, int]:
     block_r = block(R, most=ONE_PASS_R[dtype])
     if dtype == torch.float32:
         return {"BLOCK_T": 32, "BLOCK_O": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    if amd:
-        wide = 128 if block_r <= 16 else 64
-    else:
-        wide = 256 if block_r <= 32 else 128
+    wide = 256 if not amd else 128 if block_r <= 16 else 64
     return {"BLOCK_T": 64, "BLOCK_O": wide, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
 
 
@@ -90,6 +88,8 @@ def _check(grad_B_OR: Tensor, dy_TO: Tensor, p_TR: Tensor, B_OR: Tensor) -> None
     require(B_OR.shape == grad_B_OR.shape == (features, R), f"low_rank_grad_B_: grad B is {tuple(grad_B_OR.shape)}")
     require(p_TR.shape == (tokens, R), f"low_rank_grad_B_: p is {tuple(p_TR.shape)}, must be {(tokens, R)}")
     require(grad_B_OR.dtype == torch.float32, f"low_rank_grad_B_: grad B is {grad_B_OR.dtype}, must be float32")
+    require_dtype("low_rank_grad_B_", dy=dy_TO, p=p_TR)
+    require_dtype("low_rank_grad_B_", B=B_OR)
     require_same_device("low_rank_grad_B_", grad_B_OR, dy_TO, p_TR, B_OR)
     require_contiguous("low_rank_grad_B_", grad_B=grad_B_OR, B=B_OR)
 
@@ -143,5 +143,5 @@ def _case(dtype: torch.dtype, R: int, *, amd: bool) -> AotCase:
 AOT = [
     _case(dtype, R, amd=amd)
     for amd in (False, True)
-    for dtype, R in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 16))
+    for dtype, R in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 16))
 ]

@@ -60,7 +60,7 @@ def test_bad_arguments():
     x, W, A = matrix(3, 5, BF16), matrix(4, 5, BF16), matrix(2, 5, torch.float32)
     for arguments, message in (
         ((x, W[:, :4], A), "x has 5 features, W 4, A 5"),
-        ((x, W.float(), A), "x is torch.bfloat16, W torch.float32"),
+        ((x, W.float(), A), "W is torch.float32; must be bfloat16 or float32, all alike"),
         ((x, W, matrix(65, 5, torch.float32)), "r is 65, at most 64"),
     ):
         with pytest.raises(ValueError, match=message):

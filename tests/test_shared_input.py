@@ -144,6 +144,38 @@ def test_another_tensor_is_not_mistaken_for_the_leaders():
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
+def test_a_backward_pass_that_raises_leaves_nothing_behind():
+    """Its half of a group must not be added to the next micro-batch's gradients."""
+    inputs = SharedInputs()
+    together, alone = Block(inputs), Block(None)
+    run(together, inputs, steps=1)
+    before = together.grads()
+
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            raise ValueError("on the way back")
+
+    x = randn(2, 5, 20, seed=3).to(DEVICE).requires_grad_()
+    q, k = Raises.apply(together.q(x)), together.k(x)
+    with pytest.raises(ValueError, match="on the way back"):
+        (k.sum() + q.sum() + 0 * together.v(x).sum()).backward()
+    assert inputs.pending
+    inputs.reset()
+    assert not inputs.pending
+    for block in (together, alone):
+        for name in WIDTHS:
+            for leaf in (*getattr(block, name).slice_factors.A, *getattr(block, name).slice_factors.B):
+                leaf.grad.zero_()
+    assert any(g.any() for g in before)
+    for ours, theirs in zip(run(together, inputs, steps=1), run(alone, None, steps=1), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
 def test_no_activation_is_kept_alive():
     """After the last of a group the input belongs to its graph alone."""
     inputs = SharedInputs()
@@ -162,14 +194,16 @@ def test_no_activation_is_kept_alive():
 
 @pytest.mark.parametrize("linear", ["separate", "fused"])
 def test_fused_linear_in_a_layer(linear, monkeypatch):
-    """The named form is the one that runs; both give the layer's output and gradients."""
+    """The named form is the one that runs, in groups too; both give the layer's output and gradients."""
     used = []
     original = api.fused_linear
     monkeypatch.setattr(layer_module.kernels, "fused_linear", lambda *a, **k: used.append(1) or original(*a, **k))
-    block, plain, truth = Block(None, torch.float32, "triton"), Block(None, torch.float32), Block(None)
+    inputs = SharedInputs("triton", share_p=linear != "fused")
+    block, plain, truth = Block(inputs, torch.float32, "triton"), Block(None, torch.float32), Block(None)
     for name in WIDTHS:
         getattr(block, name).slice_factors.linear = linear
-    found, theirs, true = (run(b, None, steps=1) for b in (block, plain, truth))
-    assert len(used) == (14 if linear == "fused" else 0)
+    found, theirs, true = (run(b, inputs if b is block else None, steps=2) for b in (block, plain, truth))
+    assert len(used) == (2 * 14 if linear == "fused" else 0)
+    assert names(block, inputs) == {"q": ["k", "v"], "gate": ["up"]}
     for a, b, t in zip(found, theirs, true, strict=True):
         assert (a.double() - t).norm() <= 2 * (b.double() - t).norm()
