@@ -22,8 +22,9 @@ theoretical peak performance"): half the matrix-unit time of 3 × TF32 or six bf
 
 Splitting first, not inside the product: there each program would repeat it for every tile that shares the
 factor, and wait for the largest magnitude of each block. It costs a workspace as large as the factors.
-Full accuracy holds for rows and columns whose largest magnitude lies between 1e-30 and 1e30; beyond, D may overflow,
-which the caller sees as not finite. Within a row, elements below 2^−15 of its largest lose bits. They matter
+Full accuracy holds for rows of ΔB and columns of A whose largest magnitude lies between 1e-30 and 1e30, and for rows
+of B and columns of ΔA from 1e-14 on: smaller ones are scaled no further, because D, in their scale, must stay in
+fp32 (it does below 1e9). Within a row, elements below 2^−15 of its largest lose bits. They matter
 only where the other factor is as much larger there; even so the error of an element of D is at most
 Q · 2^−37 · (largest of its row of B) · (largest of its column of A), for either term.
 
@@ -57,6 +58,8 @@ class Tile:
     num_stages: int
 
 
+# Largest exponent f for B and ΔA: the sum of the first term is brought to their scale, times 2^(f + f).
+MOST_ENTERED = tl.constexpr(48)
 GROUP = 8
 # The one table of block sizes: in-place kernels must not be autotuned. Widest Q → tile, without a bound last.
 # "wide" halves what is read of the factors per element, and fits the registers only where the matrix units
@@ -103,7 +106,8 @@ def _split_block(
         peak = tl.maximum(peak, tl.max(tl.abs(values), axis=1))
     # 14 + 127 less the biased exponent; the bound keeps 2^f and the factors in `scales` normal numbers. Where all is
     # zero any f would do, and 0 keeps the other term's sum in range.
-    f = tl.where(peak == 0, 0, tl.minimum(141 - (peak.to(tl.int32, bitcast=True) >> 23), 112))
+    most = MOST_ENTERED if ENTER else 112
+    f = tl.where(peak == 0, 0, tl.minimum(141 - (peak.to(tl.int32, bitcast=True) >> 23), most))
     leave = scales + first + tl.arange(0, BLOCK)
     tl.store(leave, _power_of_two(SHIFT - f))
     if ENTER:
