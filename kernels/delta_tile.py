@@ -22,11 +22,10 @@ theoretical peak performance"): half the matrix-unit time of 3 × TF32 or six bf
 
 Splitting first, not inside the product: there each program would repeat it for every tile that shares the
 factor, and wait for the largest magnitude of each block. It costs a workspace as large as the factors.
-Full accuracy holds for rows of ΔB and columns of A whose largest magnitude lies between 1e-30 and 1e30, and for rows
-of B and columns of ΔA from 1e-14 on: smaller ones are scaled no further, because D, in their scale, must stay in
-fp32 (it does below 1e9). Within a row, elements below 2^−15 of its largest lose bits. They matter
-only where the other factor is as much larger there; even so the error of an element of D is at most
-Q · 2^−37 · (largest of its row of B) · (largest of its column of A), for either term.
+Full accuracy holds for rows of ΔB and columns of A whose largest lies between 1e-30 and 1e30, and for rows of B and
+columns of ΔA from 1e-14 on (in the scale of smaller ones D would leave fp32). Within a row, elements below 2^−15 of
+its largest lose bits. They matter only where the other factor is as much larger there; even so the error is at
+most Q · 2^−37 · (largest of the row of B) · (largest of the column of A), for either term.
 
 Example: x = 3 alone in its row: f = 13, high = 24576, low = 0.
 """
@@ -58,8 +57,7 @@ class Tile:
     num_stages: int
 
 
-# Largest exponent f for B and ΔA: the sum of the first term is brought to their scale, times 2^(f + f).
-MOST_ENTERED = tl.constexpr(48)
+MOST_ENTERED = tl.constexpr(48)  # largest f of B and ΔA: the first term is brought to their scale, times 2^(f + f)
 GROUP = 8
 # The one table of block sizes: in-place kernels must not be autotuned. Widest Q → tile, without a bound last.
 # "wide" halves what is read of the factors per element, and fits the registers only where the matrix units
@@ -86,7 +84,7 @@ def width_for(device: torch.device, *divisible: int) -> str:
 
 @triton.jit
 def _power_of_two(exponent):
-    """2^exponent in fp32, for exponents of normal numbers."""
+    """2^exponent in fp32, for normal numbers."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -106,8 +104,8 @@ def _split_block(
         peak = tl.maximum(peak, tl.max(tl.abs(values), axis=1))
     # 14 + 127 less the biased exponent; the bound keeps 2^f and the factors in `scales` normal numbers. Where all is
     # zero any f would do, and 0 keeps the other term's sum in range.
-    most = MOST_ENTERED if ENTER else 112
-    f = tl.where(peak == 0, 0, tl.minimum(141 - (peak.to(tl.int32, bitcast=True) >> 23), most))
+    f = tl.minimum(141 - (peak.to(tl.int32, bitcast=True) >> 23), MOST_ENTERED if ENTER else 112)
+    f = tl.where(peak == 0, 0, f)
     leave = scales + first + tl.arange(0, BLOCK)
     tl.store(leave, _power_of_two(SHIFT - f))
     if ENTER:
@@ -388,13 +386,8 @@ def _split_case(delta_dtype: torch.dtype, Q: int) -> AotCase:
         name=f"split_factors delta {str(delta_dtype)[6:]} Q{Q}",
         kernel=split_factors,
         signature={n: t for n, t in signature.items() if n in split_factors.arg_names} | dict.fromkeys(sizes, "i32:16"),
-        constexprs={
-            "SECOND_ORDER": True,
-            "DELTA_LIMBS": options["DELTA_LIMBS"],
-            "FACTOR_LIMBS": options["FACTOR_LIMBS"],
-            "BLOCK": SPLIT_BLOCK,
-            "BLOCK_Q": options["BK"],
-        },
+        constexprs={n: options[n] for n in ("DELTA_LIMBS", "FACTOR_LIMBS")}
+        | {"SECOND_ORDER": True, "BLOCK": SPLIT_BLOCK, "BLOCK_Q": options["BK"]},
         num_warps=SPLIT_WARPS,
         num_stages=3,
         tensor_core=False,
