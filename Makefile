@@ -24,8 +24,9 @@ check: $(READY)
 	cd $(VENV)/src && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml \
 		-p hdpissa.engine -p hdpissa.kernels -p hdpissa.launch -p hdpissa.benchmarks
 
+# Two files at a time: most tests use one core, or wait for ranks.
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # Two ranks, four slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.
 demo: $(READY)

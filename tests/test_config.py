@@ -128,7 +128,7 @@ BAD_SECTIONS = [
     ({"target_modules": ["q", 1]}, 'target_modules is ["q", 1]: must be a non-empty list'),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0: must be at least 1"),
     ({"rank_pattern": {"(": 4}}, 'rank_pattern is {"(": 4}: "(" is not a valid regular expression'),
-    ({"init": {"method": "svd"}}, 'init.method is "svd": must be one of "auto", "gram", "full"'),
+    ({"init": {"method": "svd"}}, 'init.method is "svd": must be one of "auto", "gram", "randomized", "full"'),
     (
         {"delta": {"exchange": "thin"}},
         'delta.exchange is "thin": must be one of "auto", "factor", "dense"; leave it out',
