@@ -60,7 +60,7 @@ def losses(output):
 
 
 def assert_same_run(output, other):
-    """Losses and weights to fp32's rounding: a quiet machine gives the same bits, a busy one now and then another sum."""
+    """Losses and weights to fp32's rounding: a quiet machine gives the same bits, a busy one not always."""
     assert losses(output) == pytest.approx(losses(other), rel=1e-6)
     assert [row["eval_loss"] for row in read_metrics(output)[1]] == pytest.approx(
         [row["eval_loss"] for row in read_metrics(other)[1]], rel=1e-6
