@@ -147,8 +147,8 @@ def _trace(model: Model, targets: list, rows: int, length: int) -> Trace | None:
     if key not in _traces:
         try:
             _traces[key] = plan_trace.run(model.module, targets, rows=rows, length=length)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError):
-            _traces[key] = None  # code of a model that looks at values, which the meta device has not
+        except Exception:  # the model's own code, which may look at values that the meta device has not
+            _traces[key] = None  # a formula stands in, and the output says so (`traced: false`)
     return _traces[key]
 
 
