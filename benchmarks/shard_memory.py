@@ -3,8 +3,8 @@
     deepspeed --num_accelerators 2 benchmarks/shard_memory.py --ds_config ds_configs/zero3_cpu.json --model M
 
 Expected per rank: 4 bytes per target weight (bf16 half and remainder, or fp32) and 2 per other weight (4 under
-fp32 compute), divided by the ranks, plus factors, their gradients and moments. Measured after two real steps:
-every live tensor of the process on CPU, the allocator's count on a GPU.
+fp32 compute), divided by the ranks, plus factors and their state.
+Measured after two real steps: every live tensor of the process on CPU, the allocator's count on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def expected_bytes(engine) -> dict[str, int]:
         "target weights": 4 * targets // world,
         "other weights": width * (every - targets) // world,
         "factors": held["factors"],
-        "gradients and moments": held["gradients_and_moments"],
+        "slice state": held["slice_state"],
     }
     return {**parts, "expected": sum(parts.values())}
 

@@ -273,9 +273,9 @@ class HDPissaEngine:
         )
 
     def memory_bytes(self) -> dict[str, int]:
-        """This rank's bytes: weights (all ZeRO-3 shards), master, factors, gradients and moments; and `buffers`,
+        """This rank's bytes: weights (all ZeRO-3 shards), master, factors, slice state (gradients, moments, sums)
 
-        which a step allocates at most beside these and frees again.
+        and `buffers`, which a step allocates at most beside these and frees again.
         """
         params = [p for n, p in self.module.named_parameters() if not zero3.is_anchor(n)]
         store = self.optimizer.store
@@ -283,7 +283,7 @@ class HDPissaEngine:
             "weights": sum(zero3.shard_view(p).nbytes for p in params),
             "master": sum(t.shard.nbytes for t in self.targets if t.shard is not None),
             "factors": store.nbytes_factors,
-            "gradients_and_moments": store.nbytes_state,
+            "slice_state": store.nbytes_state,
             "buffers": self.optimizer.buffer_bytes,
         }
 

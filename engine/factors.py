@@ -1,4 +1,4 @@
-"""The factors a rank keeps, their gradients and moments, in as few buffers as there are uses for them.
+"""The factors a rank keeps, their gradients, moments and running sums, in as few buffers as there are uses for them.
 
 For the slices it owns a rank holds the whole `B` (own × O × R), because gradients need it, and `A`. For the exchange
 of thin factors it also keeps the fixed factors that every step's delta needs: `A` of all slices (Q × I) and the
@@ -28,7 +28,8 @@ class FactorStore:
     """All factors of one rank.
 
     Attributes:
-        grads, exp_avg, exp_avg_sq: flat fp32, own slices of all targets, laid out as `Bucket` says.
+        grads, exp_avg, exp_avg_sq, delta_sum: flat fp32, own slices of all targets, laid out as `Bucket` says;
+            `delta_sum` is the sum of every ΔA and ΔB so far, which small checkpoints and PEFT adapters are made of.
         own_B: per target (own × O × R), the fixed B of the own slices.
         A: per target the fixed A, of all slices (Q × I) or, for a dense one, of the own ones (own · R × I).
         B_rows: per factor target (C × Q), the fixed B of all slices on the own shard.
@@ -52,7 +53,9 @@ class FactorStore:
         self.buckets = list(buckets)
         self.targets: list[Target] = [t for bucket in buckets for t in bucket.targets]
         numel = buckets[-1].stop
-        self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(numel, device=device) for _ in range(3))
+        self.grads, self.exp_avg, self.exp_avg_sq, self.delta_sum = (
+            torch.zeros(numel, device=device) for _ in range(4)
+        )
         self.own_B: dict[str, Tensor] = {}
         self.A: dict[str, Tensor] = {}
         self.B_rows: dict[str, Tensor] = {}
@@ -137,5 +140,5 @@ class FactorStore:
 
     @property
     def nbytes_state(self) -> int:
-        """Bytes of gradients and moments."""
-        return self.grads.nbytes + self.exp_avg.nbytes + self.exp_avg_sq.nbytes
+        """Bytes of gradients, moments and running sums."""
+        return sum(t.nbytes for t in (self.grads, self.exp_avg, self.exp_avg_sq, self.delta_sum))

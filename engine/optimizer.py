@@ -183,9 +183,9 @@ class SliceOptimizer(torch.optim.Optimizer):
                     self._step_dense(bucket)
 
     def _adam(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """Δ of the own slices, flat, laid out as `Bucket` says; moments in place."""
+        """Δ of the own slices, flat, laid out as `Bucket` says; moments and running sums in place."""
         store, here = self.store, slice(bucket.start, bucket.stop)
-        return self.rule.adam_(
+        delta = self.rule.adam_(
             store.exp_avg[here],
             store.exp_avg_sq[here],
             store.grads[here],
@@ -194,6 +194,8 @@ class SliceOptimizer(torch.optim.Optimizer):
             grad_scale=self.grad_scale * self._clip,
             dtype=dtype,
         )
+        store.delta_sum[here] += delta  # as it is sent: what rounding to bf16 took away never reaches W
+        return delta
 
     def _step_factors(self, bucket: Bucket) -> None:
         """All slices' ΔA and ΔB rows come here; Δ of the own slices is freed as soon as it is sent."""

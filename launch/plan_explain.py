@@ -11,7 +11,7 @@ P weights, P_t of them in targets (O × I), K ranks, S slices of rank r, T token
 
 Memory that stays, as the engine counts it
   4 · P_t/K with the split master (6 with fp32), 2 · (P - P_t)/K; fp32 compute: 4 · P/K. Each weight's part rounded up
-  4 · S·r · (I + O/K) for A of all slices and the rows of B; 4 · c·r·O own B; 12 · c·r·(O + I) gradient and moments
+  4 · S·r · (I + O/K) for A of all slices and the rows of B; 4 · c·r·O own B; 16 · c·r·(O + I) slice state
     (weights whose update travels dense: A of the own slices only, no rows)
 Memory that comes and goes
   gathered weights: DeepSpeed's fetch, prefetch and release rules replayed over the model's own order of modules

@@ -98,7 +98,7 @@ def _factors(run: Run) -> dict[str, int]:
         "A of all slices": 4 * numel_A,
         "B rows of all slices": 4 * rows_B,
         "own B": 4 * own_B,
-        "gradients and moments": 12 * state,
+        "slice state": 16 * state,
     }
 
 

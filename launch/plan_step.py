@@ -16,8 +16,8 @@ EFFICIENCY = 0.7
 # An eager decoder layer, forward and backward, and the thin products of a trained Linear; a third of it is forward.
 LAUNCHES_PER_LAYER, LAUNCHES_PER_LINEAR = 180, 4
 LAUNCH_S, COLLECTIVE_S = 4.5e-6, 25e-6
-# Reads and writes of Adam per factor element: gradient, two moments, delta, and the gradient's zeroing.
-ADAM_BYTES = 28
+# Reads and writes of Adam per factor element: gradient, two moments, delta, running sum, the gradient's zeroing.
+ADAM_BYTES = 40
 # Products of 16-bit parts that make up one of the update's: fp32 factors in two parts each, TF32's in one.
 PRODUCTS = {"fp32": 3, "tf32": 1}
 

@@ -26,7 +26,20 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = [
-    ["errors", "config", "slicing", "krylov", "svd", "bounds", "delta", "shards", "targets", "buckets", "prompts"],
+    [
+        "errors",
+        "faults",
+        "config",
+        "slicing",
+        "krylov",
+        "svd",
+        "bounds",
+        "delta",
+        "shards",
+        "targets",
+        "buckets",
+        "prompts",
+    ],
     ["launcher", "peers"],
     ["zero3", "shared_input", "layer", "exchange", "data", "metrics", "batches", "ds_config", "slice_cache"],
     ["settings", "factors", "decompose", "adapt", "optimizer", "export", "pretrained", "sharded_load", "evaluate"],

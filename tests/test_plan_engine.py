@@ -61,7 +61,7 @@ ENGINE_NAMES = {
     "weights": ("bf16 shards", "fp32 shards", "other weights"),
     "master": ("fp32 remainder", "fp32 master"),
     "factors": ("A of all slices", "B rows of all slices", "own B"),
-    "gradients_and_moments": ("gradients and moments",),
+    "slice_state": ("slice state",),
 }
 
 
