@@ -26,24 +26,12 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = [
-    [
-        "errors",
-        "faults",
-        "config",
-        "slicing",
-        "krylov",
-        "svd",
-        "bounds",
-        "delta",
-        "shards",
-        "targets",
-        "buckets",
-        "prompts",
-    ],
-    ["launcher", "peers"],
-    ["zero3", "shared_input", "layer", "exchange", "data", "metrics", "batches", "ds_config", "slice_cache"],
-    ["settings", "factors", "decompose", "adapt", "optimizer", "export", "pretrained", "sharded_load", "evaluate"],
-    ["engine"],
+    "errors faults checksum config slicing krylov svd bounds delta shards targets buckets prompts tensor_file".split(),
+    "launcher peers disk".split(),
+    "zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams".split(),
+    "settings factors decompose adapt optimizer export peft_export pretrained sharded_load evaluate".split(),
+    "state checkpoint".split(),
+    "engine".split(),
 ]
 FLOOR = {f"engine.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
