@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, decompose, ds_config, export, pretrained, sharded_load, zero3
+from . import adapt, base_files, decompose, ds_config, export, peft_export, pretrained, sharded_load, zero3
 from .buckets import make_buckets
 from .config import HDPissaConfig
 from .errors import ConfigError
 from .exchange import FactorExchange, choose_kinds
+from .export_report import ExportReport
 from .factors import FactorStore
 from .optimizer import SliceOptimizer, Vote
 from .settings import check_kernels, make_plan, make_rule, resolve_config
@@ -241,17 +242,25 @@ class HDPissaEngine:
 
     # --- results -------------------------------------------------------------------------------------
 
-    def export(self, folder: str | Path, *, format: str = "hf", dtype: str = "auto") -> None:
-        """Writes the trained model as a Hugging Face folder; collective.
+    def export(
+        self, folder: str | Path, *, format: str = "hf", dtype: str = "auto", rank: int | None = None
+    ) -> ExportReport:
+        """Writes the trained model and verifies what was written; collective.
 
         Args:
-            format: "hf".
-            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype.
+            format: "hf", a Hugging Face folder, or "peft", a LoRA adapter for the unmodified base.
+            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype, of an adapter fp32.
+            rank: of an adapter, cuts it to at most this rank; None for all of it, 2·r·S.
         """
-        if format != "hf":
-            raise ConfigError(f"export format is {format!r}: must be 'hf'")
+        if format not in ("hf", "peft"):
+            raise ConfigError(f"export format is {format!r}: must be 'hf' or 'peft'")
+        if format == "hf" and rank is not None:
+            raise ConfigError(f"export rank is {rank} with format 'hf': only an adapter has a rank; leave it out")
         self.check_weights()
-        export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+        if format == "hf":
+            return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+        store, updates = self.optimizer.store, self.optimizer.updates
+        return peft_export.export_peft(self.module, store, Path(folder), dtype=dtype, rank=rank, updates=updates)
 
     def check_weights(self) -> None:
         """Raises RuntimeError on all ranks when a step had results that were not finite; collective.
@@ -355,7 +364,7 @@ def initialize(
 def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
     if hd.init.cache_dir is None:
         return None
-    origin = pretrained.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
+    origin = base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
     return SliceCache(hd.init.cache_dir, store.targets, origin=list(origin), how=how)
 

@@ -26,10 +26,10 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
-errors faults checksum config slicing krylov svd bounds delta shards targets buckets prompts tensor_file
-launcher peers disk
-zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams
-settings factors decompose adapt optimizer export peft_export pretrained sharded_load evaluate
+errors faults checksum precision config slicing krylov svd bounds delta shards targets buckets prompts tensor_file
+launcher peers disk base_files adapter export_report
+zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams hf_folder
+settings factors decompose adapt optimizer residual export peft_export pretrained sharded_load evaluate
 state checkpoint
 engine
 """
