@@ -152,7 +152,7 @@ def _factor_bytes(targets: Sequence[Target], plan: SlicePlan, rows: list[int], s
 def _dense_bytes(
     targets: Sequence[Target], pieces: Sequence[Piece], plan: SlicePlan, itemsize: int, members: Sequence[int] = ()
 ) -> int:
-    """See `Bucket.buffer_bytes`; follows `optimizer._step_dense`. Δ is fp32 whatever the wire.
+    """See `Bucket.buffer_bytes`; follows `optimizer._apply_dense`. Δ is fp32 whatever the wire.
 
     Args:
         members: ranks whose parts are formed one by one; empty for a bound that holds on every rank alike.

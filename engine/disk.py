@@ -1,8 +1,8 @@
 """Changes to the file system that survive a crash: what is renamed into place has been written and fsynced before.
 
-All that a checkpoint does to the disk goes through here, one small primitive each, so that tests can record the order of
-the calls, replay every prefix of it as after a power failure, and let any of them fail. Nothing here knows what a
-checkpoint is.
+All that a checkpoint does to the disk goes through here, one small primitive each, so that tests can record the order
+of the calls, replay every prefix of it as after a power failure, and let any of them fail. Nothing here knows what
+a checkpoint is.
 
 Rules, after "All File Systems Are Not Created Equal" (Pillai et al., OSDI 2014): a file's bytes are safe after
 fsync of the file, its name after fsync of its folder; a rename replaces atomically, but may reach the disk before

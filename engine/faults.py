@@ -45,8 +45,8 @@ class Fault:
         point, rank, step, action, *nth = text.split(":")
         if action not in {*SIGNALS, *ERRORS, *SPOILS, "RAISE", "SLEEP"}:
             raise ValueError(f"{VARIABLE}: there is no action {action!r}")
-        where = [None if value == "*" else int(value) for value in (rank, step)]
-        return cls(point, *where, action, *map(int, nth))
+        at = [None if value == "*" else int(value) for value in (rank, step)]
+        return cls(point, at[0], at[1], action, int(nth[0]) if nth else 1)
 
     def happens(self, point: str, rank: int, step: int, passage: int) -> bool:
         return point == self.point and self.rank in (None, rank) and self.step in (None, step) and passage == self.nth

@@ -11,6 +11,7 @@ from oracle import Oracle
 from torch import nn
 
 from hdpissa.engine import krylov, svd
+from hdpissa.engine.precision import full_fp32
 from hdpissa.engine.svd import Triplets, slice_factors, top_triplets
 
 METHODS = ["auto", "gram", "randomized", "full"]
@@ -330,7 +331,7 @@ def test_tf32_is_off_inside_and_back_after():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with krylov.full_fp32():
+        with full_fp32():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
