@@ -56,14 +56,14 @@ def key_B(name: str) -> str:
     return f"base_model.model.{name}.lora_B.weight"
 
 
-def stack_A(A_SRI: Tensor, sum_A_SRI: Tensor) -> Tensor:
-    """Rows of lora_A for some slices, in order (S·2R × I)."""
-    return torch.cat([A_SRI, -sum_A_SRI], 1).flatten(0, 1)
+def stack_A(A_RI: Tensor, sum_A_RI: Tensor) -> Tensor:
+    """A slice's rows of lora_A (2·R × I)."""
+    return torch.cat([A_RI, -sum_A_RI])
 
 
-def stack_B(B_SOR: Tensor, sum_B_SOR: Tensor) -> Tensor:
-    """Columns of lora_B for some slices, in order (O × S·2R)."""
-    return torch.cat([-sum_B_SOR, B_SOR], 2).movedim(0, 1).flatten(1)
+def stack_B(slices: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Columns of lora_B (C × S·2R) for some slices in order, from C rows of each one's B and ΣΔB (C × R)."""
+    return torch.cat([part for B_CR, sum_B_CR in slices for part in (-sum_B_CR, B_CR)], 1)
 
 
 # --- configuration --------------------------------------------------------------------------------

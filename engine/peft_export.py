@@ -1,32 +1,29 @@
-"""The trained model as a PEFT LoRA adapter for its unmodified base, streamed slice by slice.
+"""The trained model as a PEFT LoRA adapter for its unmodified base, from a running engine.
 
-`adapter` says what the adapter is, `streams` how files come about, `residual` how exact it is. Every slice's owner
+`adapter` says what the adapter is, `stacks` how its file comes about, `residual` how exact it is. Every slice's owner
 sends its fixed factors and its running sums of ΔA and ΔB to rank 0, whether a weight's update travels by factors or
-dense. Only a cut to a smaller rank brings a weight's whole pair (never the weight) together, on rank 0.
+dense.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from . import zero3
-from .adapter import CONFIG, FILES, WEIGHTS, Adapted, Tail, adapter_config, key_A, key_B, stack_A, stack_B, truncate
+from .adapter import Adapted, stack_A, stack_B
 from .base_files import BaseFiles
-from .buckets import Bucket
 from .errors import ConfigError
 from .export_report import ExportReport, Residual
 from .factors import FactorStore
 from .pretrained import agreed, names_by_param
 from .residual import Change, measure
-from .slicing import ShardRange, SlicePlan
-from .streams import DTYPES, PIECE_BYTES, Block, Entry, Outbox, World, collect, dtype_name, whole_on_one
+from .slicing import ShardRange
+from .stacks import AdapterFile, Stack
+from .streams import World
 from .targets import Target
 
 
@@ -44,94 +41,30 @@ def export_peft(
         ConfigError: unknown dtype, a rank below 1, a weight that is also an embedding; or, on all ranks, rank 0 cannot
             write there.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"export dtype is {dtype!r}: must be 'auto', 'bf16' or 'fp32'")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"export rank is {rank}: must be at least 1; leave it out for the whole adapter")
-    plan, out = store.plan, DTYPES.get(dtype, torch.float32)
-    world = World(plan.rank, plan.world_size, zero3.device())
-    stacks = list(_stacks(model, store, world))
-    cut = Cut(rank, world) if rank is not None else None
-    adapted = [s.adapted.cut(rank) if rank is not None else s.adapted for s in stacks]
-    entries = [e for s, a in zip(stacks, adapted, strict=True) for e in _entries(s, a, out, cut)]
-    outbox = Outbox(folder, world, nbytes=sum(e.nbytes for e in entries))
-    outbox.write(WEIGHTS, entries)
-    outbox.agree()
-    base = getattr(model, "name_or_path", "") or ""
-    residual, unknown = _measure(model, store, adapted, outbox, updates)
-    config = adapter_config(adapted, [n for n, _ in model.named_modules()], base)
-    outbox.guard(lambda: (outbox.partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n"))
-    report = ExportReport(
-        "peft",
-        str(folder),
-        dtype_name(out),
-        sum(e.nbytes for e in entries),
-        r=config["r"],
-        residual=residual,
-        unknown=unknown,
-        truncation=cut.tail.relative if cut else None,
-    )
-    outbox.publish(report, CONFIG, FILES)
-    return report
+    world = World(store.plan.rank, store.plan.world_size, zero3.device())
+    file = AdapterFile(list(_stacks(model, store)), folder, world, dtype=dtype, rank=rank)
+    residual, unknown = _measure(model, store, file, updates)
+    return file.publish([n for n, _ in model.named_modules()], _origin(model), residual, unknown)
 
 
-# --- the stacks of one weight ---------------------------------------------------------------------
+def _origin(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "") or ""
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A weight's pair, as the ranks have it.
-
-    Attributes:
-        of_slice: lora_A's rows for the n-th own slice, fp32.
-        of_rows: lora_B's columns for all own slices, rows [begin, end), fp32.
-    """
-
-    adapted: Adapted
-    plan: SlicePlan
-    of_slice: Callable[[int], Tensor]
-    of_rows: Callable[[int, int], Tensor]
-
-    def blocks_A(self, out: torch.dtype) -> Iterator[Block]:
-        """A slice at a time, from the first rank that owns it."""
-        plan, numel = self.plan, self.adapted.r // self.plan.slices * self.adapted.cols
-        for slice_id in range(plan.slices):
-            sizes = [0] * plan.world_size
-            owner = next(k for k in range(plan.world_size) if slice_id in plan.owned_by(k))
-            sizes[owner] = numel
-            yield Block(sizes, functools.partial(self._slice, slice_id - plan.owned_by(owner).start, out))
-
-    def blocks_B(self, out: torch.dtype) -> Iterator[Block]:
-        """Some rows at a time, all slices side by side."""
-        plan, adapted = self.plan, self.adapted
-        step = max(1, PIECE_BYTES // (adapted.r * out.itemsize))
-        for first in range(0, adapted.rows, step):
-            last = min(first + step, adapted.rows)
-            numel = (last - first) * adapted.r // plan.slices * plan.slices_per_rank
-            sizes = [0 if k % plan.ranks_per_slice else numel for k in range(plan.world_size)]
-            part = functools.partial(self._rows, first, last, out)
-            yield Block(sizes, part, rows=last - first)
-
-    def _slice(self, index: int, out: torch.dtype, begin: int, end: int) -> Tensor:
-        return self.of_slice(index).flatten()[begin:end].to(out)
-
-    def _rows(self, first: int, last: int, out: torch.dtype, begin: int, end: int) -> Tensor:
-        return self.of_rows(first, last).flatten()[begin:end].to(out)
-
-
-def _stacks(model: nn.Module, store: FactorStore, world: World) -> Iterator[Stack]:
+def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
     names = {id(module): name for name, module in model.named_modules()}
     params = names_by_param(model)
-    for bucket in store.buckets:
-        sums_A = bucket.views_A(store.delta_sum[bucket.start : bucket.stop_A])
-        sums_B = bucket.views_B(store.delta_sum[bucket.stop_A : bucket.stop])
-        for target, sum_A, sum_B in zip(bucket.targets, sums_A, sums_B, strict=True):
-            modules = tuple(names[id(m)] for m in target.modules)
-            _refuse_tied(target, modules, params[id(target.param)])
-            adapted = Adapted(modules, target.rows, target.cols, 2 * target.r * store.plan.slices, target.scale)
-            own_A = functools.partial(_own_A, store, bucket, target, sum_A)
-            own_B = functools.partial(_own_B, store.own_B[target.name], sum_B)
-            yield Stack(adapted, store.plan, own_A, own_B)
+    sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for index in range(store.plan.slices_per_rank):
+        for name, sum_A, sum_B in store.state_views("delta_sum", index):
+            sums.setdefault(name, []).append((sum_A, sum_B))
+    for target in store.targets:
+        modules = tuple(names[id(m)] for m in target.modules)
+        _refuse_tied(target, modules, params[id(target.param)])
+        adapted = Adapted(modules, target.rows, target.cols, 2 * target.r * store.plan.slices, target.scale)
+        of_slice = functools.partial(_of_slice, store, target, sums[target.name])
+        of_rows = functools.partial(_of_rows, store, target, sums[target.name])
+        yield Stack(adapted, store.plan, of_slice, of_rows)
 
 
 def _refuse_tied(target: Target, modules: tuple[str, ...], names: list[str]) -> None:
@@ -143,85 +76,34 @@ def _refuse_tied(target: Target, modules: tuple[str, ...], names: list[str]) -> 
         )
 
 
-def _own_A(store: FactorStore, bucket: Bucket, target: Target, sum_A: Tensor, index: int) -> Tensor:
-    A_SRI = store.A[target.name].view(-1, target.r, target.cols)
-    first = store.plan.owned.start if bucket.kind == "factor" else 0
-    sums = sum_A.view(-1, target.r, target.cols)
-    return stack_A(A_SRI[first + index, None], sums[index, None])
+def _of_slice(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], index: int) -> Tensor:
+    return stack_A(store.own_factors(target, index)[0], sums[index][0])
 
 
-def _own_B(B_SOR: Tensor, sum_B_SOR: Tensor, first: int, last: int) -> Tensor:
-    return stack_B(B_SOR[:, first:last], sum_B_SOR[:, first:last])
-
-
-# --- the tensors of the file ----------------------------------------------------------------------
-
-
-@dataclass
-class Cut:
-    """Cuts pairs on rank 0: the one that is being written, and what was left out so far."""
-
-    rank: int
-    world: World
-    tail: Tail = field(default_factory=Tail)
-    pair: tuple[Tensor, Tensor] | None = None
-
-    def prepare(self, stack: Stack) -> None:
-        """Brings a weight's pair to rank 0 and cuts it there; collective."""
-        full = stack.adapted
-        shapes = ("A", (full.r, full.cols), stack.blocks_A), ("B", (full.rows, full.r), stack.blocks_B)
-        whole = []
-        for name, shape, blocks in shapes:
-            entry = Entry(name, shape, torch.float32, functools.partial(blocks, torch.float32))
-            pieces = list(collect(entry, self.world))
-            whole += [torch.cat(pieces).view(shape)] if pieces else []
-        if whole:
-            r = full.cut(self.rank).r
-            self.pair = truncate(whole[0], whole[1], r, scale=full.scale, tail=self.tail)
-
-
-def _entries(stack: Stack, adapted: Adapted, out: torch.dtype, cut: Cut | None) -> Iterator[Entry]:
-    for name in adapted.names:
-        blocks_A: Callable[[], Iterator[Block]] = functools.partial(stack.blocks_A, out)
-        blocks_B: Callable[[], Iterator[Block]] = functools.partial(stack.blocks_B, out)
-        if cut is not None:
-            blocks_A = functools.partial(_cut_blocks, cut, 0, adapted.r * adapted.cols, out, stack)
-            blocks_B = functools.partial(_cut_blocks, cut, 1, adapted.r * adapted.rows, out, None)
-        yield Entry(key_A(name), (adapted.r, adapted.cols), out, blocks_A)
-        yield Entry(key_B(name), (adapted.rows, adapted.r), out, blocks_B)
-
-
-def _cut_blocks(cut: Cut, index: int, numel: int, out: torch.dtype, stack: Stack | None) -> Iterator[Block]:
-    """One half of a cut pair, which is made before its first half and kept for the second."""
-    if stack is not None:
-        cut.prepare(stack)
-    pair = cut.pair
-    yield from whole_on_one(lambda: pair[index].to(out), numel, cut.world)  # type: ignore[index]
+def _of_rows(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], first: int, last: int) -> Tensor:
+    B_SOR = store.own_B[target.name]
+    return stack_B([(B[first:last], sum_B[first:last]) for B, (_, sum_B) in zip(B_SOR, sums, strict=True)])
 
 
 # --- the residual ---------------------------------------------------------------------------------
 
 
-def _measure(
-    model: nn.Module, store: FactorStore, adapted: list[Adapted], outbox: Outbox, updates: int
-) -> tuple[Residual | None, str]:
+def _measure(model: nn.Module, store: FactorStore, file: AdapterFile, updates: int) -> tuple[Residual | None, str]:
     """(residual, "") or (None, why it is unknown), alike on all ranks; collective."""
-    origin = getattr(model, "name_or_path", "") or ""
+    origin, outbox = _origin(model), file.outbox
     params = names_by_param(model)
+    weights = list(zip(store.targets, file.adapted, strict=True))
     with BaseFiles(origin) as base:
-        found = {
-            t.name: base.name_of([*params[id(t.param)], *(f"{n}.weight" for n in a.names)], t.rows, t.cols)
-            for t, a in zip(store.targets, adapted, strict=True)
-        }
+        found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
         if not agreed(all(found.values())):
             what = f"of the base {origin}" if origin else "since the model was not loaded from a folder or a hub name"
             return None, f"the weights it began with cannot be read again {what}"
         changes = [
             Change(a, t.own_range(store.plan), t.shard_size, _trained(t), functools.partial(_base, base, found[t.name]))
-            for t, a in zip(store.targets, adapted, strict=True)
+            for t, a in weights
         ]
         try:
-            return measure(changes, outbox.partial / WEIGHTS, outbox.world, updates=updates), ""
+            return measure(changes, file.weights, outbox.world, updates=updates), ""
         except Exception as error:
             if outbox.world.rank:
                 raise

@@ -146,7 +146,7 @@ class Outbox:
     def fail(self, error: Exception) -> None:
         """Makes an exception of rank 0 the failure of the export, unless there was one before it."""
         text = f"export to {self.folder} failed: {_reason(error)}; mend it or give another folder, and export again"
-        self._problem = self._problem or text
+        self._problem = self._problem or (str(error) if isinstance(error, ConfigError) else text)
 
     def _prepare(self, nbytes: int) -> None:
         disk.make_folder(self.folder)
@@ -252,7 +252,5 @@ def _check_header(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ConfigError):
-        return str(error)
     said = getattr(error, "strerror", None) or (str(error) if isinstance(error, OSError) else "")
     return said or " ".join(f"{type(error).__name__}: {error}".split())

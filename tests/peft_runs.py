@@ -51,3 +51,23 @@ def export_error(settings, folder, *, model=None, **options):
     except ConfigError as error:
         return str(error)
     return None
+
+
+def train_and_save(settings, source, folder, *, steps=4, lr=1e-2, kinds=("full", "small"), exports=()):
+    """Trains a checkpoint, saves it into folder/<kind>/checkpoint-N, exports into folder/<name> as the engine does.
+
+    Args:
+        exports: (name, options of `engine.export`).
+    """
+    from hdpissa.engine import initialize, load_pretrained
+
+    engine = initialize(model=load_pretrained(source, settings), config=settings)
+    train(engine, steps=steps, lr=lr)
+    for kind in kinds:
+        engine.save_checkpoint(f"{folder}/{kind}", kind=kind)
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(**tiny_batch(999, 0, 0)).logits.float().clone()
+    reports = {name: engine.export(f"{folder}/{name}", **options) for name, options in exports}
+    dist.barrier()
+    return {"logits": logits, "weights": whole_weights(engine), "reports": reports}

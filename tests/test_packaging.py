@@ -28,7 +28,7 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 FLOORS = """
 errors faults checksum precision config slicing krylov svd bounds delta shards targets buckets prompts tensor_file
 launcher peers disk checkpoint_format folders base_files adapter export_report
-zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams hf_folder
+zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams hf_folder stacks
 settings factors decompose adapt optimizer residual export peft_export pretrained sharded_load evaluate
 saver checkpoint
 engine
