@@ -57,6 +57,16 @@ class TrainArguments:
     trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
     logging_steps: int = _option(1, "optimizer steps between two lines and metrics rows")
     eval_steps: int = _option(0, "optimizer steps between evaluations; 0: before and after training only")
+    save_strategy: str = _option("steps", "when to save a checkpoint: steps (and at the end), epoch, or no")
+    save_steps: int = _option(500, "optimizer steps between two checkpoints")
+    save_total_limit: int | None = _option(None, "checkpoints to keep; default: all")
+    checkpoint_kind: str = _option("full", "full: exact; small: without weights, exact to first order")
+    async_save: bool = _option(False, "write checkpoints in the background, from copies in host memory")
+    stop_on_save_error: bool = _option(False, "end the run when a checkpoint cannot be saved; else it goes on")
+    resume_from_checkpoint: str | None = _option(
+        None, "a checkpoint's folder; auto: the latest one of --output_dir, or a new run where there is none"
+    )
+    ignore_data_skip: bool = _option(False, "resume with other data, from their beginning")
     export_dtype: str = _option("auto", "dtype of the exported model: auto (compute dtype), bf16 or fp32")
     sample_prompt: str | None = _option(None, "an instruction whose greedy answer is printed before and after training")
     max_new_tokens: int = _option(128, "length of that answer")
@@ -145,6 +155,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _convert(name: str, value: Any, declared: Any) -> Any:
     """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
     kinds = get_args(declared) or (declared,)  # of `int | None` both
+    words_of_yaml = {("save_strategy", False): "no", ("resume_from_checkpoint", True): "auto"}
+    if isinstance(value, bool) and (name, value) in words_of_yaml:
+        return words_of_yaml[name, value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
     if float in kinds and type(value) in (int, str):
@@ -154,6 +167,7 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 
+_SAVE_STRATEGIES, _CHECKPOINT_KINDS = ("steps", "epoch", "no"), ("full", "small")
 _SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -163,6 +177,13 @@ def _check(args: TrainArguments) -> None:
         raise ConfigError(f"missing {', '.join(missing)}; see --help")
     if args.lr_scheduler_type not in _SCHEDULES:
         raise ConfigError(f"--lr_scheduler_type is {args.lr_scheduler_type}: must be one of {', '.join(_SCHEDULES)}")
+    for name, valid in (("save_strategy", _SAVE_STRATEGIES), ("checkpoint_kind", _CHECKPOINT_KINDS)):
+        if getattr(args, name) not in valid:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise ConfigError(
+            f"--save_total_limit is {args.save_total_limit}: must be at least 1; leave it out to keep all"
+        )
     if args.export_dtype not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
     for name in (
@@ -173,6 +194,7 @@ def _check(args: TrainArguments) -> None:
         "logging_steps",
         "max_new_tokens",
         "ddp_timeout",
+        "save_steps",
     ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
