@@ -8,7 +8,7 @@ dense.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -53,27 +53,30 @@ def _origin(model: nn.Module) -> str:
 
 def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
     names = {id(module): name for name, module in model.named_modules()}
-    params = names_by_param(model)
+    refuse_tied(model, store.targets)
     sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index in range(store.plan.slices_per_rank):
         for name, sum_A, sum_B in store.state_views("delta_sum", index):
             sums.setdefault(name, []).append((sum_A, sum_B))
     for target in store.targets:
         modules = tuple(names[id(m)] for m in target.modules)
-        _refuse_tied(target, modules, params[id(target.param)])
         adapted = Adapted(modules, target.rows, target.cols, 2 * target.r * store.plan.slices, target.scale)
         of_slice = functools.partial(_of_slice, store, target, sums[target.name])
         of_rows = functools.partial(_of_rows, store, target, sums[target.name])
         yield Stack(adapted, store.plan, of_slice, of_rows)
 
 
-def _refuse_tied(target: Target, modules: tuple[str, ...], names: list[str]) -> None:
-    others = set(names) - {f"{m}.weight" for m in modules}
-    if others:
-        raise ConfigError(
-            f"{target.name} shares its weight with {min(others)}, which no LoRA pair of a Linear can change: exclude "
-            f"it from hd_pissa.target_modules, or export as 'hf'"
-        )
+def refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raises ConfigError where a target's weight is that of an embedding, too."""
+    names = {id(module): name for name, module in model.named_modules()}
+    params = names_by_param(model)
+    for target in targets:
+        others = set(params[id(target.param)]) - {f"{names[id(m)]}.weight" for m in target.modules}
+        if others:
+            raise ConfigError(
+                f"{target.name} shares its weight with {min(others)}, which no LoRA pair of a Linear can change: "
+                f"exclude it from hd_pissa.target_modules, or export as 'hf'"
+            )
 
 
 def _of_slice(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], index: int) -> Tensor:

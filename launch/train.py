@@ -253,12 +253,23 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")
     model.config.use_cache = use_cache  # the export is configured as its base
-    engine.export(Path(args.output_dir) / "model", dtype=args.export_dtype)
-    if job.plan.rank == 0:
-        job.tokenizer.save_pretrained(Path(args.output_dir) / "model")
+    exported = export(args, job, engine, recorder)
     recorder.state("finished", job.total_steps)
-    recorder.say(f"outputs: {args.output_dir}/ (metrics.jsonl, run.json, run_state.json, model/)")
+    recorder.say(f"outputs: {args.output_dir}/ ({', '.join(['metrics.jsonl, run.json, run_state.json', *exported])})")
     return True
+
+
+def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
+    """Writes what --export_format says; returns the names of the folders."""
+    folders = {"hf": "model", "peft": "adapter"}
+    formats = {"both": ["hf", "peft"], "none": []}.get(args.export_format, [args.export_format])
+    for format in formats:
+        folder = Path(args.output_dir) / folders[format]
+        cut = {"rank": args.export_rank} if format == "peft" else {}
+        recorder.say(str(engine.export(folder, format=format, dtype=args.export_dtype, **cut)))
+        if job.plan.rank == 0:
+            job.tokenizer.save_pretrained(folder)
+    return [f"{folders[format]}/" for format in formats]
 
 
 def describe_start(args: Any, engine: Any, reader: Any) -> str:
