@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import zero3
@@ -20,7 +22,7 @@ from .errors import ConfigError
 from .export_report import ExportReport, Residual
 from .factors import FactorStore
 from .pretrained import agreed, names_by_param
-from .residual import Change, measure
+from .residual import Change, FilePairs, Pairs, measure
 from .slicing import ShardRange
 from .stacks import AdapterFile, Stack
 from .streams import World
@@ -43,7 +45,13 @@ def export_peft(
     """
     world = World(store.plan.rank, store.plan.world_size, zero3.device())
     file = AdapterFile(list(_stacks(model, store)), folder, world, dtype=dtype, rank=rank)
-    residual, unknown = _measure(model, store, file, updates)
+    try:
+        residual, unknown = _measure(model, store, file.adapted, FilePairs(file.weights, world), updates)
+    except Exception as error:
+        if world.rank:
+            raise
+        file.outbox.fail(error)
+        residual, unknown = None, ""
     return file.publish([n for n, _ in model.named_modules()], _origin(model), residual, unknown)
 
 
@@ -91,11 +99,58 @@ def _of_rows(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor
 # --- the residual ---------------------------------------------------------------------------------
 
 
-def _measure(model: nn.Module, store: FactorStore, file: AdapterFile, updates: int) -> tuple[Residual | None, str]:
+class LivePairs:
+    """The pairs as they are in memory: every slice's owner hands its part to all."""
+
+    problem: Exception | None = None
+
+    def __init__(self, model: nn.Module, store: FactorStore, world: World) -> None:
+        self.world = world
+        self.stacks = {s.adapted.names[0]: s for s in _stacks(model, store)}
+
+    def read(self, adapted: Adapted, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        stack = self.stacks[adapted.names[0]]
+        width = adapted.r // stack.plan.slices
+        As, Bs = [], []
+        for slice_id in range(begin // width, -(-end // width)):
+            here = slice(max(0, begin - slice_id * width), min(width, end - slice_id * width))
+            A, B = self._slice(stack, slice_id, width)
+            As.append(A[here])
+            Bs.append(B[:, here])
+        return torch.cat(As), torch.cat(Bs, 1)
+
+    def _slice(self, stack: Stack, slice_id: int, width: int) -> tuple[Tensor, Tensor]:
+        plan, adapted = stack.plan, stack.adapted
+        owner = stack.owner(slice_id)
+        if plan.rank == owner:
+            index = slice_id - plan.owned.start
+            A = stack.of_slice(index)
+            B = stack.of_rows(0, adapted.rows)[:, index * width : (index + 1) * width].contiguous()
+        else:
+            shapes = (width, adapted.cols), (adapted.rows, width)
+            A, B = (torch.empty(shape, device=self.world.device) for shape in shapes)
+        if plan.world_size > 1:
+            dist.broadcast(A, owner)
+            dist.broadcast(B, owner)
+        return A, B
+
+
+def measure_sums(model: nn.Module, store: FactorStore, *, updates: int) -> tuple[Residual | None, str]:
+    """What the running sums leave out of the change of W, as `_measure`; collective.
+
+    It is what a small checkpoint loses.
+    """
+    pairs = LivePairs(model, store, World(store.plan.rank, store.plan.world_size, zero3.device()))
+    return _measure(model, store, [s.adapted for s in pairs.stacks.values()], pairs, updates)
+
+
+def _measure(
+    model: nn.Module, store: FactorStore, adapted: Sequence[Adapted], pairs: Pairs, updates: int
+) -> tuple[Residual | None, str]:
     """(residual, "") or (None, why it is unknown), alike on all ranks; collective."""
-    origin, outbox = _origin(model), file.outbox
+    origin = _origin(model)
     params = names_by_param(model)
-    weights = list(zip(store.targets, file.adapted, strict=True))
+    weights = list(zip(store.targets, adapted, strict=True))
     with BaseFiles(origin) as base:
         found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
         if not agreed(all(found.values())):
@@ -105,13 +160,7 @@ def _measure(model: nn.Module, store: FactorStore, file: AdapterFile, updates: i
             Change(a, t.own_range(store.plan), t.shard_size, _trained(t), functools.partial(_base, base, found[t.name]))
             for t, a in weights
         ]
-        try:
-            return measure(changes, file.weights, outbox.world, updates=updates), ""
-        except Exception as error:
-            if outbox.world.rank:
-                raise
-            outbox.fail(error)
-            return None, ""
+        return measure(changes, pairs, updates=updates), ""
 
 
 def _trained(target: Target) -> Callable[[int, int], Tensor]:

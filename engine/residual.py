@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,11 +46,22 @@ class Change:
     base: Callable[[ShardRange], Tensor]
 
 
-class PairReader:
-    """The pairs of a written adapter, read on rank 0 and handed to all.
+class Pairs(Protocol):
+    """Who has a weight's pair, and hands it to all ranks.
 
-    A failure on rank 0 is kept and zeros are handed out, because the others wait in a broadcast.
+    Attributes:
+        problem: what went wrong on rank 0; kept until all ranks are through, because the others wait in a broadcast.
     """
+
+    world: World
+    problem: Exception | None
+
+    def read(self, adapted: Adapted, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Components [begin, end) of (lora_A, lora_B), fp32; collective."""
+
+
+class FilePairs:
+    """The pairs of a written adapter, read on rank 0 and handed to all; zeros after a failure."""
 
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
@@ -58,7 +69,6 @@ class PairReader:
         self._file: Any = None
 
     def read(self, adapted: Adapted, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Components [begin, end) of (lora_A, lora_B), fp32; collective."""
         shapes = (end - begin, adapted.cols), (adapted.rows, end - begin)
         if self.world.rank == 0:
             A, B = (t.to(self.world.device) for t in self._read(adapted, begin, end, shapes))
@@ -80,17 +90,16 @@ class PairReader:
             return torch.zeros(shapes[0]), torch.zeros(shapes[1])
 
 
-def measure(changes: Sequence[Change], path: Path, world: World, *, updates: int) -> Residual:
-    """The residual of a written adapter; collective.
+def measure(changes: Sequence[Change], reader: Pairs, *, updates: int) -> Residual:
+    """The residual of an adapter; collective.
 
     Args:
-        path: its weights, on rank 0.
         updates: steps that have changed W, for the estimate of the floor.
 
     Raises:
-        Exception: what went wrong on rank 0 while it read the file; on rank 0, after all ranks are through.
+        Exception: `reader.problem`, on rank 0, after all ranks are through.
     """
-    reader = PairReader(path, world)
+    world = reader.world
     squares = torch.zeros(len(changes), 3, dtype=torch.float64)
     with full_fp32():
         for row, change in zip(squares, changes, strict=True):
@@ -105,7 +114,7 @@ def measure(changes: Sequence[Change], path: Path, world: World, *, updates: int
     return _summary(changes, squares, updates)
 
 
-def _measure_piece(change: Change, reader: PairReader, begin: int, end: int) -> Tensor:
+def _measure_piece(change: Change, reader: Pairs, begin: int, end: int) -> Tensor:
     """(‖ΔW − adapter‖², ‖ΔW‖², Σ ulp(W)²/12) of a piece of the own shard, which may be empty."""
     where, adapted = change.owned.part(begin, end), change.adapted
     trained = change.trained(begin, begin + where.numel).to(reader.world.device)

@@ -36,12 +36,16 @@ class Stack:
     of_slice: Callable[[int], Tensor]
     of_rows: Callable[[int, int], Tensor]
 
+    def owner(self, slice_id: int) -> int:
+        """The first rank that owns a slice."""
+        return next(k for k in range(self.plan.world_size) if slice_id in self.plan.owned_by(k))
+
     def blocks_A(self, out: torch.dtype) -> Iterator[Block]:
         """A slice at a time, from the first rank that owns it."""
         plan, numel = self.plan, self.adapted.r // self.plan.slices * self.adapted.cols
         for slice_id in range(plan.slices):
             sizes = [0] * plan.world_size
-            owner = next(k for k in range(plan.world_size) if slice_id in plan.owned_by(k))
+            owner = self.owner(slice_id)
             sizes[owner] = numel
             yield Block(sizes, functools.partial(self._slice, slice_id - plan.owned_by(owner).start, out))
 

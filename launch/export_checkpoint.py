@@ -28,7 +28,7 @@ from hdpissa.engine.checkpoint_format import MANIFEST, CheckpointReader, TargetS
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.export_report import ExportReport, Residual
 from hdpissa.engine.hf_folder import plan_files, publish_hf
-from hdpissa.engine.residual import Change, measure
+from hdpissa.engine.residual import Change, FilePairs, measure
 from hdpissa.engine.slicing import ShardRange, SlicePlan
 from hdpissa.engine.stacks import AdapterFile, Stack
 from hdpissa.engine.streams import DTYPES, REPORT, Block, Entry, Outbox, World
@@ -287,7 +287,9 @@ def _measure(reader: CheckpointReader, base: CheckedBase, file: AdapterFile) -> 
         trained = functools.partial(reader.weights, t.name)
         changes.append(Change(adapted, owned, owned.numel, trained, functools.partial(_base_range, base, name)))
     residual = []
-    file.outbox.guard(lambda: residual.append(measure(changes, file.weights, World(), updates=manifest.updates)))
+    file.outbox.guard(
+        lambda: residual.append(measure(changes, FilePairs(file.weights, World()), updates=manifest.updates))
+    )
     file.outbox.agree()
     return residual[0], ""
 

@@ -21,7 +21,7 @@ def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},
 
     Returns: the engine's logits, exact weights (rank 0), the reports, kinds of the updates, (A, ΣΔA, B, ΣΔB).
     """
-    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine import initialize, load_pretrained, peft_export
 
     net = load_pretrained(source, settings) if source else build(model)
     engine = initialize(model=net, config=settings)
@@ -31,12 +31,14 @@ def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},
     with torch.no_grad():
         logits = engine(**tiny_batch(999, 0, 0)).logits.float().clone()
     reports = [engine.export(f"{folder}/{i}", format="peft", **options) for i, options in enumerate(exports)]
+    sums = peft_export.measure_sums(engine.module, engine.optimizer.store, updates=steps)
     dist.barrier()
     return {
         "logits": logits,
         "before": before,
         "weights": whole_weights(engine),
         "reports": reports,
+        "sums": sums,
         "kinds": {t.kind for t in engine.targets},
     }
 

@@ -66,6 +66,7 @@ def test_stock_peft_on_the_untouched_base_is_the_trained_model(tmp_path, base, w
     assert runs[0]["kinds"] == {exchange}
     report = runs[0]["reports"][0]
     assert report == runs[-1]["reports"][0]
+    assert runs[0]["sums"] == (report.residual, "")  # measured in memory, for small checkpoints: the same numbers
     assert report.r == 2 * 2 * slices
     assert report.residual.overall <= 1e-6
     assert report.residual.worst <= 2e-6
@@ -181,6 +182,7 @@ def test_without_a_base_the_residual_is_unknown(tmp_path):
     report = run["reports"][0]
     assert report.residual is None
     assert "not loaded from a folder" in str(report)
+    assert run["sums"] == (None, report.unknown)
     saved = json.loads((tmp_path / "0" / streams.REPORT).read_text())
     assert saved["residual"] is None
     assert "cannot be read again" in saved["unknown"]
@@ -239,7 +241,7 @@ def test_small_pieces_measure_the_same(tmp_path, monkeypatch):
     found = []
     for elements in (10**6, 10):
         monkeypatch.setattr(residual, "PIECE_ELEMENTS", elements)
-        found.append(residual.measure([change], tmp_path / "a", streams.World(), updates=1))
+        found.append(residual.measure([change], residual.FilePairs(tmp_path / "a", streams.World()), updates=1))
     assert found[0].overall == pytest.approx((noise.norm() / (0.5 * B @ A + noise).norm()).item(), rel=1e-3)
     assert found[1].overall == pytest.approx(found[0].overall, rel=1e-4)
     assert found[0].worst_target == "x"
