@@ -50,7 +50,7 @@ def test_memory_and_bytes_are_the_engines(planned, measured, case):
     """Persistent bytes and bytes of a step, to the byte."""
     run, found = planned[case], measured[case]
     memory, theirs = plan_memory.memory(run), dict(found["memory"])
-    assert memory.updating["exchange buffers"] == pytest.approx(theirs.pop("buffers"), rel=0.05)
+    assert memory.updating["exchange buffers"] == theirs.pop("buffers")
     held = memory.persistent
     assert {name: sum(held.get(part, 0) for part in parts) for name, parts in ENGINE_NAMES.items()} == theirs
     wire = plan_step.step(run).wire
