@@ -113,7 +113,8 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
     batch = Batch(micro, args.max_length, accumulation, args.gradient_checkpointing)
     master = section.master
     offload = (zero.get("offload_param") or {}).get("device") == "cpu"
-    placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu")
+    hpz = zero.get("zero_hpz_partition_size") or 1
+    placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu", hpz)
     return Run(model, section, cluster, batch, placement, Policy.of(zero))
 
 
