@@ -75,11 +75,10 @@ class FactorStore:
             for target, A in zip(bucket.targets, bucket.views_A(own_A), strict=True):
                 self.A[target.name] = A
         else:
-            received = exchange.factors(bucket, torch.cat([own_A, own_B]))
+            received = exchange.fetch(bucket, own_A, own_B)
             for index, target in enumerate(bucket.targets):
-                # copies: as views they would keep the whole receive buffer alive
-                self.A[target.name] = received.A(index).clone()
-                self.B_rows[target.name] = received.B(index).clone()
+                self.A[target.name] = _alone(received.A(index))
+                self.B_rows[target.name] = _alone(received.B(index))
         self._make_leaves(bucket)
 
     def _make_leaves(self, bucket: Bucket) -> None:
@@ -139,3 +138,8 @@ class FactorStore:
     def nbytes_state(self) -> int:
         """Bytes of gradients and moments."""
         return self.grads.nbytes + self.exp_avg.nbytes + self.exp_avg_sq.nbytes
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The tensor without the buffer that it may be a view of, which it would keep alive."""
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
