@@ -80,11 +80,10 @@ class FactorStore:
             for target, A in zip(bucket.targets, bucket.views_A(own_A), strict=True):
                 _keep(self.A, target.name, A)
         else:
-            received = exchange.factors(bucket, torch.cat([own_A, own_B]))
+            received = exchange.fetch(bucket, own_A, own_B)
             for index, target in enumerate(bucket.targets):
-                # copies: as views they would keep the whole receive buffer alive
-                _keep(self.A, target.name, received.A(index).clone())
-                _keep(self.B_rows, target.name, received.B(index).clone())
+                _keep(self.A, target.name, _alone(received.A(index)))
+                _keep(self.B_rows, target.name, _alone(received.B(index)))
         if not self.layers[bucket.targets[0].name].A:
             self._make_leaves(bucket)
 
@@ -174,3 +173,8 @@ def _keep(held: dict[str, Tensor], name: str, values: Tensor) -> None:
         held[name].copy_(values)
     else:
         held[name] = values
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The tensor without the buffer that it may be a view of, which it would keep alive."""
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
