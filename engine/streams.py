@@ -32,7 +32,7 @@ from .export_report import ExportReport
 from .faults import fault
 from .tensor_file import DTYPE_NAMES, header
 
-PIECE_BYTES = 32 * 2**20  # rank 0 holds a piece, its copy on the host, and what gloo or NCCL needs for it
+PIECE_BYTES = 16 * 2**20  # in fp32; rank 0 holds a piece, what it is made from, and what gloo or NCCL needs for it
 PARTIAL, REPLACED = ".export.partial", ".export.replaced"
 REPORT = "hdpissa_export.json"
 
@@ -86,7 +86,7 @@ def collect(entry: Entry, world: World) -> Iterator[Tensor]:
     """What a tensor consists of, in order, on rank 0; the others only send, and get nothing. Collective."""
     for block in entry.blocks():
         if block.rows is None:
-            yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // entry.dtype.itemsize))
+            yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // 4))
         else:
             parts = [p.view(block.rows, -1) for p in _pieces(block, entry.dtype, world, max(block.sizes))]
             if parts:
