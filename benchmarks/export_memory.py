@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from hdpissa.benchmarks.load_memory import Peak, anonymous_bytes, write_model
+from hdpissa.engine.base_files import BaseFiles
 from hdpissa.engine.checkpoint_format import Kind
 
 ALLOWANCE_BYTES = 300e6
@@ -102,12 +103,15 @@ def from_checkpoints(folder: Path) -> None:
     """Measures launch/export.py on both kinds; one process, one shard: the whole tensor."""
     from hdpissa.launch import export, export_checkpoint  # noqa: F401  (what the command imports is no peak)
 
+    with BaseFiles(str(folder)) as base:
+        largest = max(torch.Size(base.slice(name).get_shape()).numel() for name in base.source)
+    bound = 4 * largest + ALLOWANCE_BYTES
     print(f"{anonymous_bytes() / 1e6:.0f} MB held by the process before")
     for kind in KINDS:
         for options in exports():
             argv = ["--checkpoint", str(folder / f"checkpoints-{kind}"), "--output_dir", str(folder / "export")]
             argv += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-            show(f"{kind} {options}", [measured(export.main, argv)], ALLOWANCE_BYTES)
+            show(f"{kind} {options}", [measured(export.main, argv)], bound)
             shutil.rmtree(folder / "export")
 
 
