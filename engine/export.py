@@ -25,20 +25,11 @@ from . import zero3
 from .errors import ConfigError
 from .slicing import SlicePlan
 from .targets import Target
+from .tensor_file import header
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers' save_pretrained
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_SAFETENSORS_NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,9 @@ def export_hf(model: nn.Module, targets: Sequence[Target], plan: SlicePlan, fold
     compute = zero3.shard_view(targets[0].param).dtype
     out = compute if dtype == "auto" else DTYPES[dtype]
     files = _plan_files(list(_entries(model, targets, plan, out)))
-    headers = [_header(entries) for entries in files]  # on every rank, so that all refuse an odd dtype alike
+    headers = [
+        header((e.name, e.dtype, e.shape) for e in entries) for entries in files
+    ]  # on every rank, so that all refuse an odd dtype alike
     writer = _Writer(folder, files, headers) if plan.rank == 0 else None
     for index, entries in enumerate(files):
         for entry in entries:
@@ -214,25 +207,6 @@ class _Writer:
         total = sum(e.nbytes for entries in self.files for e in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _header(entries: list[Entry]) -> bytes:
-    """The safetensors header: 8 bytes of length, then JSON padded to a multiple of 8."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for e in entries:
-        if e.dtype not in _SAFETENSORS_NAMES:
-            raise ConfigError(f"cannot export {e.name}: its dtype {e.dtype} is none that the exporter writes")
-        offsets = [offset, offset + e.nbytes]
-        header[e.name] = {
-            "dtype": _SAFETENSORS_NAMES[e.dtype],
-            "shape": list(e.shape),
-            "data_offsets": offsets,
-        }
-        offset += e.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
