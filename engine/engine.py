@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, decompose, ds_config, export, pretrained, sharded_load, zero3
+from . import adapt, decompose, ds_config, export, faults, nonfinite, pretrained, pulse, sharded_load, zero3
 from .buckets import make_buckets
 from .config import HDPissaConfig
 from .errors import ConfigError
@@ -95,7 +95,8 @@ class HDPissaEngine:
     Attributes:
         module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
         plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
-        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing.
+        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing;
+            skipped_in_a_row: those since the last that did.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class HDPissaEngine:
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report = report
-        self.global_steps = self.skipped_steps = 0
+        self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation
         self._per_slice = accumulation // plan.slices_per_rank
         self._micro = 0  # backward passes since the last step
@@ -128,6 +129,7 @@ class HDPissaEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. In training mode the micro-batch belongs to the slice whose turn it is."""
+        pulse.reach("step.forward" if self.module.training else "eval")
         if self.module.training:
             self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
             self._tokens += _count_tokens(kwargs)
@@ -141,9 +143,11 @@ class HDPissaEngine:
             )
         if self._micro == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
+        pulse.reach("step.backward")
+        loss = faults.spoilt("loss", loss)
         scaled = self.ds.backward(loss)
         self.optimizer.store.end_of_backward()
-        self._loss += loss.detach()
+        self._loss += faults.spoilt("loss.value", loss.detach())
         self._micro += 1
         return scaled
 
@@ -170,8 +174,11 @@ class HDPissaEngine:
             self.optimizer.step()
             zero3.fence()
             self.ds.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            vote = replace(vote, refusal=vote.refusal + nonfinite.locate(self.optimizer.store, self.module, self._loss))
             if self.plan.rank == 0:
                 logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
             self.ds.optimizer.zero_grad()
@@ -227,6 +234,7 @@ class HDPissaEngine:
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`module.generate`; all ranks must call it together, because each forward gathers weights."""
         kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
+        pulse.reach("generate")
         with torch.no_grad():
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -323,6 +331,7 @@ def initialize(
     check_kernels(hd)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
+    pulse.reach("start.shards", slow=True)
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
     kept = _shard(model, settings, targets, plan)
@@ -349,6 +358,7 @@ def initialize(
     engine = HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
+    pulse.reach("start.ready")
     return engine
 
 
@@ -368,6 +378,7 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     settings, hd, values = resolve_config(config)
     make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
     check_kernels(hd)
+    pulse.reach("start.model", slow=True)
     with sharded_load.reading_own_rows():
         return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 

@@ -20,6 +20,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import pulse
+from .errors import StopError
+
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
@@ -60,7 +63,7 @@ class Recorder:
         self._flops_per_token = 4 * weights
         peak = peak_flops(device_name)
         self._peak = peak * devices if peak else None
-        self._last = self._moved = time.perf_counter()
+        self._last = time.perf_counter()
         self.steps_done = 0
         self._file: IO[str] | None = None if quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._console = Console(quiet=quiet)
@@ -80,10 +83,6 @@ class Recorder:
         self._progress.start()
         self._last = time.perf_counter()
 
-    def idle_s(self) -> float:
-        """Seconds since something was recorded: how long the run has stood still, or has been busy with one thing."""
-        return time.perf_counter() - self._moved
-
     def resume_clock(self) -> None:
         """Leaves out what happened since the last step (evaluation, generation)."""
         self._last = time.perf_counter()
@@ -98,7 +97,7 @@ class Recorder:
         Returns: the row.
         """
         now = time.perf_counter()
-        seconds, self._last, self._moved = now - self._last, now, now
+        seconds, self._last = now - self._last, now
         self.steps_done = figures["step"]
         row = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in figures.items()}
         row["step_time_s"] = round(seconds, 6)
@@ -123,12 +122,12 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on rank 0 only."""
-        self._moved = time.perf_counter()
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            with pulse.alone("metrics"):
+                self._file.write(json.dumps(row) + "\n")
 
     def _show(self, row: Mapping[str, Any], seconds: float) -> None:
         if self._console.is_terminal:
@@ -139,7 +138,8 @@ class Recorder:
     def save_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file of the output folder, whole or not at all."""
         if not self.quiet:
-            write_json(self.folder / name, content)
+            with pulse.alone(name):
+                write_json(self.folder / name, content)
 
     def state(self, state: str, step: int, message: str = "") -> None:
         """run_state.json: "running", "finished" or "failed", at which step, and why.
@@ -159,8 +159,8 @@ class Recorder:
         path = self.folder / "run_state.json"
         if (self.rank or lost) and _says_failed(path):
             return
-        text = str(error) if lost else f"{type(error).__name__}: {error}"
-        message = text if lost or self.rank == 0 else f"rank {self.rank}: {text}"
+        text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"
+        message = text if lost or self.rank == 0 or isinstance(error, StopError) else f"rank {self.rank}: {text}"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, _state("failed", self.steps_done, message), rank=self.rank)
 
