@@ -23,7 +23,7 @@ The points of a run, in order; those with a dot after "step" are beats of `pulse
     step.exchange step.apply                  per bucket: Δ is computed and sent; W is about to be changed
     apply.weight                              per weight, before it is changed (nth: mid apply)
     step.applied                              W is changed, the moments too
-    memory.A memory.own_B memory.B_rows memory.frozen memory.buffer memory.exp_avg memory.lr
+    memory.A memory.own_B memory.B_rows memory.frozen memory.buffer memory.lr memory.exp_avg
                                               spoils what the check of `integrity` looks at, just before it looks
     export                                    per tensor
     alone.NAME                                rank 0 is about to write NAME: run.json, run_state.json, metrics,

@@ -120,6 +120,17 @@ class Recorder:
         self._write({name: finite_or_none(v) if isinstance(v, float) else v for name, v in row.items()})
         self.say(f"eval   step {row['step']:>5}  eval_loss {row['eval_loss']:.4f}  perplexity {row['perplexity']:.2f}")
 
+    def integrity(self, row: Mapping[str, Any]) -> None:
+        """Records a check for silent corruption that the run has passed; warns of slices with an odd update."""
+        self._write(row)
+        for odd in row["outliers"]:
+            norms = row["delta_norms"]
+            self.say(
+                f"warning: step {row['step']}: the update of slice {odd} (rank {row['ranks'][odd]}) has norm "
+                f"{norms[odd]:.2e}, those of all slices {', '.join(f'{n:.2e}' for n in norms[:16])}; if this goes on, "
+                f"look at that device"
+            )
+
     def say(self, text: str) -> None:
         """Prints a line above the bar, on rank 0 only."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ The caller drops gathered copies before `step` and fences after it (`zero3`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -98,6 +98,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self._clip = 1.0
         self._change = 0.0  # bound of |ΔA| and |ΔB| in the step that was voted on
         self._largest_grad = 0.0  # bound of any gradient that Adam has seen
+        self.observe: Callable[[Bucket, Tensor], None] | None = None  # is shown every bucket's Δ (`integrity`)
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
 
@@ -205,6 +206,8 @@ class SliceOptimizer(torch.optim.Optimizer):
             grad_scale=self.grad_scale * self._clip,
             dtype=dtype,
         )
+        if self.observe is not None:
+            self.observe(bucket, delta)
         store.delta_sum[here] += delta  # as it is sent: what rounding to bf16 took away never reaches W
         return delta
 

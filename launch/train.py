@@ -21,12 +21,15 @@ from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
 from hdpissa.launch.train_checks import Job, check, model_options
+from hdpissa.launch.train_guard import Guard
 
 # ---------------------------------------------------------------------------------------------------
 # the loop
 
 
-def fit(engine: Any, data: Any, evaluator: Any, scheduler: Any, recorder: Any, *, args: Any, total_steps: int) -> None:
+def fit(
+    engine: Any, data: Any, evaluator: Any, scheduler: Any, recorder: Any, guard: Any, *, args: Any, total_steps: int
+) -> None:
     """Trains for `total_steps` optimizer steps; a rank works off its slices' micro-batches in order."""
     from hdpissa.engine import pulse, zero3
 
@@ -46,18 +49,11 @@ def fit(engine: Any, data: Any, evaluator: Any, scheduler: Any, recorder: Any, *
         figures = {**asdict(result), "epoch": round(done / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
         recorder.step(figures, log=done % args.logging_steps == 0 or done == total_steps)
-        stop_after_skips(engine, result, args.max_skipped_steps)
+        # --- refuse to go on
+        guard.after(result, engine.skipped_in_a_row, recorder)
         # --- evaluate
         if args.eval_steps and done % args.eval_steps == 0 and done < total_steps:
             evaluator.evaluate(engine, recorder, step=done)
-
-
-def stop_after_skips(engine: Any, result: Any, most: int) -> None:
-    """Ends a run that only skips steps: its weights are as they were, and waiting will not mend it."""
-    if most and engine.skipped_in_a_row >= most:
-        raise StopError(
-            f"step {result.step} was skipped, the {most}th in a row (--max_skipped_steps {most}): {result.refusal}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -216,7 +212,8 @@ def train(args: Any, job: Job, recorder: Any) -> None:
     evaluator.evaluate(engine, recorder, step=0)
     evaluator.sample(engine, recorder, title="before training")
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps)
-    fit(engine, job.data, evaluator, scheduler, recorder, args=args, total_steps=job.total_steps)
+    guard = Guard(engine, args.max_skipped_steps, args.integrity_steps)
+    fit(engine, job.data, evaluator, scheduler, recorder, guard, args=args, total_steps=job.total_steps)
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")
     model.config.use_cache = use_cache  # the export is configured as its base
