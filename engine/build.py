@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import adapt, checkpoint, decompose, ds_config, pretrained, sharded_load, zero3
+from . import adapt, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
 from .buckets import make_buckets
 from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
@@ -59,6 +59,7 @@ def initialize(
     check_kernels(hd)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
+    pulse.reach("start.shards", slow=True)
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
     kept = _shard(model, settings, targets, plan)
@@ -93,6 +94,7 @@ def initialize(
         engine.restore(resume_from)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
+    pulse.reach("start.ready")
     return engine
 
 
@@ -112,6 +114,7 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     settings, hd, values = resolve_config(config)
     make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
     check_kernels(hd)
+    pulse.reach("start.model", slow=True)
     with sharded_load.reading_own_rows():
         return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 

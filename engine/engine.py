@@ -12,7 +12,7 @@ DeepSpeed's engine is held, not subclassed: four public methods of it are used, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, decompose, export, folders, zero3
+from . import checkpoint, decompose, export, faults, folders, nonfinite, pulse, zero3
 from .checkpoint_format import Base, CheckpointReader, Kind
 from .errors import ConfigError
 from .optimizer import SliceOptimizer, Vote
@@ -93,7 +93,8 @@ class HDPissaEngine:
     Attributes:
         module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
         plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
-        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing.
+        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing;
+            skipped_in_a_row: those since the last that did.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class HDPissaEngine:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report, self.base = report, base
         self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
-        self.global_steps = self.skipped_steps = 0
+        self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation
         self._per_slice = accumulation // plan.slices_per_rank
         self._micro = 0  # backward passes since the last step
@@ -128,6 +129,7 @@ class HDPissaEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. In training mode the micro-batch belongs to the slice whose turn it is."""
+        pulse.reach("step.forward" if self.module.training else "eval")
         if self.module.training:
             self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
             self._tokens += _count_tokens(kwargs)
@@ -141,9 +143,11 @@ class HDPissaEngine:
             )
         if self._micro == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
+        pulse.reach("step.backward")
+        loss = faults.spoilt("loss", loss)
         scaled = self.ds.backward(loss)
         self.optimizer.store.end_of_backward()
-        self._loss += loss.detach()
+        self._loss += faults.spoilt("loss.value", loss.detach())
         self._micro += 1
         return scaled
 
@@ -170,8 +174,11 @@ class HDPissaEngine:
             self.optimizer.step()
             zero3.fence()
             self.ds.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            vote = replace(vote, refusal=vote.refusal + nonfinite.locate(self.optimizer.store, self.module, self._loss))
             if self.plan.rank == 0:
                 logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
             self.ds.optimizer.zero_grad()
@@ -242,6 +249,7 @@ class HDPissaEngine:
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`module.generate`; all ranks must call it together, because each forward gathers weights."""
         kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
+        pulse.reach("generate")
         with torch.no_grad():
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -282,6 +290,7 @@ class HDPissaEngine:
         """
         if self._micro:
             raise RuntimeError(f"save_checkpoint after {self._micro} micro-batches: save right after a step")
+        pulse.reach("save", slow=True)
         self.check_weights()
         folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
         files = checkpoint.own_files(kind, self.optimizer.store)
@@ -295,6 +304,7 @@ class HDPissaEngine:
             client_state=client_state or {},
         )
         self._saver.save(Job(folder, files, manifest, save_total_limit), background=async_save)
+        pulse.reach("saved")
         return folder
 
     def wait_for_checkpoint(self) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import zero3
+from . import pulse, zero3
 from .errors import ConfigError
 from .slicing import SlicePlan
 from .targets import Target
@@ -125,6 +125,7 @@ def _plan_files(entries: list[Entry]) -> list[list[Entry]]:
 
 def _collect(entry: Entry, plan: SlicePlan, writer: _Writer | None, file: int) -> None:
     """Brings one tensor's parts to rank 0, in rank order, one at a time."""
+    pulse.reach("export")
     mine = entry.part().contiguous().view(torch.uint8)
     if writer is None:
         if mine.numel():
@@ -135,6 +136,7 @@ def _collect(entry: Entry, plan: SlicePlan, writer: _Writer | None, file: int) -
         if entry.sizes[rank]:
             received = torch.empty(entry.sizes[rank] * entry.dtype.itemsize, dtype=torch.uint8, device=zero3.device())
             dist.recv(received, rank)
+            pulse.tick()
             writer.append(file, received)
 
 

@@ -30,8 +30,9 @@ def find_checkpoint(args: Any, job: Job) -> Any:
     Raises:
         CheckpointError: there is none, all of them are damaged, or it is of another run's data.
     """
-    from hdpissa.engine import checkpoint, folders
+    from hdpissa.engine import checkpoint, folders, pulse
 
+    pulse.reach("start.checkpoint", slow=True)
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None

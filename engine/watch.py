@@ -1,0 +1,71 @@
+"""Ends a run that cannot go on, where no exception would.
+
+A collective that waits for a rank that hangs is blocked in C++, where Python cannot interrupt it, and NCCL aborts the
+process when its own time is over. So a thread watches this process's pulse, and ends the process itself, after one
+line. It does nothing while the run moves. When it stands:
+
+* after a few seconds it looks whether the next rank's process is gone, or words were left at the own door;
+* at 3/4 of the time that a rank may stand still it asks all ranks, and ends the run when none of them moves.
+
+A rank that works for long without a beat therefore needs a place marked `slow` (`pulse.reach`). What is found must be
+found twice in a row, so that a hiccup of the network ends nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from . import pulse, verdict
+from .peers import Peers
+
+SHARE = 0.75
+SETTLE_S = 5.0  # an exception of the backend's gets so long to say the same, with a traceback's context
+
+
+def patience_share(limit_s: float) -> float:
+    """The share of a limit after which the ranks are asked: what is left is for asking and speaking (10 s).
+
+    60 s: 0.75. 20 s: 0.5, below which it never goes, so that a shorter limit is overrun by a few seconds.
+    """
+    return max(0.5, min(SHARE, 1 - 10 / limit_s))
+
+
+class Watch(threading.Thread):
+    """Watches the pulse of this process.
+
+    Args:
+        end: called once, in this thread, when the run cannot go on.
+    """
+
+    def __init__(self, peers: Peers, end: Callable[[], None]) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._peers, self._end = peers, end
+        self._settle = min(SETTLE_S, peers.hang_s / 4)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        before = ""
+        while not self._stopped.wait(min(5.0, self._peers.hang_s / 20)):
+            found = self._look() if pulse.idle_s() >= self._settle else ""
+            if (found and found == before) or (found == "heard"):
+                if not self._stopped.is_set():
+                    self._end()
+                return
+            before = found
+
+    def _look(self) -> str:
+        """What ends the run, if seen again; empty when nothing does."""
+        if self._peers.heard:
+            return "heard"
+        if self._peers.next_has_ended():
+            return "ended"
+        limit = pulse.report().limit_s
+        if pulse.idle_s() < patience_share(limit) * limit:
+            return ""
+        answers = self._peers.ask_all()
+        still = len(answers) > 1 and verdict.stands_still(answers, patience_share(self._peers.hang_s))
+        return "still" if still else ""
