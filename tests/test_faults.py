@@ -9,7 +9,7 @@ from fault_runs import run_with_fault
 from launch_runs import command, finish, flags, make_inputs, read_json, read_metrics, start
 
 HANG_S = 10  # --hang_timeout
-# at so short a limit the ranks are asked at half of it, which with the words' time overruns it: `watch.patience_share`
+# so short a limit is overrun by some seconds, see `watch.asked_after`
 MOST_S = HANG_S + 5
 
 
