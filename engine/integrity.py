@@ -39,8 +39,9 @@ from .optimizer import SliceOptimizer
 MOST_TOLD = 3  # findings in a message
 FEWEST_SLICES = 4  # of fewer no robust statistic can say which one is odd
 # An outlier is more than 2 times off the median, and more than 8 robust standard deviations of the logarithms. The
-# first is what keeps healthy runs quiet: Adam's updates are nearly alike in size (measured: README), so that their
-# MAD can be tiny. The second lets a model whose slices do differ widely be as it is.
+# first keeps healthy runs quiet: Adam's updates are nearly alike in size (SmolLM2-135M, 8 slices, r = 16: equal to four
+# digits in the first step, within 8 % of the median in the next five), so that their MAD can be tiny. The second
+# lets a model whose slices do differ widely be as it is.
 FACTOR, DEVIATIONS = 2.0, 8.0
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 

@@ -174,7 +174,6 @@ class Peers:
         dist.all_gather_object(met, own)
         if len({peer.host for peer in met}) > 1:  # another host's loopback address would be our own
             met = [Peer(p.rank, p.host, p.address, 0) if is_loopback(p.address) else p for p in met]
-        pulse.set_limits(hang_s, timeout_s)
         return cls(rank, met, timeout_s, hang_s, door=door, token=tokens[0])
 
     def may_speak(self) -> bool:

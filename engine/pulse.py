@@ -38,7 +38,7 @@ class Report:
     Attributes:
         step: the optimizer step it works on, from 1; 0 before the first. point: the last place it came by.
         count: beats so far. ticks: movements since the last one.
-        idle_s: seconds since it moved. limit_s: how long it may stand where it stands.
+        idle_s: seconds since it moved. slow: whether it works on something that may take long without a beat.
         waiting: whether its main thread is in a collective. where: the code it is in.
     """
 
@@ -47,7 +47,7 @@ class Report:
     count: int
     ticks: int
     idle_s: float
-    limit_s: float
+    slow: bool
     waiting: bool
     where: str
 
@@ -58,7 +58,7 @@ class Report:
     def from_line(cls, line: bytes) -> Report:
         """Raises ValueError or TypeError for anything else than a report."""
         report = cls(**json.loads(line))
-        float(report.step + report.count + report.ticks + report.idle_s + report.limit_s)  # TypeError where one is none
+        float(report.step + report.count + report.ticks + report.idle_s)  # TypeError where one is none
         return report
 
     @property
@@ -68,16 +68,9 @@ class Report:
         return f"step {self.step}, {point}" if self.step else f"{point}, before the first step"
 
 
-_beat = (0, "start", 0, False)  # step, point, count, slow
+_beat = (0, "start", 0, True)  # step, point, count, slow
 _ticks = 0
 _moved = time.monotonic()
-_limits = (float("inf"), float("inf"))
-
-
-def set_limits(limit_s: float, slow_s: float) -> None:
-    """How long this process may stand still, at ordinary places and at those that are `slow`."""
-    global _limits
-    _limits = (limit_s, slow_s)
 
 
 def reach(point: str, *, slow: bool = False) -> str | None:
@@ -126,7 +119,7 @@ def report() -> Report:
     """For others, from any thread."""
     step, point, count, slow = _beat
     waiting, where = _look_at_main_thread()
-    return Report(step, point, count, _ticks, round(idle_s(), 2), _limits[slow], waiting, where)
+    return Report(step, point, count, _ticks, round(idle_s(), 2), slow, waiting, where)
 
 
 def _look_at_main_thread() -> tuple[bool, str]:

@@ -40,9 +40,14 @@ def places(some: Iterable[Place]) -> str:
     return " and ".join(texts[:8]) + (f" and {len(texts) - 8} more hosts" if len(texts) > 8 else "")
 
 
-def stands_still(answers: Mapping[P, Answer], share: float) -> bool:
-    """Whether no rank that answers has moved for that share of the time it may stand where it stands."""
-    return all(a.idle_s >= share * a.limit_s for a in answers.values() if isinstance(a, Report))
+def stands_still(answers: Mapping[P, Answer], limit_s: float) -> bool:
+    """Whether nobody works any more: no rank that answers has moved for so long.
+
+    One at a slow place may be at work all the same, and then only somebody who does not answer is a reason.
+    """
+    reports = [a for a in answers.values() if isinstance(a, Report)]
+    missing = any(a in ("mute", "silent") for a in answers.values())
+    return all(r.idle_s >= limit_s for r in reports) and (missing or not any(r.slow for r in reports))
 
 
 def hanging(reports: Mapping[P, Report]) -> list[P]:

@@ -5,10 +5,11 @@ process when its own time is over. So a thread watches this process's pulse, and
 line. It does nothing while the run moves. When it stands:
 
 * after a few seconds it looks whether the next rank's process is gone, or words were left at the own door;
-* at 3/4 of the time that a rank may stand still it asks all ranks, and ends the run when none of them moves.
+* at 3/4 of the time that the run may stand still it asks all ranks, and ends the run when none of them moves.
 
-A rank that works for long without a beat therefore needs a place marked `slow` (`pulse.reach`). What is found must be
-found twice in a row, so that a hiccup of the network ends nothing.
+A rank that works for long without a beat therefore needs a place marked `slow` (`pulse.reach`): there only a rank that
+does not answer ends the run, and the backend's own time-out holds for the rest. What is found must be found twice in a
+row, so that a hiccup of the network ends nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ SHARE = 0.75
 SETTLE_S = 5.0  # an exception of the backend's gets so long to say the same, with a traceback's context
 
 
-def patience_share(limit_s: float) -> float:
-    """The share of a limit after which the ranks are asked: what is left is for asking and speaking (10 s).
+def asked_after(limit_s: float) -> float:
+    """Seconds of standing still after which the ranks are asked: what is left of the limit is for asking and speaking.
 
-    60 s: 0.75. 20 s: 0.5, below which it never goes, so that a shorter limit is overrun by a few seconds.
+    That takes up to 8 s. A limit below 16 s is overrun by the rest, because half of it is the least.
     """
-    return max(0.5, min(SHARE, 1 - 10 / limit_s))
+    return max(limit_s / 2, min(SHARE * limit_s, limit_s - 8))
 
 
 class Watch(threading.Thread):
@@ -41,7 +42,7 @@ class Watch(threading.Thread):
     def __init__(self, peers: Peers, end: Callable[[], None]) -> None:
         super().__init__(name="watch", daemon=True)
         self._peers, self._end = peers, end
-        self._settle = min(SETTLE_S, peers.hang_s / 4)
+        self._settle, self._limit = min(SETTLE_S, peers.hang_s / 4), asked_after(peers.hang_s)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -63,9 +64,7 @@ class Watch(threading.Thread):
             return "heard"
         if self._peers.next_has_ended():
             return "ended"
-        limit = pulse.report().limit_s
-        if pulse.idle_s() < patience_share(limit) * limit:
+        if pulse.idle_s() < self._limit:
             return ""
         answers = self._peers.ask_all()
-        still = len(answers) > 1 and verdict.stands_still(answers, patience_share(self._peers.hang_s))
-        return "still" if still else ""
+        return "still" if len(answers) > 1 and verdict.stands_still(answers, self._limit) else ""

@@ -6,6 +6,7 @@ engine/watch.py.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from hdpissa.engine.errors import StopError
@@ -37,9 +38,11 @@ class Guard:
                 f"{result.refusal}"
             )
         if self._integrity is not None and result.step % self._every == 0:
+            begun = time.perf_counter()
             checked = self._integrity.check(result.step)
+            seconds = round(time.perf_counter() - begun, 3)
             first = range(0, self._plan.world_size, self._plan.ranks_per_slice)
             ranks = [rank for rank in first for _ in self._plan.owned_by(rank)]
-            row = {"step": result.step, "integrity": "passed", "tensors": checked.tensors, "ranks": ranks}
-            recorder.integrity(row | {"delta_norms": checked.norms, "outliers": checked.outliers})
+            row = {"step": result.step, "integrity": "passed", "tensors": checked.tensors, "seconds": seconds}
+            recorder.integrity(row | {"delta_norms": checked.norms, "outliers": checked.outliers, "ranks": ranks})
             recorder.resume_clock()

@@ -16,14 +16,14 @@ from hdpissa.engine.errors import LostError
 from hdpissa.engine.metrics import Recorder
 from hdpissa.engine.peers import Door, Peer, Peers
 from hdpissa.engine.pulse import Report
-from hdpissa.engine.watch import Watch, patience_share
+from hdpissa.engine.watch import Watch, asked_after
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.1]:1234")
 
 
 def report(**changes) -> Report:
     """Of a rank that waits in the vote of step 8, and has for a minute."""
-    values = {"step": 8, "point": "step.vote", "count": 50, "ticks": 0, "idle_s": 60.0, "limit_s": 80.0}
+    values = {"step": 8, "point": "step.vote", "count": 50, "ticks": 0, "idle_s": 60.0, "slow": False}
     return Report(**values | {"waiting": True, "where": "x.py:1 in f"} | changes)
 
 
@@ -173,7 +173,7 @@ def test_the_lowest_rank_of_a_host_goes_first(monkeypatch):
 
 def watched(monkeypatch, rounds, *, idle_s=0.8, own=None, heard="", asked=4) -> bool:
     """Whether the watch ends the run within some of its rounds of 0.05 s; in each, `asked` knocks get one answer."""
-    own = own or report(idle_s=idle_s, limit_s=1.0)
+    own = own or report(idle_s=idle_s)
     group, ended = four_ranks(monkeypatch, [HERE] * 4, hang_s=1.0, own=own), threading.Event()
     answers = iter([answer for answer in rounds for _ in range(asked)])  # the neighbour, then everybody
     lock = threading.Lock()
@@ -193,12 +193,13 @@ def watched(monkeypatch, rounds, *, idle_s=0.8, own=None, heard="", asked=4) -> 
     return found
 
 
-STILL, MOVES = report(idle_s=0.9, limit_s=1.0), report(idle_s=0.1, limit_s=1.0)
+STILL, MOVES = report(idle_s=0.9), report(idle_s=0.1)
 
 
 def test_the_watch_ends_a_run_that_stands_still(monkeypatch):
     assert watched(monkeypatch, [STILL] * 9)
     assert watched(monkeypatch, ["silent"] * 9)
+    assert watched(monkeypatch, ["mute"] * 9, own=report(idle_s=100, slow=True), idle_s=100)
     assert watched(monkeypatch, ["ended"] * 9, idle_s=0.4)
     assert watched(monkeypatch, [MOVES] * 9, idle_s=0.4, heard="rank 2 is on fire")
 
@@ -210,14 +211,14 @@ def test_the_watch_leaves_others_alone(monkeypatch):
     assert not watched(monkeypatch, [MOVES] * 99)
     assert not watched(monkeypatch, [STILL, MOVES] * 30)
     assert not watched(monkeypatch, ["ended", MOVES] * 30, idle_s=0.4, asked=1)
-    assert not watched(monkeypatch, [report(idle_s=100, limit_s=1800)] * 99)  # decomposes a large matrix
-    assert not watched(monkeypatch, [STILL] * 99, own=report(idle_s=100, limit_s=1800), idle_s=100)
+    assert not watched(monkeypatch, [report(idle_s=100, slow=True)] * 99)  # decomposes a large matrix
+    assert not watched(monkeypatch, [STILL] * 99, own=report(idle_s=100, slow=True), idle_s=100)
     assert not watched(monkeypatch, [MOVES] * 9, idle_s=0.1, heard="rank 2 is on fire")  # a backend's exception is near
 
 
-@pytest.mark.parametrize(("limit", "share"), [(600, 0.75), (60, 0.75), (40, 0.75), (25, 0.6), (20, 0.5), (5, 0.5)])
-def test_what_is_left_of_the_limit_is_for_asking(limit, share):
-    assert patience_share(limit) == pytest.approx(share)
+@pytest.mark.parametrize(("limit", "seconds"), [(600, 450), (60, 45), (32, 24), (20, 12), (16, 8), (10, 5)])
+def test_what_is_left_of_the_limit_is_for_asking(limit, seconds):
+    assert asked_after(limit) == seconds
 
 
 # --- the pulse -------------------------------------------------------------------------------------
