@@ -35,7 +35,7 @@ def initialize(
     config: str | Path | dict,
     *,
     lr: float | None = None,
-    resume_from: CheckpointReader | None = None,
+    resume_from: CheckpointReader | str | Path | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> HDPissaEngine:
     """Makes an engine out of a model and a DeepSpeed config; collective.
@@ -46,8 +46,8 @@ def initialize(
         config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
             Trainer would fill become: micro-batch 1, accumulation 1, no clipping.
         lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
-        resume_from: a checkpoint (see `checkpoint.open_checkpoint`) whose factors and state are taken; nothing is
-            decomposed then. `engine.load_checkpoint` does the same later, after a decomposition.
+        resume_from: a checkpoint, or a folder of them whose latest counts; its factors and state are taken, and
+            nothing is decomposed. `engine.load_checkpoint` does the same later, after a decomposition.
         progress: called with each target's name when its slices are ready.
 
     Raises:
@@ -73,6 +73,8 @@ def initialize(
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)
+    if isinstance(resume_from, str | Path):
+        resume_from = checkpoint.open_checkpoint(resume_from)
     if resume_from is not None:
         checkpoint.refuse_others(resume_from, store, rule, base)
         report = checkpoint.fill_factors(resume_from, store, exchange)

@@ -274,7 +274,7 @@ class HDPissaEngine:
             CheckpointError: on all ranks alike: damaged, or of another run.
         """
         path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
-        reader = checkpoint.open_checkpoint(path, self.plan.rank, self.plan.world_size, fall_back=False)
+        reader = checkpoint.open_checkpoint(path)
         store = self.optimizer.store
         checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base)
         checkpoint.refuse_changed(reader, self.optimizer)
