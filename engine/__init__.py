@@ -6,9 +6,17 @@ Names are resolved at first use, so that checking a config does not import torch
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import HDPissaEngine, StepResult, initialize, load_pretrained
+    from .build import initialize, load_pretrained
+    from .engine import HDPissaEngine, StepResult
     from .errors import ConfigError
 
+_HOMES = {
+    "ConfigError": "errors",
+    "HDPissaEngine": "engine",
+    "StepResult": "engine",
+    "initialize": "build",
+    "load_pretrained": "build",
+}
 __all__ = ["ConfigError", "HDPissaEngine", "StepResult", "initialize", "load_pretrained"]
 
 
@@ -17,5 +25,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = "errors" if name == "ConfigError" else "engine"
-    return getattr(import_module(f".{home}", __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

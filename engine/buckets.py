@@ -8,6 +8,7 @@ the bytes of all targets over `delta.bucket_bytes`, not with the number of layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,7 +92,8 @@ class Bucket:
         """
         if self.kind == "factor":
             rows = [t.own_range(self.plan).rows for t in self.targets]
-            sent = sum(t.ranges[rank].rows * t.r for t in self.targets for rank in self.plan.group)
+            members = slice(self.plan.replica, None, self.plan.ranks_per_slice)  # of `plan.group`
+            sent = sum(sum(_rows_by_rank(t)[members]) * t.r for t in self.targets)
             return _factor_bytes(self.targets, self.plan, rows, sent * self.plan.slices_per_rank, itemsize)
         group = self.plan.group
         return max(_dense_bytes(self.targets, pieces, self.plan, itemsize, group) for pieces in self.rounds or ())
@@ -127,9 +129,19 @@ def _fill(targets: Sequence[Target], plan: SlicePlan, bucket_bytes: int, itemsiz
 def _bytes_on_any_rank(targets: list[Target], plan: SlicePlan, itemsize: int) -> int:
     if targets[0].kind == "dense":
         return _dense_bytes(targets, [Piece(t, 0, t.shard_size) for t in targets], plan, itemsize)
-    rows = [max(owned.rows for owned in t.ranges) for t in targets]
+    rows = [max(_rows_by_rank(t)) for t in targets]
     sent = sum(n * t.r for n, t in zip(rows, targets, strict=True)) * plan.slices_per_rank * plan.group_size
     return _factor_bytes(targets, plan, rows, sent, itemsize)
+
+
+def _rows_by_rank(target: Target) -> tuple[int, ...]:
+    """Rows that each rank's shard touches."""
+    return _rows_of_shape(target.rows, target.cols, len(target.ranges))
+
+
+@functools.cache  # a model has few shapes, and a shape up to a thousand ranks
+def _rows_of_shape(rows: int, cols: int, world_size: int) -> tuple[int, ...]:
+    return tuple(ShardRange.of(rank, world_size, rows, cols).rows for rank in range(world_size))
 
 
 def _factor_bytes(targets: Sequence[Target], plan: SlicePlan, rows: list[int], sent: int, itemsize: int) -> int:
@@ -152,7 +164,7 @@ def _factor_bytes(targets: Sequence[Target], plan: SlicePlan, rows: list[int], s
 def _dense_bytes(
     targets: Sequence[Target], pieces: Sequence[Piece], plan: SlicePlan, itemsize: int, members: Sequence[int] = ()
 ) -> int:
-    """See `Bucket.buffer_bytes`; follows `optimizer._step_dense`. Δ is fp32 whatever the wire.
+    """See `Bucket.buffer_bytes`; follows `optimizer._apply_dense`. Δ is fp32 whatever the wire.
 
     Args:
         members: ranks whose parts are formed one by one; empty for a bound that holds on every rank alike.

@@ -125,9 +125,10 @@ def _misfit(targets: Sequence[Target], own: Sequence[tuple[Tensor, Tensor]], pla
     device = zero3.device()
     inputs, expected = [], []
     for t, (A_SRI, B_SOR) in zip(targets, own, strict=True):
-        z = torch.randn(plan.slices, t.r, generator=generator)[plan.owned.start : plan.owned.stop].to(device)
-        inputs.append(torch.einsum("sr,sri->i", z, A_SRI))
-        expected.append(torch.einsum("sr,sor->o", z * A_SRI.square().sum(-1), B_SOR))
+        z_SR = torch.randn(plan.slices, t.r, generator=generator)[plan.owned.start : plan.owned.stop].to(device)
+        sigma_SR = torch.linalg.vector_norm(A_SRI, dim=-1).square()
+        inputs.append(z_SR.flatten() @ A_SRI.flatten(0, 1))
+        expected.append((B_SOR @ (sigma_SR * z_SR)[:, :, None]).sum((0, 2)))
     summed = torch.cat([*inputs, *expected]) / plan.ranks_per_slice  # sharers of a slice hold it twice
     dist.all_reduce(summed)
     inputs, expected = (
@@ -147,14 +148,24 @@ def _misfit(targets: Sequence[Target], own: Sequence[tuple[Tensor, Tensor]], pla
 
 
 def _own_rows_times(target: Target, a_I: Tensor, plan: SlicePlan) -> Tensor:
-    """W a (O) with zeros for all elements of W that other ranks own."""
+    """W a (O) with zeros for all elements of W that other ranks own.
+
+    In up to three parts, what is left of a row, whole rows, the beginning of a row: W is read and not copied, and all
+    weights are read once in this way at every start from a cache.
+    """
     assert target.shard is not None
-    owned = target.own_range(plan)
+    owned, cols = target.own_range(plan), target.cols
     result = a_I.new_zeros(target.rows)
-    whole_rows = a_I.new_zeros(owned.rows * target.cols)
-    offset = owned.start - owned.row_start * target.cols
-    whole_rows[offset : offset + owned.numel] = target.shard.read(0, owned.numel).to(a_I.device)
-    result[owned.row_start : owned.row_stop] = whole_rows.view(owned.rows, target.cols) @ a_I
+    values = target.shard.read(0, owned.numel).to(a_I.device)
+    first = min(-owned.start % cols, owned.numel)
+    rows = (owned.numel - first) // cols
+    row, column = divmod(owned.start, cols)
+    if first:
+        result[row] = values[:first] @ a_I[column : column + first]
+        row += 1
+    result[row : row + rows] = values[first : first + rows * cols].view(rows, cols) @ a_I
+    if last := owned.numel - first - rows * cols:
+        result[row + rows] = values[-last:] @ a_I[:last]
     return result
 
 

@@ -249,7 +249,7 @@ def fill_auto(ds: dict[str, Any], args: TrainValues) -> tuple[dict[str, Any], Tr
         values = dataclasses.replace(values, **{field: value})
     if not problems:
         values = _fit_batch(out, values, "gradient_accumulation_steps" not in fixed | args.given, differ)
-    problems += _second_copy_problems(out, args.world_size)
+    problems += second_copy_problems(_at(out, "zero_optimization.zero_hpz_partition_size"), args.world_size)
     if differ:
         remedy = 'set these config values to "auto" or drop the arguments'
         problems.append(f"config and command line must agree: {', '.join(differ)}; {remedy}")
@@ -259,9 +259,8 @@ def fill_auto(ds: dict[str, Any], args: TrainValues) -> tuple[dict[str, Any], Tr
     return out, values
 
 
-def _second_copy_problems(out: dict[str, Any], world_size: int) -> list[str]:
+def second_copy_problems(size: Any, world_size: int) -> list[str]:
     """hpZ keeps a second copy of W in every so many consecutive ranks, which ought to be those of a host."""
-    size = _at(out, "zero_optimization.zero_hpz_partition_size")
     if not _is_count(size) or world_size % min(size, world_size) == 0:
         return []
     return [

@@ -1,4 +1,4 @@
-"""`initialize` and `HDPissaEngine`: composes the parts, owns no mathematics.
+"""`HDPissaEngine`: composes the parts, owns no mathematics. `build.initialize` makes one.
 
     engine = initialize(model=model, config="ds_configs/zero3.json")
     for batch in batches:                 # a rank's micro-batches, in the order of engine.plan.schedule(...)
@@ -12,7 +12,6 @@ DeepSpeed's engine is held, not subclassed: four public methods of it are used, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, decompose, ds_config, export, faults, nonfinite, pretrained, pulse, sharded_load, zero3
-from .buckets import make_buckets
-from .config import HDPissaConfig
+from . import checkpoint, decompose, export, faults, folders, nonfinite, pulse, zero3
+from .checkpoint_format import Base, CheckpointReader, Kind
 from .errors import ConfigError
-from .exchange import FactorExchange, choose_kinds
-from .factors import FactorStore
 from .optimizer import SliceOptimizer, Vote
-from .settings import check_kernels, make_plan, make_rule, resolve_config
-from .shards import make_shard
-from .slice_cache import SliceCache
+from .saver import Job, SaveError, Saver
 from .slicing import SlicePlan
 from .targets import Target
 
 logger = logging.getLogger(__name__)
 
-TALLIES = 2  # numbers of the engine in the vote: loss and tokens
+TALLIES = 4  # numbers of the engine in the vote: loss, tokens, ranks that were asked to stop, ranks with a failed save
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,8 @@ class StepResult:
         learning_rate: the one used.
         tokens: input tokens of all ranks, padding excluded.
         bytes_sent, collectives: of this rank, see `exchange`.
+        interrupted: whether any rank's `request_stop` was called before this step.
+        failed_save: what went wrong with a checkpoint that was being saved in the background; else empty.
     """
 
     step: int
@@ -63,6 +59,8 @@ class StepResult:
     tokens: int
     bytes_sent: int
     collectives: int
+    interrupted: bool = False
+    failed_save: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,11 @@ class HDPissaEngine:
         *,
         accumulation: int,
         report: decompose.InitReport,
+        base: Base,
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
-        self.init_report = report
+        self.init_report, self.base = report, base
+        self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
         self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation
         self._per_slice = accumulation // plan.slices_per_rank
@@ -186,7 +186,8 @@ class HDPissaEngine:
 
     def _vote(self) -> Vote:
         mean_loss = self._loss / (self._accumulation * self.plan.world_size)
-        return self.optimizer.vote(torch.stack([mean_loss, self._tokens]))
+        flags = self._loss.new_tensor([self._stop_requested, self._saver.failed])
+        return self.optimizer.vote(torch.cat([torch.stack([mean_loss, self._tokens]), flags]))
 
     def _refuse_unreached(self) -> None:
         """A weight that gets no gradient anywhere would be left out in silence for the whole run."""
@@ -213,9 +214,23 @@ class HDPissaEngine:
             tokens=int(vote.tallies[1]),
             bytes_sent=exchange.bytes_sent,
             collectives=exchange.collectives,
+            interrupted=vote.tallies[2] > 0,
+            failed_save=self._end_failed_save() if vote.tallies[3] else "",
         )
         self.zero_grad()
         return result
+
+    def _end_failed_save(self) -> str:
+        """All ranks come here together: one that does not know of the failure yet is about to learn of it."""
+        try:
+            self._saver.wait()
+        except SaveError as error:
+            return str(error)
+        return ""
+
+    def request_stop(self) -> None:
+        """Asks all ranks to stop: the next `StepResult.interrupted` is true everywhere. For signal handlers."""
+        self._stop_requested = True
 
     def zero_grad(self) -> None:
         """Drops what was accumulated since the last step."""
@@ -246,6 +261,84 @@ class HDPissaEngine:
 
     def train_micro_batch_size_per_gpu(self) -> int:
         return self.ds.train_micro_batch_size_per_gpu()
+
+    # --- checkpoints ---------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        *,
+        kind: Kind = "full",
+        async_save: bool = False,
+        save_total_limit: int | None = None,
+    ) -> Path:
+        """Saves the run as `save_dir`/`tag` and points `save_dir`/latest to it; collective, between two steps.
+
+        Args:
+            tag: default "checkpoint-N" after N steps.
+            client_state: JSON-serialisable; `load_checkpoint` returns it.
+            kind: "full", exact; or "small", without weights (see `checkpoint`).
+            async_save: returns when the state is copied to host memory. A failure then shows in
+                `StepResult.failed_save`, or is raised by `wait_for_checkpoint`; call that before the end.
+            save_total_limit: how many `checkpoint-N` to keep; None: all.
+
+        Raises:
+            SaveError: on all ranks alike; earlier checkpoints are intact.
+            RuntimeError: gradients are accumulated that a checkpoint would lose.
+        """
+        if self._micro:
+            raise RuntimeError(f"save_checkpoint after {self._micro} micro-batches: save right after a step")
+        pulse.reach("save", slow=True)
+        self.check_weights()
+        folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
+        files = checkpoint.own_files(kind, self.optimizer.store)
+        manifest = checkpoint.make_manifest(
+            kind,
+            self.optimizer,
+            self.base,
+            steps=(self.global_steps, self.skipped_steps),
+            report=self.init_report,
+            residual=None,
+            client_state=client_state or {},
+        )
+        self._saver.save(Job(folder, files, manifest, save_total_limit), background=async_save)
+        pulse.reach("saved")
+        return folder
+
+    def wait_for_checkpoint(self) -> None:
+        """Until no checkpoint is being saved; raises SaveError when one has failed."""
+        self._saver.wait()
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
+        """Goes on where a checkpoint was saved, at any number of ranks; collective. Nothing changes if it cannot.
+
+        Args:
+            load_dir: a checkpoint, or the folder of several: then `tag`, or what `latest` names.
+
+        Returns: (the checkpoint's folder, its client_state).
+
+        Raises:
+            CheckpointError: on all ranks alike: damaged, or of another run.
+        """
+        path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
+        reader = checkpoint.open_checkpoint(path, self.plan.rank, self.plan.world_size, fall_back=False)
+        store = self.optimizer.store
+        checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base)
+        checkpoint.refuse_changed(reader, self.optimizer)
+        self.init_report = checkpoint.fill_factors(reader, store, self.optimizer.exchange)
+        self.restore(reader)
+        return reader.folder, reader.manifest.client_state
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Takes the state of a checkpoint that fits and whose factors are in place; collective."""
+        zero3.release_gathered(self.ds)
+        checkpoint.restore(reader, self.optimizer)
+        zero3.fence()
+        self.zero_grad()
+        self.global_steps, self.skipped_steps = reader.manifest.step, reader.manifest.skipped_steps
+        self._saver.adopt(reader.folder, reader.manifest.files)
 
     # --- results -------------------------------------------------------------------------------------
 
@@ -303,98 +396,3 @@ def _count_tokens(batch: dict[str, Any]) -> Tensor | int:
         return mask.sum()
     ids = batch.get("input_ids")
     return 0 if ids is None else ids.numel()
-
-
-def initialize(
-    model: nn.Module,
-    config: str | Path | dict,
-    *,
-    lr: float | None = None,
-    progress: Callable[[str], None] = lambda name: None,
-) -> HDPissaEngine:
-    """Makes an engine out of a model and a DeepSpeed config; collective.
-
-    Args:
-        model: built under `zero.Init` (see `load_pretrained`), or whole on every rank; then rank 0's
-            values are taken and the model is sharded here.
-        config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
-            Trainer would fill become: micro-batch 1, accumulation 1, no clipping.
-        lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
-        progress: called with each target's name when its slices are ready.
-
-    Raises:
-        ConfigError: anything in the config or the model that a user can mend, in one line.
-    """
-    zero3.init_distributed()
-    settings, hd, values = resolve_config(config, lr=lr)
-    plan = make_plan(hd, values.gradient_accumulation_steps)
-    check_kernels(hd)
-    if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
-        logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
-    pulse.reach("start.shards", slow=True)
-    adapt.freeze(model)
-    targets = adapt.find_targets(model, hd, plan)
-    kept = _shard(model, settings, targets, plan)
-    zero3.attach_anchor(model, settings)
-    ds = zero3.wrap(model, settings)
-    model.train()
-    _attach_shards(model, targets, plan, kept, hd)
-    choose_kinds(targets, plan, hd.delta.exchange)
-    rule = make_rule(hd)
-    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
-    store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
-    exchange = FactorExchange(plan)
-    report = decompose.compute_slices(
-        store,
-        exchange,
-        method=hd.init.method,
-        tol=hd.init.tol,
-        placement=hd.init.placement,
-        cache=_slice_cache(hd, model, store),
-        progress=progress,
-    )
-    adapt.install(targets, store)
-    optimizer = SliceOptimizer(store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm)
-    engine = HDPissaEngine(ds, optimizer, plan, accumulation=values.gradient_accumulation_steps, report=report)
-    if plan.rank == 0:
-        logger.info("%s", engine.exchange_plan())
-    pulse.reach("start.ready")
-    return engine
-
-
-def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
-    if hd.init.cache_dir is None:
-        return None
-    origin = pretrained.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
-    how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
-    return SliceCache(hd.init.cache_dir, store.targets, origin=list(origin), how=how)
-
-
-def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
-    from transformers import AutoModelForCausalLM
-
-    zero3.init_distributed()
-    settings, hd, values = resolve_config(config)
-    make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
-    check_kernels(hd)
-    pulse.reach("start.model", slow=True)
-    with sharded_load.reading_own_rows():
-        return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
-
-
-def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan) -> dict[int, Tensor]:
-    """Shards a model that is still whole; id of each target's parameter → exact values of the own range."""
-    if zero3.is_sharded(model):
-        return {}
-    keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
-    return zero3.shard_module(model, settings, keep)
-
-
-def _attach_shards(
-    model: nn.Module, targets: list[Target], plan: SlicePlan, kept: dict[int, Tensor], hd: HDPissaConfig
-) -> None:
-    found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
-    for target, values in found:
-        compute = zero3.shard_getter(target.param)
-        target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)

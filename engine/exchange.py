@@ -171,7 +171,10 @@ class FactorExchange:
         Args:
             own: flat (numel_A + numel_B) of the own slices, laid out as `Bucket` says.
         """
-        own_A, own_B = own.split([bucket.numel_A, bucket.numel_B])
+        return self.fetch(bucket, *own.split([bucket.numel_A, bucket.numel_B]))
+
+    def fetch(self, bucket: Bucket, own_A: Tensor, own_B: Tensor) -> Received:
+        """`factors` of two flat parts (numel_A), (numel_B)."""
         return Received(bucket, self._gather_A(own_A), self._rows_to_owners(bucket, own_B))
 
     def _gather_A(self, own: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ layers; autograd adds straight into them through the leaves' `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,21 +69,23 @@ class FactorStore:
     def fill(self, bucket: Bucket, own_A: Tensor, own_B: Tensor, exchange: FactorExchange) -> None:
         """Takes the fixed factors of a bucket's own slices and fetches the peers' parts; collective.
 
+        A second call replaces the first one's values in place.
+
         Args:
             own_A, own_B: flat (numel_A), (numel_B).
         """
         for target, B in zip(bucket.targets, bucket.views_B(own_B), strict=True):
-            self.own_B[target.name] = B
+            _keep(self.own_B, target.name, B)
         if bucket.kind == "dense":
             for target, A in zip(bucket.targets, bucket.views_A(own_A), strict=True):
-                self.A[target.name] = A
+                _keep(self.A, target.name, A)
         else:
-            received = exchange.factors(bucket, torch.cat([own_A, own_B]))
+            received = exchange.fetch(bucket, own_A, own_B)
             for index, target in enumerate(bucket.targets):
-                # copies: as views they would keep the whole receive buffer alive
-                self.A[target.name] = received.A(index).clone()
-                self.B_rows[target.name] = received.B(index).clone()
-        self._make_leaves(bucket)
+                _keep(self.A, target.name, _alone(received.A(index)))
+                _keep(self.B_rows, target.name, _alone(received.B(index)))
+        if not self.layers[bucket.targets[0].name].A:
+            self._make_leaves(bucket)
 
     def _make_leaves(self, bucket: Bucket) -> None:
         plan = self.plan
@@ -103,6 +105,26 @@ class FactorStore:
         leaf = values.detach().requires_grad_()
         leaf.grad = self.grads[offset : offset + values.numel()].view_as(values)
         return leaf
+
+    def own_factors(self, target: Target, index: int) -> tuple[Tensor, Tensor]:
+        """The fixed A (R × I) and B (O × R) of the rank's slice number `index`."""
+        first = index + (self.plan.owned.start if target.kind == "factor" else 0)
+        return self.A[target.name].view(-1, target.r, target.cols)[first], self.own_B[target.name][index]
+
+    def state_views(self, state: str, index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yields (target, A part: R × I, B part: O × R) of a flat buffer, for the rank's slice number `index`.
+
+        Args:
+            state: "grads", "exp_avg", "exp_avg_sq" or "delta_sum".
+        """
+        flat: Tensor = getattr(self, state)
+        for bucket in self.buckets:
+            As, Bs = (
+                bucket.views_A(flat[bucket.start : bucket.stop_A]),
+                bucket.views_B(flat[bucket.stop_A : bucket.stop]),
+            )
+            for t, A, B in zip(bucket.targets, As, Bs, strict=True):
+                yield t.name, A.view(-1, t.r, t.cols)[index], B[index]
 
     def leaves(self) -> list[Tensor]:
         """All leaves, A before B, target by target."""
@@ -142,3 +164,17 @@ class FactorStore:
     def nbytes_state(self) -> int:
         """Bytes of gradients, moments and running sums."""
         return sum(t.nbytes for t in (self.grads, self.exp_avg, self.exp_avg_sq, self.delta_sum))
+
+
+@torch.no_grad()
+def _keep(held: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """In place where there is something already: leaves and kernels hold views of it."""
+    if name in held:
+        held[name].copy_(values)
+    else:
+        held[name] = values
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The tensor without the buffer that it may be a view of, which it would keep alive."""
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part

@@ -25,6 +25,7 @@ The points of a run, in order; those with a dot after "step" are beats of `pulse
     step.applied                              W is changed, the moments too
     memory.A memory.own_B memory.B_rows memory.frozen memory.buffer memory.lr memory.exp_avg
                                               spoils what the check of `integrity` looks at, just before it looks
+    save saved                                around a checkpoint (`disk` and `folders` have points, too)
     export                                    per tensor
     alone.NAME                                rank 0 is about to write NAME: run.json, run_state.json, metrics,
                                               tokenizer, sample_after_training.json, folder
@@ -67,8 +68,8 @@ class Fault:
         point, rank, step, action, *nth = text.split(":")
         if action not in {*SIGNALS, *ERRORS, *SPOILS, "RAISE", "SLEEP", "GIL"}:
             raise ValueError(f"{VARIABLE}: there is no action {action!r}")
-        any_or_one = [None if value == "*" else int(value) for value in (rank, step)]
-        return cls(point, any_or_one[0], any_or_one[1], action, *map(int, nth))
+        at = [None if value == "*" else int(value) for value in (rank, step)]
+        return cls(point, at[0], at[1], action, int(nth[0]) if nth else 1)
 
     def happens(self, point: str, rank: int, step: int, passage: int) -> bool:
         return point == self.point and self.rank in (None, rank) and self.step in (None, step) and passage == self.nth

@@ -39,6 +39,20 @@ def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None
     os.replace(temporary, path)
 
 
+def keep_rows(path: Path, steps: int) -> None:
+    """Leaves in a metrics file the rows up to a step, none for 0: a resumed run writes the later ones again."""
+    kept = []
+    for line in path.read_text().splitlines() if steps and path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= steps:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # a run that was killed may have left half a line
+            continue
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
 def finite_or_none(value: float) -> float | None:
     """JSON has no nan and no infinity."""
     return value if math.isfinite(value) else None
@@ -153,7 +167,7 @@ class Recorder:
                 write_json(self.folder / name, content)
 
     def state(self, state: str, step: int, message: str = "") -> None:
-        """run_state.json: "running", "finished" or "failed", at which step, and why.
+        """run_state.json: "running", "finished", "preempted" or "failed", at which step, and why.
 
         Launchers can return 0 for a run that was killed, so this file is what says how a run ended.
         """

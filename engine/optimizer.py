@@ -22,7 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.bounds = _measure_bounds(store, exchange, rule)
         self._clip = 1.0
         self._change = 0.0  # bound of |ΔA| and |ΔB| in the step that was voted on
-        self._largest_grad = 0.0  # bound of any gradient that Adam has seen
+        self.largest_grad = 0.0  # bound of any gradient that Adam has seen
         self.observe: Callable[[Bucket, Tensor], None] | None = None  # is shown every bucket's Δ (`integrity`)
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
@@ -159,14 +160,14 @@ class SliceOptimizer(torch.optim.Optimizer):
             return "a gradient is not finite"
         if not all(map(math.isfinite, tallies)):
             return "a loss is not finite"
-        largest = max(self._largest_grad, grad_norm * self._clip)
+        largest = max(self.largest_grad, grad_norm * self._clip)
         if largest > bounds.LARGEST_GRADIENT:
             return f"gradients of norm {grad_norm:.1e}: their squares would leave fp32"
         change = bounds.largest_change(lr, self.rule.betas, self.rule.eps, self.updates + 1, largest)
         target = self.bounds.exceeded(change)
         if target is not None:
             return f"learning rate {self.param_groups[0]['lr']:g}: {target} might leave fp32"
-        self._change, self._largest_grad = change, largest
+        self._change, self.largest_grad = change, largest
         return ""
 
     def check_weights(self) -> None:
@@ -188,11 +189,20 @@ class SliceOptimizer(torch.optim.Optimizer):
         with _full_fp32():
             for bucket in self.store.buckets:
                 pulse.reach("step.exchange")
-                if bucket.kind == "factor":
-                    self._step_factors(bucket)
-                else:
-                    self._step_dense(bucket)
+                dtype = self.rule.dtype if bucket.kind == "factor" else torch.float32
+                self._apply(bucket, partial(self._adam, bucket, dtype))
         pulse.reach("step.applied")
+
+    def _apply(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
+        """Sends Δ of the own slices and takes everybody's off W.
+
+        Args:
+            delta: makes it; called once, so that it can be freed as soon as it is sent.
+        """
+        if bucket.kind == "factor":
+            self._apply_factors(bucket, delta)
+        else:
+            self._apply_dense(bucket, delta)
 
     def _adam(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
         """Δ of the own slices, flat, laid out as `Bucket` says; moments and running sums in place."""
@@ -211,9 +221,9 @@ class SliceOptimizer(torch.optim.Optimizer):
         store.delta_sum[here] += delta  # as it is sent: what rounding to bf16 took away never reaches W
         return delta
 
-    def _step_factors(self, bucket: Bucket) -> None:
-        """All slices' ΔA and ΔB rows come here; Δ of the own slices is freed as soon as it is sent."""
-        received = self.exchange.factors(bucket, self._adam(bucket, self.rule.dtype))
+    def _apply_factors(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
+        """All slices' ΔA and ΔB rows come here."""
+        received = self.exchange.factors(bucket, delta())
         pulse.reach("step.apply")
         for index, target in enumerate(bucket.targets):
             assert target.shard is not None
@@ -224,9 +234,9 @@ class SliceOptimizer(torch.optim.Optimizer):
             self.rule.apply(target.shard, owned, factors, deltas, self._bad, scale=target.scale)
             del deltas  # before the next target's are put together
 
-    def _step_dense(self, bucket: Bucket) -> None:
+    def _apply_dense(self, bucket: Bucket, delta_of: Callable[[], Tensor]) -> None:
         """The own slices' delta of every member's shard goes out, the sum of all members' on this shard comes back."""
-        delta = self._adam(bucket, torch.float32)
+        delta = delta_of()
         dA = bucket.views_A(delta[: bucket.numel_A])
         dB = bucket.views_B(delta[bucket.numel_A :])
         deltas = {t.name: (A, B) for t, A, B in zip(bucket.targets, dA, dB, strict=True)}
@@ -262,6 +272,29 @@ class SliceOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears the flat gradient buffer; the leaves keep their views of it."""
         self.store.zero_grad()
+
+    # --- resuming ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply_sums(self) -> None:
+        """Takes off W what all steps so far have changed to first order, from the running sums; collective.
+
+        W must be the base model's. The sums travel in fp32, whatever the wire's dtype is in training.
+        """
+        rule, self.rule = self.rule, replace(self.rule, second_order=False, dtype=torch.float32)
+        try:
+            with _full_fp32():
+                for bucket in self.store.buckets:
+                    self._apply(bucket, self.store.delta_sum[bucket.start : bucket.stop].clone)
+        finally:
+            self.rule = rule
+
+    def resume(self, updates: int, largest_grad: float, lr: float) -> None:
+        """Goes on after `updates` steps; collective. The weights are in place, their bounds are measured anew."""
+        self.updates, self.largest_grad = updates, largest_grad
+        self.param_groups[0]["lr"] = lr
+        self.bounds = _measure_bounds(self.store, self.exchange, self.rule)
+        self._bad.zero_()
 
     # --- figures -------------------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ class Shard(Protocol):
     def read(self, start: int, stop: int) -> Tensor:
         """fp32 values of elements [start, stop) of the shard; may alias the storage."""
 
+    def write(self, exact: Tensor) -> None:
+        """Replaces all values by N fp32 ones."""
+
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that hold it, as `kernels.delta_apply_` takes them; for use at once, not to be kept."""
 
@@ -56,6 +59,11 @@ class SplitShard:
         high = self._compute()[start:stop]
         return kernels.merge_fp32(high, self.low[start:stop].to(high.device))
 
+    def write(self, exact: Tensor) -> None:
+        high, low = kernels.split_fp32(exact.to(self._compute().device))
+        self.low.copy_(low)
+        self._compute().copy_(high)
+
     def parts(self) -> tuple[Tensor, ...]:
         return self._compute(), self.low
 
@@ -75,6 +83,10 @@ class Fp32Shard:
     def read(self, start: int, stop: int) -> Tensor:
         return self.master[start:stop]
 
+    def write(self, exact: Tensor) -> None:
+        self.master.copy_(exact)
+        self._compute().copy_(kernels.split_fp32(exact)[0])
+
     def parts(self) -> tuple[Tensor, ...]:
         return self.master, self._compute()
 
@@ -92,6 +104,9 @@ class DirectShard:
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._compute()[start:stop]
+
+    def write(self, exact: Tensor) -> None:
+        self._compute().copy_(exact)
 
     def parts(self) -> tuple[Tensor, ...]:
         return (self._compute(),)

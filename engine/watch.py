@@ -7,9 +7,9 @@ line. It does nothing while the run moves. When it stands:
 * after a few seconds it looks whether the next rank's process is gone, or words were left at the own door;
 * at 3/4 of the time that the run may stand still it asks all ranks, and ends the run when none of them moves.
 
-A rank that works for long without a beat therefore needs a place marked `slow` (`pulse.reach`): there only a rank that
-does not answer ends the run, and the backend's own time-out holds for the rest. What is found must be found twice in a
-row, so that a hiccup of the network ends nothing.
+A rank that works for long without a beat therefore needs a place marked `slow` (`pulse.reach`): there four times as
+long counts, or the backend's time-out if that is longer, unless a rank does not answer at all. What is found must be
+found twice in a row, so that a hiccup of the network ends nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from . import pulse, verdict
 from .peers import Peers
 
 SHARE = 0.75
+SLOWER = 4
 SETTLE_S = 5.0  # an exception of the backend's gets so long to say the same, with a traceback's context
 
 
@@ -43,6 +44,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._peers, self._end = peers, end
         self._settle, self._limit = min(SETTLE_S, peers.hang_s / 4), asked_after(peers.hang_s)
+        self._slow = max(SLOWER * peers.hang_s, peers.timeout_s)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -67,4 +69,5 @@ class Watch(threading.Thread):
         if pulse.idle_s() < self._limit:
             return ""
         answers = self._peers.ask_all()
-        return "still" if len(answers) > 1 and verdict.stands_still(answers, self._limit) else ""
+        still = len(answers) > 1 and verdict.stands_still(answers, self._limit, self._slow)
+        return "still" if still else ""

@@ -1,7 +1,8 @@
 """The cheapest change that makes a run fit, in words that can be typed.
 
 Tried in order of cost: gradient checkpointing (a third more compute), smaller micro-batches with more accumulation
-(the same step, less efficient), shards and masters in host memory (the host link), more GPUs.
+(the same step, less efficient), no second copy of W (hpZ; the network), shards and masters in host memory (the host
+link), more GPUs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def _candidates(run: Run) -> Iterator[Run]:
     if not run.batch.checkpointing and run.model.checkpointing:
         run = run.with_batch(checkpointing=True)
     yield from _smaller_batches(run)
+    if run.copy_ranks:
+        run = run.without_second_copy()
+        yield from _smaller_batches(run)
     if not run.placement.offload:
         yield from _smaller_batches(run.with_offload())
     for wider in (*_more_gpus(run), *_more_gpus(run.with_offload())):
@@ -77,5 +81,7 @@ def _words(run: Run, changed: Run, file: str) -> str:
         flags.append((f"--gpus {changed.cluster.gpus}", ""))
         flags.append((f"--slices {changed.plan.slices}", "hd_pissa.slices"))
     words = " ".join(flag for flag, _ in flags)
+    if changed.copy_ranks < run.copy_ranks:  # only a JSON can have said it
+        words += f"{' and ' if words else ''}zero_optimization.zero_hpz_partition_size 1 in {file}"
     keys = [key for _, key in flags if key]
     return words + (f" (and the same in {file}: {', '.join(keys)})" if file and keys else "")

@@ -13,12 +13,12 @@ from typing import Any
 
 from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import train_arguments
+from hdpissa.launch import command_line
+from hdpissa.launch.command_line import option
 from hdpissa.launch.plan_gathers import Policy
 from hdpissa.launch.plan_hardware import Cluster, read_gpu
 from hdpissa.launch.plan_model import build, read_config
 from hdpissa.launch.plan_run import Batch, Placement, Run
-from hdpissa.launch.train_arguments import _option
 
 # What a run without a JSON of its own would take.
 DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
@@ -28,26 +28,26 @@ DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
 class PlanArguments:
     """Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights."""
 
-    model_name_or_path: str = _option("", "Hugging Face folder, config.json or hub name", aliases=["--model"])
-    gpu: str = _option("H100", "kind of GPU, or a JSON file with its numbers")
-    gpus: int = _option(8, "number of GPUs, one process each")
-    gpus_per_node: int = _option(8, "GPUs of a node")
-    r: int = _option(16, "rank of one slice")
-    slices: str = _option("auto", "number of slices; auto: one per GPU")
-    max_length: int = _option(512, "tokens of a row; every row is taken to be full")
-    per_device_train_batch_size: int = _option(1, "rows of a micro-batch")
-    gradient_accumulation_steps: int = _option(1, "micro-batches of a rank in an optimizer step")
-    gradient_checkpointing: bool = _option(False, "recompute activations in backward")
-    offload_param: bool = _option(False, "keep shards and masters in host memory")
-    master_format: str = _option("split", "split (4 bytes per weight in all) or fp32 (6)")
-    bf16: bool = _option(True, "compute in bf16 where the JSON says auto or nothing; else fp32")
-    ds_config: str = _option(
+    model_name_or_path: str = option("", "Hugging Face folder, config.json or hub name", aliases=["--model"])
+    gpu: str = option("H100", "kind of GPU, or a JSON file with its numbers")
+    gpus: int = option(8, "number of GPUs, one process each")
+    gpus_per_node: int = option(8, "GPUs of a node")
+    r: int = option(16, "rank of one slice")
+    slices: str = option("auto", "number of slices; auto: one per GPU")
+    max_length: int = option(512, "tokens of a row; every row is taken to be full")
+    per_device_train_batch_size: int = option(1, "rows of a micro-batch")
+    gradient_accumulation_steps: int = option(1, "micro-batches of a rank in an optimizer step")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward")
+    offload_param: bool = option(False, "keep shards and masters in host memory")
+    master_format: str = option("split", "split (4 bytes per weight in all) or fp32 (6)")
+    bf16: bool = option(True, "compute in bf16 where the JSON says auto or nothing; else fp32")
+    ds_config: str = option(
         "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
     )
-    trust_remote_code: bool = _option(False, "run model code that comes with the config")
-    table: bool = _option(False, "one line each for 1, 2, 4, … 1024 GPUs")
-    explain: bool = _option(False, "print formulas and assumptions")
-    json: bool = _option(False, "print one JSON object instead of tables")
+    trust_remote_code: bool = option(False, "run model code that comes with the config")
+    table: bool = option(False, "one line each for 1, 2, 4, … 1024 GPUs")
+    explain: bool = option(False, "print formulas and assumptions")
+    json: bool = option(False, "print one JSON object instead of tables")
 
 
 def parse(argv: list[str] | None = None) -> tuple[PlanArguments, frozenset[str]]:
@@ -56,17 +56,11 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, frozenset[str]]
     Raises:
         ConfigError: unknown or missing arguments, values out of range.
     """
-    from transformers import HfArgumentParser
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser([PlanArguments], allow_abbrev=False)  # type: ignore[arg-type]
-    parser.error = train_arguments._refuse  # type: ignore[method-assign, assignment]
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ConfigError(train_arguments._unknown(unknown[0], parser))
-    args = PlanArguments(**vars(found))
+    parser = command_line.make_parser(PlanArguments)
+    values, given = command_line.read(parser, list(sys.argv[1:] if argv is None else argv))
+    args = PlanArguments(**values)
     _check(args)
-    return args, frozenset(train_arguments._given(argv, parser))
+    return args, frozenset(given)
 
 
 def _check(args: PlanArguments) -> None:
@@ -119,7 +113,8 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
     batch = Batch(micro, args.max_length, accumulation, args.gradient_checkpointing)
     master = section.master
     offload = (zero.get("offload_param") or {}).get("device") == "cpu"
-    placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu")
+    hpz = zero.get("zero_hpz_partition_size") or 1
+    placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu", hpz)
     return Run(model, section, cluster, batch, placement, Policy.of(zero))
 
 

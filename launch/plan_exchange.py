@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hdpissa.engine import exchange
-from hdpissa.engine.buckets import Bucket
+from hdpissa.engine.buckets import make_buckets
 from hdpissa.engine.slicing import SlicePlan
 from hdpissa.engine.targets import Target
 from hdpissa.launch.plan_hardware import Cluster
@@ -79,14 +79,5 @@ def update(shapes: Shapes, plan: SlicePlan, cluster: Cluster, itemsize: int) -> 
 
 
 def buffer_bytes(targets: Sequence[Target], plan: SlicePlan, bucket_bytes: int, itemsize: int) -> int:
-    """Buffers of the largest bucket: `delta.bucket_bytes` where there is more to send than that.
-
-    A single weight may need more in the factor exchange; a dense one goes in pieces. (The engine's `make_buckets` says
-    it more exactly, and needs seconds for 70B on a thousand ranks.)
-    """
-    most = 0
-    for kind in ("factor", "dense"):
-        if some := [t for t in targets if t.kind == kind]:
-            most = max(most, min(Bucket(some, 0, plan, kind).buffer_bytes(itemsize), bucket_bytes))
-    single = {t.ranges[0].numel: t for t in targets if t.kind == "factor"}.values()
-    return max([most, *(Bucket([t], 0, plan).buffer_bytes(itemsize) for t in single)])
+    """Buffers of the largest bucket, as the engine fills them."""
+    return max(bucket.buffer_bytes(itemsize) for bucket in make_buckets(targets, plan, bucket_bytes, itemsize))

@@ -21,6 +21,8 @@ Memory that comes and goes
   logits and loss: {loss} bytes per token and vocabulary entry (log-probabilities and two gradients, fp32)
   the loss and a block's backward pass do not meet; the exchange's buffers meet neither
   reserve: {context:.0f} GiB for CUDA, NCCL and cuBLAS, and {fragmentation:.0%} of the rest for fragmentation (assumed)
+  second copy (hpZ): P · bytes of a weight / ranks that share it, where the shards lie; gathers after the first one of
+    an optimizer step are of it (of weights outside the targets all are), among those ranks
   host: {process:.0f} GiB per process (assumed), page cache not counted. Not counted: computing the slices at the start
 Bytes on the wire, sent per GPU
   gathers: gathered weights · (K-1)/K; factors: (K-1) parts of ΔA, and the rows of ΔB that each shard touches;

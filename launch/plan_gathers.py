@@ -4,6 +4,10 @@ DeepSpeed fetches a module's own parameters before it runs, prefetches the next 
 `stage3_prefetch_bucket_size` elements while fewer than `stage3_max_live_parameters` are there, and drops a module's
 parameters after it ran unless they are used again within `stage3_max_reuse_distance` elements. Several parameters
 fetched at once arrive in one buffer and are copied out of it. (partitioned_param_coordinator.py, 0.19.8.)
+
+Under hpZ a parameter that is dropped leaves a second copy behind, and while there is one it is gathered of that, among
+the ranks that share it; parameters with and without one are fetched by two collectives. An update drops the copies of
+what it changes (`zero3.drop_second_copy`), so only the first gather of a target in an optimizer step is of all ranks.
 Numbers of elements throughout.
 """
 
@@ -35,19 +39,31 @@ class Policy:
 
 @dataclass(frozen=True)
 class Gathers:
-    """Of one micro-batch: most elements held at a time, elements gathered, and in how many collectives."""
+    """Of one micro-batch: most elements held at a time, elements gathered, and in how many collectives.
+
+    Attributes:
+        first: elements gathered among all ranks, in the first micro-batch after an update; all of them without hpZ.
+    """
 
     peak: int
     gathered: int
     calls: int
+    first: int
 
 
-def without_trace(numel: list[int], policy: Policy, *, checkpointing: bool) -> Gathers:
-    """For a model whose forward pass cannot be traced: everything is gathered once per pass, one by one."""
+def without_trace(
+    numel: list[int], policy: Policy, *, checkpointing: bool, updated: frozenset[int] | None = None
+) -> Gathers:
+    """For a model whose forward pass cannot be traced: everything is gathered once per pass, one by one.
+
+    Args:
+        updated: see `simulate`.
+    """
     whole = sum(numel)
     passes = 3 if checkpointing else 2
     peak = min(whole, policy.max_live_parameters + max(numel))
-    return Gathers(peak, passes * whole, passes * len(numel))
+    first = passes * whole if updated is None else sum(numel[p] for p in updated)
+    return Gathers(peak, passes * whole, passes * len(numel), first)
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,15 @@ class _Event:
     recompute: bool = False
 
 
-def simulate(trace: Trace, policy: Policy, *, checkpointing: bool) -> Gathers:
-    """Replays one micro-batch of a run whose order DeepSpeed has recorded."""
-    return _Coordinator(trace, policy).run(list(_events(trace.visits, trace.params, checkpointing)))
+def simulate(trace: Trace, policy: Policy, *, checkpointing: bool, updated: frozenset[int] | None = None) -> Gathers:
+    """Replays one micro-batch of a run whose order DeepSpeed has recorded, the first of an optimizer step.
+
+    Args:
+        updated: under hpZ the parameters that an update changes; None without hpZ. (In later micro-batches every
+            parameter has its second copy, and is fetched as without hpZ.)
+    """
+    second = None if updated is None else set(range(len(trace.numel))) - updated
+    return _Coordinator(trace, policy, second).run(list(_events(trace.visits, trace.params, checkpointing)))
 
 
 def _events(visits: list[Visit], params: list[list[int]], checkpointing: bool) -> Iterator[_Event]:
@@ -94,12 +116,14 @@ class _Group:
 class _Coordinator:
     trace: Trace
     policy: Policy
+    second: set[int] | None  # those that have a second copy; None: nothing ever has
     available: set[int] = field(default_factory=set)
     groups: dict[int, _Group] = field(default_factory=dict)  # parameter in flight → its collective
     held: int = 0
     peak: int = 0
     gathered: int = 0
     calls: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         numel = self.trace.numel
@@ -121,12 +145,16 @@ class _Coordinator:
                 self._fetch(event)
             else:
                 self._release(event)
-        return Gathers(self.peak, self.gathered, self.calls)
+        return Gathers(self.peak, self.gathered, self.calls, self.first)
 
     def _gather(self, wanted: set[int]) -> None:
         wanted = {p for p in wanted if p not in self.available and p not in self.groups}
-        if not wanted:
-            return
+        copied = wanted & (self.second or set())
+        self.first += sum(self.trace.numel[p] for p in wanted - copied)
+        for members in filter(None, (copied, wanted - copied)):
+            self._collect(members)
+
+    def _collect(self, wanted: set[int]) -> None:
         numel = sum(self.trace.numel[p] for p in wanted)
         group = _Group(set(wanted), numel, len(wanted) > 1)
         self.groups.update(dict.fromkeys(wanted, group))
@@ -203,5 +231,7 @@ class _Coordinator:
             self.users[p].discard(event.module)
             if p in droppable and p in self.available and not self.users[p] and p not in self.groups:
                 self.available.discard(p)
+                if self.second is not None:
+                    self.second.add(p)
                 self.held -= self.trace.numel[p]
                 self.counted -= self.trace.numel[p]

@@ -20,6 +20,7 @@ FRAGMENTATION = 0.05
 PROCESS = 4 * GIB
 # fp32 at the height of the loss's backward pass: log-probabilities, their gradient, the gradient of the logits.
 LOSS_BYTES = 12
+SECOND_COPY = "second copy (hpZ)"
 # Gradients in flight within a block, as a share of what the block keeps for backward.
 IN_FLIGHT = 0.5
 
@@ -65,7 +66,7 @@ def _height(computing: dict[str, int]) -> int:
 def memory(run: Run) -> Memory:
     """All of it."""
     weights, factors = _weights(run), _factors(run)
-    on_host = {"bf16 shards", "fp32 shards", "other weights"} if run.placement.offload else set()
+    on_host = {"bf16 shards", "fp32 shards", "other weights", SECOND_COPY} if run.placement.offload else set()
     if run.placement.offload or run.placement.master_on_cpu:
         on_host |= {"fp32 remainder", "fp32 master"}
     persistent = {name: n for name, n in (weights | factors).items() if name not in on_host}
@@ -77,14 +78,19 @@ def memory(run: Run) -> Memory:
 
 
 def _weights(run: Run) -> dict[str, int]:
-    """Shards as ZeRO-3 cuts them, each parameter into equal parts, rounded up."""
+    """Shards as ZeRO-3 cuts them, each parameter into equal parts, rounded up.
+
+    The second copy of hpZ is of every parameter, in the compute dtype, and lies where the shards do. It is there from
+    the first gather of a weight until the weight changes; before an update begins, all of it is.
+    """
     world, width = run.plan.world_size, run.placement.width
     target_numel = sum(t.ranges[0].numel for t in run.targets)
     every = sum(-(-p.numel() // world) for p in run.model.module.parameters())
     shards = "bf16 shards" if width == 2 else "fp32 shards"
     master = "fp32 remainder" if run.placement.master_format == "split" else "fp32 master"
     held = {shards: width * target_numel, master: run.placement.master_bytes * target_numel}
-    return {name: n for name, n in held.items() if n} | {"other weights": width * (every - target_numel)}
+    held = {name: n for name, n in held.items() if n} | {"other weights": width * (every - target_numel)}
+    return held | ({SECOND_COPY: width * every * (world // run.copy_ranks)} if run.copy_ranks else {})
 
 
 def _factors(run: Run) -> dict[str, int]:

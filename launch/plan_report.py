@@ -92,6 +92,7 @@ def _run(run: Run) -> dict[str, Any]:
         "compute_dtype": "bf16" if placement.width == 2 else "fp32",
         "offload_param": placement.offload,
         "master_format": placement.master_format,
+        "zero_hpz_partition_size": placement.hpz,
     }
 
 

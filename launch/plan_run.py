@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hdpissa.engine import ds_config
 from hdpissa.engine.config import HDPissaConfig
+from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.slicing import ShardRange, SlicePlan
 from hdpissa.engine.targets import Target
 from hdpissa.launch import plan_trace
@@ -35,12 +37,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights are kept, and how: width 2 is bf16 compute, 4 is fp32."""
+    """Where weights are kept, and how: width 2 is bf16 compute, 4 is fp32.
+
+    Attributes:
+        hpz: DeepSpeed's `zero_hpz_partition_size`, the ranks that share a second copy of W; 1 is none.
+    """
 
     width: int
     offload: bool
     master_format: str
     master_on_cpu: bool
+    hpz: int = 1
 
     @property
     def master_bytes(self) -> int:
@@ -75,7 +82,14 @@ class Run:
         slices = world if self.section.slices == "auto" else self.section.slices
         plan = SlicePlan(slices, world, 0)
         plan.micro_batches_per_slice(self.batch.accumulation)
+        if problems := ds_config.second_copy_problems(self.placement.hpz, world):
+            raise ConfigError(problems[0])
         return plan
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that share a second copy of W; 0 where there is none. DeepSpeed cuts a larger group to the world."""
+        return min(self.placement.hpz, self.plan.world_size) if self.placement.hpz > 1 else 0
 
     @cached_property
     def targets(self) -> list[Target]:
@@ -118,17 +132,26 @@ class Run:
     def gathers(self) -> Gathers:
         """Of a micro-batch. A single rank without offload has nothing to gather."""
         if self.plan.world_size == 1 and not self.placement.offload:
-            return Gathers(0, 0, 0)
+            return Gathers(0, 0, 0, 0)
+        params = {p: number for number, p in enumerate(self.model.module.parameters())}
+        updated = frozenset(params[t.param] for t in self.targets) if self.copy_ranks else None
         if self.trace is None:
-            numel = [p.numel() for p in self.model.module.parameters()]
-            return without_trace(numel, self.policy, checkpointing=self.batch.checkpointing)
-        return _gathers(self.model, self.trace, self.policy, self.batch.checkpointing)
+            numel = [p.numel() for p in params]
+            return without_trace(numel, self.policy, checkpointing=self.batch.checkpointing, updated=updated)
+        first = _gathers(self.model, self.trace, self.policy, self.batch.checkpointing, updated)
+        if updated is None or self.batch.accumulation == 1:
+            return first
+        later = _gathers(self.model, self.trace, self.policy, self.batch.checkpointing, None)
+        return dataclasses.replace(first, peak=max(first.peak, later.peak))
 
     def with_batch(self, **changes: Any) -> Run:
         return dataclasses.replace(self, batch=dataclasses.replace(self.batch, **changes))
 
     def with_offload(self) -> Run:
         return dataclasses.replace(self, placement=dataclasses.replace(self.placement, offload=True))
+
+    def without_second_copy(self) -> Run:
+        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, hpz=1))
 
     def with_gpus(self, gpus: int, slices: int) -> Run:
         section = self.section.model_copy(update={"slices": slices})
@@ -155,11 +178,13 @@ def _trace(model: Model, targets: list, rows: int, length: int) -> Trace | None:
 _simulated: dict[tuple, Gathers] = {}
 
 
-def _gathers(model: Model, trace: Trace, policy: Policy, checkpointing: bool) -> Gathers:
+def _gathers(
+    model: Model, trace: Trace, policy: Policy, checkpointing: bool, updated: frozenset[int] | None
+) -> Gathers:
     """The order of modules, and so the answer, is the same for every batch and every number of GPUs."""
-    key = (model.module, policy, checkpointing)
+    key = (model.module, policy, checkpointing, updated)
     if key not in _simulated:
-        _simulated[key] = simulate(trace, policy, checkpointing=checkpointing)
+        _simulated[key] = simulate(trace, policy, checkpointing=checkpointing, updated=updated)
     return _simulated[key]
 
 

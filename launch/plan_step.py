@@ -18,6 +18,7 @@ LAUNCHES_PER_LAYER, LAUNCHES_PER_LINEAR = 180, 4
 LAUNCH_S, COLLECTIVE_S = 4.5e-6, 25e-6
 # Reads and writes of Adam per factor element: gradient, two moments, delta, running sum, the gradient's zeroing.
 ADAM_BYTES = 40
+GATHERS, COPY_GATHERS = "ZeRO-3 gathers", "gathers of second copies (hpZ)"
 # Products of 16-bit parts that make up one of the update's: fp32 factors in two parts each, TF32's in one.
 PRODUCTS = {"fp32": 3, "tf32": 1}
 
@@ -32,6 +33,7 @@ class Step:
         launches: host time of all micro-batches.
         exchange, apply, adam, staging: of the update; staging is what comes from the host and goes back.
         wire: bytes sent per GPU, by kind. host_bytes: over the host link.
+        link_name, gather_link: what the exchange goes over, and most of the gathers' time.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class Step:
     wire: dict[str, int]
     host_bytes: int
     link_name: str
+    gather_link: str
     useful_flops: float
     peak: float
 
@@ -94,7 +97,7 @@ class Step:
         if self.launches > micro:
             return "kernel launches"
         if gathers > self.compute:
-            return "host link" if self.host > self.link else self.link_name
+            return "host link" if self.host > self.link else self.gather_link
         return "compute" if self.products >= self.elementwise + self.low_rank else "HBM"
 
 
@@ -102,7 +105,7 @@ def step(run: Run) -> Step:
     """The closed forms, applied."""
     gpu, batch, work, plan = run.cluster.gpu, run.batch, run.work, run.plan
     tokens = batch.tokens * batch.accumulation
-    wire = _gather_bytes(run)
+    wire, link, gather_link = _gather_traffic(run)
     from_host = _host_bytes_gathers(run)
     staged = _host_bytes_update(run)
     traffic = plan_exchange.update(run.shapes, plan, run.cluster, run.itemsize)
@@ -112,31 +115,48 @@ def step(run: Run) -> Step:
         products=tokens * work.floor_flops(recompute=batch.checkpointing) / gpu.bf16,
         elementwise=tokens * work.floor_bytes(recompute=batch.checkpointing) / gpu.hbm,
         low_rank=tokens * work.low_rank / gpu.hbm,
-        link=wire / run.cluster.gather_rate(plan.world_size),
+        link=link,
         host=from_host / gpu.host,
         launches=batch.accumulation * _launches(run),
         exchange=sum(t.seconds for t in traffic.values()),
         apply=apply_seconds(run, gpu.bf16 / PRODUCTS[run.section.delta.precision]),
         adam=ADAM_BYTES * own / gpu.hbm,
         staging=staged / gpu.host,
-        wire={"ZeRO-3 gathers": wire} | {kind: t.sent for kind, t in traffic.items()},
+        wire=wire | {kind: t.sent for kind, t in traffic.items()},
         host_bytes=from_host + staged,
         link_name=run.cluster.link_name(plan.world_size),
+        gather_link=gather_link,
         useful_flops=tokens * work.useful_flops,
         peak=gpu.peak,
     )
 
 
-def _gather_bytes(run: Run) -> int:
-    world = run.plan.world_size
-    return run.batch.accumulation * run.gathers.gathered * run.placement.width * (world - 1) // world
+def _gathered(run: Run) -> tuple[int, int]:
+    """Bytes of the weights that a step gathers: of the shards of all ranks, and of second copies (hpZ)."""
+    steps, found = run.batch.accumulation, run.gathers
+    every = steps * found.gathered
+    of_all = found.first if run.copy_ranks else every
+    return run.placement.width * of_all, run.placement.width * (every - of_all)
+
+
+def _gather_traffic(run: Run) -> tuple[dict[str, int], float, str]:
+    """(bytes that a rank sends in a step, by kind; their seconds; what most of them goes over)."""
+    parts = {GATHERS: (_gathered(run)[0], run.plan.world_size)}
+    if run.copy_ranks:
+        parts[COPY_GATHERS] = (_gathered(run)[1], run.copy_ranks)
+    wire = {kind: nbytes * (ranks - 1) // ranks for kind, (nbytes, ranks) in parts.items()}
+    seconds = {kind: wire[kind] / run.cluster.gather_rate(ranks) for kind, (_, ranks) in parts.items()}
+    longest = max(seconds, key=lambda kind: seconds[kind])
+    return wire, sum(seconds.values()), run.cluster.link_name(parts[longest][1])
 
 
 def _host_bytes_gathers(run: Run) -> int:
-    """A rank brings its own shard of what is gathered from host memory."""
+    """A rank brings its own part of what is gathered from host memory; second copies go there when they are made."""
     if not run.placement.offload:
         return 0
-    return run.batch.accumulation * run.gathers.gathered * run.placement.width // run.plan.world_size
+    of_all, of_copies = _gathered(run)
+    copies = (of_copies + of_all) // run.copy_ranks if run.copy_ranks else 0
+    return of_all // run.plan.world_size + copies
 
 
 def _host_bytes_update(run: Run) -> int:

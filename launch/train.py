@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
+from hdpissa.launch.train_checkpoints import (
+    PREEMPTED,
+    Checkpoints,
+    changed_arguments,
+    find_checkpoint,
+    stopping_on_signals,
+)
 from hdpissa.launch.train_checks import Job, check, model_options
 from hdpissa.launch.train_guard import Guard
 
@@ -28,18 +36,30 @@ from hdpissa.launch.train_guard import Guard
 
 
 def fit(
-    engine: Any, data: Any, evaluator: Any, scheduler: Any, recorder: Any, guard: Any, *, args: Any, total_steps: int
-) -> None:
-    """Trains for `total_steps` optimizer steps; a rank works off its slices' micro-batches in order."""
+    engine: Any,
+    data: Any,
+    evaluator: Any,
+    scheduler: Any,
+    recorder: Any,
+    checkpoints: Any,
+    guard: Any,
+    *,
+    args: Any,
+    total_steps: int,
+) -> bool:
+    """Trains up to `total_steps` optimizer steps; a rank works off its slices' micro-batches in order.
+
+    Returns: whether it got there; False when the run was asked to stop, and has saved itself.
+    """
     from hdpissa.engine import pulse, zero3
 
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
-    for step in range(total_steps):
+    for step in range(engine.global_steps, total_steps):
         pulse.at_step(step + 1)
         # --- accumulate; the engine steps after the last micro-batch
         for slice_id, micro_batch in engine.plan.schedule(accumulation):
-            batch = zero3.to_device(data.batch(step, slice_id, micro_batch))
+            batch = zero3.to_device(data.batch(step - checkpoints.data_offset, slice_id, micro_batch))
             loss = engine(**batch).loss
             engine.backward(loss)
             result = engine.step()
@@ -54,20 +74,34 @@ def fit(
         # --- evaluate
         if args.eval_steps and done % args.eval_steps == 0 and done < total_steps:
             evaluator.evaluate(engine, recorder, step=done)
+        # --- save
+        if result.failed_save:
+            checkpoints.failed(result.failed_save)
+        if result.interrupted or checkpoints.due(done):
+            checkpoints.save(engine, done)
+        if result.interrupted and done < total_steps:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------
 # the parts
 
 
-def make_scheduler(args: Any, optimizer: Any, total_steps: int) -> Any:
-    """transformers' schedule; step t (from 0) has the learning rate that method.md gives."""
+def make_scheduler(args: Any, optimizer: Any, total_steps: int, start: int = 0) -> Any:
+    """transformers' schedule, `start` steps done; step t (from 0) has the learning rate that method.md gives."""
     from transformers import get_scheduler
 
     warmup = args.warmup_steps if args.warmup_steps is not None else int(args.warmup_ratio * total_steps)
-    return get_scheduler(
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"]  # a checkpoint's is a later step's
+    scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
     )
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that the optimizer has not stepped yet
+        for _ in range(start):
+            scheduler.step()
+    return scheduler
 
 
 def meet(args: Any, job: Job) -> Any:
@@ -94,17 +128,17 @@ def meet(args: Any, job: Job) -> Any:
         ) from error
 
 
-def make_recorder(args: Any, job: Job) -> Any:
-    """Makes the output folder, where nothing of an earlier run counts any more."""
+def make_recorder(args: Any, job: Job, start: int) -> Any:
+    """Makes the output folder, where of an earlier run only the steps before `start` count any more."""
     from hdpissa.engine import pulse, zero3
-    from hdpissa.engine.metrics import Recorder
+    from hdpissa.engine.metrics import Recorder, keep_rows
 
     folder = Path(args.output_dir)
     if job.plan.rank == 0:
         with pulse.alone("folder"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").unlink(missing_ok=True)
-            (folder / "metrics.jsonl").write_text("")
+            keep_rows(folder / "metrics.jsonl", start)
     recorder = Recorder(
         folder,
         total_steps=job.total_steps,
@@ -113,7 +147,7 @@ def make_recorder(args: Any, job: Job) -> Any:
         devices=job.plan.world_size,
         rank=job.plan.rank,
     )
-    recorder.state("running", 0)
+    recorder.state("running", start)
     return recorder
 
 
@@ -190,8 +224,8 @@ def git_revision() -> str | None:
 # wiring
 
 
-def train(args: Any, job: Job, recorder: Any) -> None:
-    """Shard, decompose, train, export."""
+def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
+    """Shard, decompose or resume, train, export; False when the run was asked to stop before its end."""
     from transformers import set_seed
 
     from hdpissa.engine import initialize, load_pretrained, pulse, zero3
@@ -203,17 +237,26 @@ def train(args: Any, job: Job, recorder: Any) -> None:
         # renamed in transformers 5; the old name warns
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    engine = initialize(model=model, config=job.ds, progress=tell_progress(recorder))
-    done = "read from the cache" if engine.init_report.cached else "computed"
-    recorder.say(f"slices of all {len(engine.targets)} weights {done}, residual {engine.init_report.residual:.1e}")
+    engine = initialize(model=model, config=job.ds, resume_from=reader, progress=tell_progress(recorder))
+    start = engine.global_steps
+    recorder.say(describe_start(args, engine, reader))
     recorder.say(str(engine.exchange_plan()))
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
-    evaluator.evaluate(engine, recorder, step=0)
-    evaluator.sample(engine, recorder, title="before training")
-    scheduler = make_scheduler(args, engine.optimizer, job.total_steps)
+    if start == 0:
+        evaluator.evaluate(engine, recorder, step=0)
+        evaluator.sample(engine, recorder, title="before training")
+    scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
+    checkpoints = Checkpoints(args, job, recorder, reader)
     guard = Guard(engine, args.max_skipped_steps, args.integrity_steps)
-    fit(engine, job.data, evaluator, scheduler, recorder, guard, args=args, total_steps=job.total_steps)
+    parts = engine, job.data, evaluator, scheduler, recorder, checkpoints, guard
+    with stopping_on_signals(engine):
+        finished = fit(*parts, args=args, total_steps=job.total_steps)
+        checkpoints.finish(engine)
+    if not finished:
+        recorder.state("preempted", engine.global_steps)
+        recorder.say(f"asked to stop: saved after step {engine.global_steps}; go on with --resume_from_checkpoint auto")
+        return False
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")
     model.config.use_cache = use_cache  # the export is configured as its base
@@ -224,10 +267,21 @@ def train(args: Any, job: Job, recorder: Any) -> None:
     recorder.state("finished", job.total_steps)
     zero3.part()
     recorder.say(f"outputs: {args.output_dir}/ (metrics.jsonl, run.json, run_state.json, model/)")
+    return True
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Checks, then trains; what ends a run early is told in run_state.json."""
+def describe_start(args: Any, engine: Any, reader: Any) -> str:
+    """Where the slices came from, and where the run goes on."""
+    residual = f"residual {engine.init_report.residual:.1e}"
+    if reader is None:
+        done = "read from the cache" if engine.init_report.cached else "computed"
+        return f"slices of all {len(engine.targets)} weights {done}, {residual}"
+    other = changed_arguments(reader, args)
+    return f"resumed {reader.folder} after step {engine.global_steps}" + (f"; changed since: {other}" if other else "")
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Checks, then trains; what ends a run early is told in run_state.json. False when it was asked to stop."""
     args, given = train_arguments.parse(argv)
     job = check(args, given)
 
@@ -237,14 +291,17 @@ def main(argv: list[str] | None = None) -> None:
 
     others = meet(args, job)
     try:
-        recorder = make_recorder(args, job)
+        reader = find_checkpoint(args, job)
+        recorder = make_recorder(args, job, reader.manifest.step if reader else 0)
+    except ConfigError:  # which every rank raises
+        raise
     except BaseException as error:  # rank 0's disk; the others would wait for it
         others.tell_failure(error)
         raise
     watch = Watch(others, lambda: os._exit(say_and_wait(give_up(others, recorder))))
     watch.start()
     try:
-        train(args, job, recorder)
+        finished = train(args, job, recorder, reader)
     except BaseException as error:
         watch.stop()
         if is_loss(error):
@@ -257,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         watch.stop()
         recorder.close()
     zero3.shut_down()
+    return finished
 
 
 def give_up(others: Any, recorder: Any, error: BaseException | None = None) -> LostError:
@@ -288,7 +346,7 @@ def run(argv: list[str] | None = None) -> int:
     has spoken; one that is then still there has a mistake of its own (a file that its node lacks).
     """
     try:
-        main(argv)
+        finished = main(argv)
     except (ConfigError, StopError) as error:
         rank = speaking_rank(os.environ)
         if rank != "0":
@@ -297,7 +355,7 @@ def run(argv: list[str] | None = None) -> int:
         return STOPPED if isinstance(error, StopError) else 2
     except LostError as error:
         return say_and_wait(error)
-    return 0
+    return 0 if finished else PREEMPTED
 
 
 if __name__ == "__main__":

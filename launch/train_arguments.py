@@ -9,68 +9,76 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from hdpissa.engine.errors import ConfigError
-
-
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+from hdpissa.launch import command_line
+from hdpissa.launch.command_line import option
 
 
 @dataclass
 class TrainArguments:
     """Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3."""
 
-    ds_config: str = _option(
+    ds_config: str = option(
         "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
     )
-    model_name_or_path: str = _option("", "Hugging Face folder or hub name")
-    dataset_name: str = _option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
-    output_dir: str = _option("", "folder for metrics, run state and the trained model")
-    dataset_config: str | None = _option(None, "configuration of a hub dataset")
-    dataset_split: str = _option("train", "split to train on; slices such as train[:80] work")
-    eval_dataset_name: str | None = _option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
-    eval_split: str | None = _option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
-    prompt_field: str = _option("instruction", "column with the prompt")
-    response_field: str = _option("response", "column with the answer")
-    prompt_template: str = _option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
-    max_length: int = _option(512, "tokens of prompt and answer together; longer rows are cut")
-    per_device_train_batch_size: int = _option(1, "rows of a micro-batch")
-    per_device_eval_batch_size: int = _option(8, "rows of an evaluation batch")
-    gradient_accumulation_steps: int = _option(1, "micro-batches of a rank in an optimizer step")
-    learning_rate: float = _option(2e-5, "peak learning rate")
-    lr_scheduler_type: str = _option("cosine", "cosine, linear, constant or constant_with_warmup")
-    warmup_ratio: float = _option(0.03, "share of all steps, rounded down, that warm up")
-    warmup_steps: int | None = _option(None, "warm-up steps; wins over --warmup_ratio")
-    num_train_epochs: float = _option(1.0, "epochs")
-    max_steps: int = _option(-1, "optimizer steps; when positive it wins over --num_train_epochs")
-    max_grad_norm: float = _option(0.0, "clips the L2 norm over all slices' factor gradients; 0 is off, as published")
-    seed: int = _option(42, "seed of the data order")
-    bf16: bool = _option(False, "compute in bf16 where the JSON says auto; else fp32")
-    gradient_checkpointing: bool = _option(False, "recompute activations in backward (non-reentrant)")
-    attn_implementation: str | None = _option(None, "eager, sdpa, flash_attention_2, …")
-    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
-    logging_steps: int = _option(1, "optimizer steps between two lines and metrics rows")
-    eval_steps: int = _option(0, "optimizer steps between evaluations; 0: before and after training only")
-    export_dtype: str = _option("auto", "dtype of the exported model: auto (compute dtype), bf16 or fp32")
-    sample_prompt: str | None = _option(None, "an instruction whose greedy answer is printed before and after training")
-    max_new_tokens: int = _option(128, "length of that answer")
-    preprocessing_num_workers: int | None = _option(None, "processes that tokenise")
-    ddp_timeout: int = _option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
-    hang_timeout: int | None = _option(
+    model_name_or_path: str = option("", "Hugging Face folder or hub name")
+    dataset_name: str = option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
+    output_dir: str = option("", "folder for metrics, run state and the trained model")
+    dataset_config: str | None = option(None, "configuration of a hub dataset")
+    dataset_split: str = option("train", "split to train on; slices such as train[:80] work")
+    eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
+    eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
+    prompt_field: str = option("instruction", "column with the prompt")
+    response_field: str = option("response", "column with the answer")
+    prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
+    max_length: int = option(512, "tokens of prompt and answer together; longer rows are cut")
+    per_device_train_batch_size: int = option(1, "rows of a micro-batch")
+    per_device_eval_batch_size: int = option(8, "rows of an evaluation batch")
+    gradient_accumulation_steps: int = option(1, "micro-batches of a rank in an optimizer step")
+    learning_rate: float = option(2e-5, "peak learning rate")
+    lr_scheduler_type: str = option("cosine", "cosine, linear, constant or constant_with_warmup")
+    warmup_ratio: float = option(0.03, "share of all steps, rounded down, that warm up")
+    warmup_steps: int | None = option(None, "warm-up steps; wins over --warmup_ratio")
+    num_train_epochs: float = option(1.0, "epochs")
+    max_steps: int = option(-1, "optimizer steps; when positive it wins over --num_train_epochs")
+    max_grad_norm: float = option(0.0, "clips the L2 norm over all slices' factor gradients; 0 is off, as published")
+    seed: int = option(42, "seed of the data order")
+    bf16: bool = option(False, "compute in bf16 where the JSON says auto; else fp32")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward (non-reentrant)")
+    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, …")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    logging_steps: int = option(1, "optimizer steps between two lines and metrics rows")
+    eval_steps: int = option(0, "optimizer steps between evaluations; 0: before and after training only")
+    save_strategy: str = option("steps", "when to save a checkpoint: steps (and at the end), epoch, or no")
+    save_steps: int = option(500, "optimizer steps between two checkpoints")
+    save_total_limit: int | None = option(None, "checkpoints to keep; default: all")
+    checkpoint_kind: str = option("full", "full: exact; small: without weights, exact to first order")
+    async_save: bool = option(False, "write checkpoints in the background, from copies in host memory")
+    stop_on_save_error: bool = option(False, "end the run when a checkpoint cannot be saved; else it goes on")
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint's folder; auto: the latest one of --output_dir, or a new run where there is none"
+    )
+    ignore_data_skip: bool = option(False, "resume with other data, from their beginning")
+    export_dtype: str = option("auto", "dtype of the exported model: auto (compute dtype), bf16 or fp32")
+    sample_prompt: str | None = option(None, "an instruction whose greedy answer is printed before and after training")
+    max_new_tokens: int = option(128, "length of that answer")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenise")
+    ddp_timeout: int = option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
+    hang_timeout: int | None = option(
         None, "seconds within which a run that stands still ends and names who hangs; default 600, or --ddp_timeout"
     )
-    max_skipped_steps: int = _option(10, "skipped steps in a row that end the run (not finite); 0: never")
-    integrity_steps: int = _option(
+    max_skipped_steps: int = option(10, "skipped steps in a row that end the run (not finite); 0: never")
+    integrity_steps: int = option(
         0, "optimizer steps between two checks that what must not differ, or change, does not; 0: none"
     )
-    overwrite_output_dir: bool = _option(False, "let this run replace the one in --output_dir")
-    local_rank: int = _option(-1, "set by the deepspeed launcher; the environment is what counts")
+    overwrite_output_dir: bool = option(False, "let this run replace the one in --output_dir")
+    local_rank: int = option(-1, "set by the deepspeed launcher; the environment is what counts")
 
     @property
     def hang_s(self) -> int:
@@ -88,42 +96,18 @@ def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]
     Raises:
         ConfigError: unknown or missing arguments, values out of range.
     """
-    from transformers import HfArgumentParser
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser([TrainArguments], allow_abbrev=False)  # type: ignore[arg-type]
+    parser = command_line.make_parser(TrainArguments)
     parser.add_argument("--config", help="YAML file with the same keys; the command line wins")
-    parser.error = _refuse  # type: ignore[method-assign, assignment]
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ConfigError(_unknown(unknown[0], parser))
-    on_command_line = _given(argv, parser)
-    values = {k: v for k, v in vars(found).items() if k != "config"}
-    from_file = _read_yaml(found.config) if found.config else {}
+    values, on_command_line = command_line.read(parser, list(sys.argv[1:] if argv is None else argv))
+    file = values.pop("config")
+    on_command_line.discard("config")
+    from_file = _read_yaml(file) if file else {}
     for name, value in from_file.items():
         if name not in on_command_line:
             values[name] = value
     args = TrainArguments(**values)
     _check(args)
     return args, frozenset(on_command_line | set(from_file))
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"command line: {message.rstrip('.')}; see --help")
-
-
-def _unknown(text: str, parser: Any) -> str:
-    name = text.split("=")[0]
-    valid = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, valid, n=1)
-    return f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-
-
-def _given(argv: list[str], parser: Any) -> set[str]:
-    """Destinations of the options that really stand on the command line."""
-    options = {option: action.dest for action in parser._actions for option in action.option_strings}
-    named = (text.split("=")[0] for text in argv)
-    return {options[name] for name in named if name in options and options[name] != "config"}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -157,6 +141,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _convert(name: str, value: Any, declared: Any) -> Any:
     """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
     kinds = get_args(declared) or (declared,)  # of `int | None` both
+    words_of_yaml = {("save_strategy", False): "no", ("resume_from_checkpoint", True): "auto"}
+    if isinstance(value, bool) and (name, value) in words_of_yaml:
+        return words_of_yaml[name, value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
     if float in kinds and type(value) in (int, str):
@@ -166,6 +153,7 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 
+_SAVE_STRATEGIES, _CHECKPOINT_KINDS = ("steps", "epoch", "no"), ("full", "small")
 _SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -175,6 +163,13 @@ def _check(args: TrainArguments) -> None:
         raise ConfigError(f"missing {', '.join(missing)}; see --help")
     if args.lr_scheduler_type not in _SCHEDULES:
         raise ConfigError(f"--lr_scheduler_type is {args.lr_scheduler_type}: must be one of {', '.join(_SCHEDULES)}")
+    for name, valid in (("save_strategy", _SAVE_STRATEGIES), ("checkpoint_kind", _CHECKPOINT_KINDS)):
+        if getattr(args, name) not in valid:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise ConfigError(
+            f"--save_total_limit is {args.save_total_limit}: must be at least 1; leave it out to keep all"
+        )
     if args.export_dtype not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
     for name in (
@@ -185,6 +180,7 @@ def _check(args: TrainArguments) -> None:
         "logging_steps",
         "max_new_tokens",
         "ddp_timeout",
+        "save_steps",
     ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")

@@ -14,6 +14,8 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
+AUTO = ("auto", "true", "True")  # --resume_from_checkpoint; the latter two are how Hugging Face's True arrives
+
 
 @dataclass
 class Job:
@@ -68,10 +70,22 @@ def check_output_dir(args: Any) -> None:
         raise ConfigError(f"--output_dir {folder}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"--output_dir {folder}: {there} must be writable; give another folder")
-    if (folder / "run.json").exists() and not args.overwrite_output_dir:
+    if (folder / "run.json").exists() and not args.overwrite_output_dir and not goes_on(args, folder):
         raise ConfigError(
-            f"--output_dir {folder} holds another run (run.json); give another folder, or --overwrite_output_dir"
+            f"--output_dir {folder} holds another run (run.json); give another folder, --overwrite_output_dir, or "
+            f"--resume_from_checkpoint auto to go on with it"
         )
+
+
+def goes_on(args: Any, folder: Path) -> bool:
+    """Whether the run in the folder is the one that is to be resumed."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return False
+    if wanted not in AUTO:
+        return folder.absolute() in (Path(wanted).absolute(), *Path(wanted).absolute().parents)
+    state = folder / "run_state.json"
+    return any(folder.glob("checkpoint-*")) or not state.exists() or '"finished"' not in state.read_text()
 
 
 def read_model_config(args: Any) -> Any:

@@ -341,3 +341,18 @@ def train_real(settings, folder, ids, export_folder, *, steps, lr):
     engine.export(export_folder)
     dist.barrier()
     return {"losses": losses, "exact_at_start": exact, "memory": memory, "logits": logits, "ids": ids}
+
+
+def in_step(rank, step, action):
+    """Has `action` called on one rank just before the optimizer's work of one step (counted from 1)."""
+    from hdpissa.engine.optimizer import SliceOptimizer
+
+    original, calls = SliceOptimizer.reduce, []
+
+    def reduce(self):
+        calls.append(None)
+        if len(calls) == step and dist.get_rank() == rank:
+            action()
+        return original(self)
+
+    SliceOptimizer.reduce = reduce

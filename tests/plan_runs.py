@@ -41,26 +41,48 @@ def measure(settings: list[tuple[dict, bool]], model: dict, length: int) -> list
 
 
 def measure_one(config: dict, model: dict, checkpointing: bool, length: int) -> dict[str, Any]:
+    from deepspeed.utils import groups
+
     from hdpissa.engine import initialize
 
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's group of the case before, which DeepSpeed keeps for good
     net = build(model)
     if checkpointing:
         net.activation_checkpointing_enable({"use_reentrant": False})
     engine = initialize(model=net, config=config)
+    copies = count_second_copies()
     ids = torch.zeros(config["train_micro_batch_size_per_gpu"], length, dtype=torch.long)
     seen = Gathers(engine)
     for _ in range(3):  # DeepSpeed records the order of modules in the first, and follows it from the third on
+        seen.start()
         for _ in range(engine.gradient_accumulation_steps()):
-            seen.start()
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             result = engine.step()
     seen.stop()
     return {
+        "copies": copies[-1],
         "memory": engine.memory_bytes(),
         "bytes_sent": result.bytes_sent,
         "gathered": seen.gathered,
+        "first": seen.first,
         "peak": seen.peak,
     }
+
+
+def count_second_copies() -> list[int]:
+    """A list that every update adds to: bytes of all second copies (hpZ) before it changes the first weight."""
+    from hdpissa.engine import zero3
+
+    found, release = [], zero3.release_gathered
+
+    def count(ds: Any) -> None:
+        release(ds)
+        params = [p for name, p in ds.module.named_parameters() if not zero3.is_anchor(name)]
+        copies = [getattr(p, "ds_secondary_tensor", None) for p in params]
+        found.append(sum(copy.nbytes for copy in copies if copy is not None))
+
+    zero3.release_gathered = count
+    return found
 
 
 def memory_of_pretrained(folder: str, config: dict) -> dict[str, int]:
@@ -73,7 +95,8 @@ def memory_of_pretrained(folder: str, config: dict) -> dict[str, int]:
 
 
 class Gathers:
-    """Elements that ZeRO-3 gathers in a micro-batch, and the most it holds at a time; looks into DeepSpeed."""
+    """Elements that ZeRO-3 gathers, those of them that it gathers of the shards of all ranks, and the most that it
+    holds at a time; looks into DeepSpeed."""
 
     def __init__(self, engine: Any) -> None:
         from deepspeed.runtime.zero import partition_parameters
@@ -95,14 +118,16 @@ class Gathers:
         return lambda *args, **kwargs: hook(original, *args, **kwargs)
 
     def start(self) -> None:
-        self.gathered = self.peak = 0
+        self.gathered = self.first = self.peak = 0
 
     def stop(self) -> None:
         for owner, name, original, _ in self._patched:
             setattr(owner, name, original)
 
     def _gather(self, original, coordinator, params, *args, **kwargs):
-        self.gathered += sum(p.ds_numel for p in params if p.ds_status.name == "NOT_AVAILABLE")
+        missing = [p for p in params if p.ds_status.name == "NOT_AVAILABLE"]
+        self.gathered += sum(p.ds_numel for p in missing)
+        self.first += sum(p.ds_numel for p in missing if p.ds_secondary_tensor is None)
         result = original(coordinator, params, *args, **kwargs)
         self._look()
         return result

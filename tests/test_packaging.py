@@ -27,11 +27,12 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
 errors faults pulse verdict checksum config slicing krylov svd bounds delta shards targets buckets prompts tensor_file
-launcher peers watch disk
+launcher peers watch disk checkpoint_format folders
 zero3 shared_input layer exchange data metrics batches ds_config slice_cache streams
 settings factors decompose adapt optimizer export peft_export pretrained sharded_load evaluate nonfinite integrity
-state checkpoint
+saver checkpoint
 engine
+build
 """
 FLOOR = {f"engine.{room}": floor for floor, rooms in enumerate(FLOORS.splitlines()) for room in rooms.split()}
 

@@ -199,7 +199,8 @@ STILL, MOVES = report(idle_s=0.9), report(idle_s=0.1)
 def test_the_watch_ends_a_run_that_stands_still(monkeypatch):
     assert watched(monkeypatch, [STILL] * 9)
     assert watched(monkeypatch, ["silent"] * 9)
-    assert watched(monkeypatch, ["mute"] * 9, own=report(idle_s=100, slow=True), idle_s=100)
+    assert watched(monkeypatch, ["mute"] * 9, own=report(idle_s=50, slow=True), idle_s=50)
+    assert watched(monkeypatch, [report(idle_s=61, slow=True)] * 9)
     assert watched(monkeypatch, ["ended"] * 9, idle_s=0.4)
     assert watched(monkeypatch, [MOVES] * 9, idle_s=0.4, heard="rank 2 is on fire")
 
@@ -211,8 +212,8 @@ def test_the_watch_leaves_others_alone(monkeypatch):
     assert not watched(monkeypatch, [MOVES] * 99)
     assert not watched(monkeypatch, [STILL, MOVES] * 30)
     assert not watched(monkeypatch, ["ended", MOVES] * 30, idle_s=0.4, asked=1)
-    assert not watched(monkeypatch, [report(idle_s=100, slow=True)] * 99)  # decomposes a large matrix
-    assert not watched(monkeypatch, [STILL] * 99, own=report(idle_s=100, slow=True), idle_s=100)
+    assert not watched(monkeypatch, [report(idle_s=59, slow=True)] * 99)  # decomposes a large matrix
+    assert not watched(monkeypatch, [STILL] * 99, own=report(idle_s=59, slow=True), idle_s=59)
     assert not watched(monkeypatch, [MOVES] * 9, idle_s=0.1, heard="rank 2 is on fire")  # a backend's exception is near
 
 

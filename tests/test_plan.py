@@ -8,6 +8,7 @@ import pytest
 from plan_runs import SHAPES, write_configs
 
 from hdpissa.engine.config import HDPissaConfig
+from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import plan_advice, plan_exchange, plan_hardware, plan_memory, plan_model, plan_step
 from hdpissa.launch.plan_gathers import Policy
 from hdpissa.launch.plan_hardware import GPUS, Cluster
@@ -242,6 +243,47 @@ def test_offload_moves_weights_to_the_host(models):
     assert {name: on_gpu.persistent[name] for name in weights} == {name: on_host.host[name] for name in weights}
     assert not weights & on_host.persistent.keys()
     assert plan_step.step(run).host_bytes == 0 < plan_step.step(run.with_offload()).host_bytes
+
+
+def with_hpz(run: Run, ranks: int) -> Run:
+    return dataclasses.replace(run, placement=dataclasses.replace(run.placement, hpz=ranks))
+
+
+def test_second_copy_by_hand(models):
+    """hpZ of 8 on two nodes: an eighth of W in bf16 on every GPU; only the targets' first gather is on the network."""
+    plain = make_run(models("Llama-2-7B"), gpus=16, steps=2)
+    run = with_hpz(plain, 8)
+    more = peak(run) - peak(plain)
+    assert plan_memory.memory(run).persistent["second copy (hpZ)"] == 2 * 6_738_415_616 // 8
+    assert more == pytest.approx(1.05 * 2 * 6_738_415_616 / 8, rel=1e-6)  # with its share of the reserve
+    step, before = plan_step.step(run), plan_step.step(plain)
+    targets = sum(t.rows * t.cols for t in run.targets)
+    assert step.wire["ZeRO-3 gathers"] == 2 * targets * 15 // 16
+    rest = 2 * 2 * run.gathers.gathered - 2 * targets
+    assert step.wire["gathers of second copies (hpZ)"] == rest * 7 // 8
+    assert step.link == pytest.approx(2 * targets * 15 / 16 / 400e9 + rest * 7 / 8 / 450e9, rel=1e-6)
+    assert step.link < before.link
+    assert plan_step.step(with_hpz(make_run(models("Llama-2-7B"), gpus=1), 8)).link == 0
+
+
+def test_second_copy_lies_where_the_shards_do(models):
+    run = with_hpz(make_run(models("SmolLM2-135M"), gpus=16, slices=8), 8)
+    memory, kept = plan_memory.memory(run.with_offload()), plan_memory.memory(run).persistent["second copy (hpZ)"]
+    assert memory.host["second copy (hpZ)"] == kept
+    assert "second copy (hpZ)" not in memory.persistent
+    assert (
+        plan_step.step(run.with_offload()).host_bytes
+        > plan_step.step(run.without_second_copy().with_offload()).host_bytes
+    )
+
+
+def test_second_copy_that_does_not_fit(models):
+    """The advice drops it before it takes more GPUs; groups that do not divide the ranks are refused."""
+    run = with_hpz(make_run(models("Llama-3-70B"), gpus=16, rows=1, checkpointing=True), 2)
+    assert not plan_advice.fits(run)
+    assert plan_advice.cheapest_change(run, file="my.json") == "zero_optimization.zero_hpz_partition_size 1 in my.json"
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size is 3 with 16 ranks"):
+        assert with_hpz(run, 3).plan
 
 
 def test_time_moves_the_right_way(models):

@@ -54,6 +54,7 @@ def test_json(capsys, folder):
         "run": {
             "gpus", "nodes", "slices", "r", "max_length", "per_device_train_batch_size",
             "gradient_accumulation_steps", "gradient_checkpointing", "compute_dtype", "offload_param", "master_format",
+            "zero_hpz_partition_size",
         },
         "fits": bool,
         "advice": type(None),

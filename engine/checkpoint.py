@@ -1,0 +1,315 @@
+"""What of a run goes into a checkpoint, and back: state by slice id and by range of a weight, at any number of ranks.
+
+full     every target's exact fp32 values, moments, running sums, factors. Resumes bit for bit at the same world size.
+small    all that but the weights, which first-order training needs no more of: A_i and B_i never change, so
+         W = W_0 − scale · Σ_i (ΣΔB_i A_i + B_i ΣΔA_i). With the second-order term it leaves Σ_t ΔB_i ΔA_i out; the
+         manifest says how much of ΔW that is, where it was measured.
+
+Weights that are no targets are the base model's and are not stored; their checksums are, and a run refuses a
+checkpoint of another base. `saver.py` writes, `checkpoint_format.py` reads, this module knows what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import checkpoint_format as layout
+from . import folders, zero3
+from .checkpoint_format import STATE, Base, CheckpointError, CheckpointReader, Manifest, TargetSpec
+from .checksum import MASK, checksum, signed
+from .decompose import InitReport
+from .delta import DeltaRule
+from .exchange import FactorExchange
+from .factors import FactorStore
+from .optimizer import SliceOptimizer
+from .saver import OwnFile, Part
+from .slicing import SlicePlan
+from .targets import Target
+
+logger = logging.getLogger(__name__)
+
+# --- the base model --------------------------------------------------------------------------------
+
+
+def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) -> Base:
+    """Checksums of every parameter as it is now; collective. Targets by their exact values."""
+    exact = {id(t.param): t for t in targets}
+    names, sums = [], []
+    for name, param in model.named_parameters():
+        if zero3.is_anchor(name):
+            continue
+        target = exact.get(id(param))
+        shard, start = zero3.shard_view(param), plan.rank * -(-zero3.full_numel(param) // plan.world_size)
+        if target is not None and target.shard is not None:
+            shard = target.shard.read(0, target.own_range(plan).numel)
+        names.append(name)
+        sums.append(signed(checksum(shard, start)))
+    total = torch.tensor(sums, dtype=torch.int64, device=zero3.device())
+    dist.all_reduce(total)  # int64 wraps around, as the checksum wants it
+    found = {name: f"{value & MASK:016x}" for name, value in zip(names, total.tolist(), strict=True)}
+    dtype = str(zero3.shard_view(targets[0].param).dtype).removeprefix("torch.")
+    return Base(name_or_path=str(getattr(model, "name_or_path", "") or ""), dtype=dtype, checksums=found)
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+def own_files(kind: str, store: FactorStore) -> list[OwnFile]:
+    """What this rank contributes."""
+    plan = store.plan
+    files = [OwnFile(layout.rng_file(plan.rank), *_generators())]
+    if kind == "full":
+        files.append(OwnFile(layout.weights_file(plan.rank, plan.world_size), list(_weights(store))))
+    if plan.replica == 0:
+        for index, slice_id in enumerate(plan.owned):
+            files.append(OwnFile(layout.slice_file(slice_id), list(_slice_state(store, index))))
+            files.append(OwnFile(layout.factors_file(slice_id), list(_factors(store, index)), constant=True))
+    return files
+
+
+def _weights(store: FactorStore) -> Iterator[Part]:
+    for target in store.targets:
+        owned = target.own_range(store.plan)
+        if owned.numel:
+            assert target.shard is not None
+            key = layout.range_key(target.name, owned.start, owned.stop)
+            yield Part(key, (owned.numel,), torch.float32, _reader(target.shard.read, 0, owned.numel))
+
+
+def _slice_state(store: FactorStore, index: int) -> Iterator[Part]:
+    for state in STATE:
+        for name, A, B in store.state_views(state, index):
+            yield _fixed(f"{name}.{state}_A", A)
+            yield _fixed(f"{name}.{state}_B", B)
+
+
+def _factors(store: FactorStore, index: int) -> Iterator[Part]:
+    for target in store.targets:
+        A, B = store.own_factors(target, index)
+        yield _fixed(f"{target.name}.A", A)
+        yield _fixed(f"{target.name}.B", B)
+
+
+def _fixed(key: str, values: Tensor) -> Part:
+    return Part(key, tuple(values.shape), values.dtype, _reader(lambda: values))
+
+
+def _reader(function: Any, *args: Any) -> Any:
+    return lambda: function(*args)
+
+
+def make_manifest(
+    kind: str,
+    optimizer: SliceOptimizer,
+    base: Base,
+    *,
+    steps: tuple[int, int],
+    report: InitReport,
+    residual: float | None,
+    client_state: dict[str, Any],
+) -> Manifest:
+    """The manifest without its files.
+
+    Args:
+        steps: done, and skipped of them.
+
+    Raises:
+        ConfigError: `client_state` is not JSON-serialisable.
+    """
+    from importlib.metadata import version
+
+    try:
+        client_state = json.loads(json.dumps(client_state))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"client_state must be JSON-serialisable: {error}") from None
+    store = optimizer.store
+    return Manifest(
+        kind=kind,  # type: ignore[arg-type]
+        step=steps[0],
+        skipped_steps=steps[1],
+        updates=optimizer.updates,
+        largest_grad=optimizer.largest_grad,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
+        world_size=store.plan.world_size,
+        slices=store.plan.slices,
+        second_order=optimizer.rule.second_order,
+        residual=residual,
+        init_residual=report.residual,
+        init_worst=report.worst,
+        targets=[_spec(t) for t in store.targets],
+        base=base,
+        versions={name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers")},
+        client_state=client_state,
+        files={},
+    )
+
+
+def _spec(t: Target) -> TargetSpec:
+    return TargetSpec(name=t.name, rows=t.rows, cols=t.cols, r=t.r, scale=t.scale)
+
+
+# --- what is found ---------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: str | Path, plan_rank: int, world_size: int, *, fall_back: bool) -> CheckpointReader:
+    """The checkpoint of a folder, every file compared with its SHA-256 by one of the ranks; collective.
+
+    Args:
+        path: a checkpoint, or a folder of checkpoints.
+        fall_back: take the next best of the folder where one is damaged, with a warning.
+
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    path = Path(path)
+    itself = (path / layout.MANIFEST).is_file()
+    choice: list[Any] = [[str(p) for p in ([path] if itself else folders.candidates(path))]]
+    dist.broadcast_object_list(choice, 0)  # what rank 0 sees, so that all try the same
+    problems = []
+    for candidate in choice[0] if fall_back or itself else choice[0][:1]:
+        reader, problem = _verified(Path(candidate), plan_rank, world_size)
+        if reader is not None and problem is None:
+            return reader
+        problems.append(problem)
+        if plan_rank == 0 and fall_back:
+            logger.warning("%s", problem)
+    if not problems:
+        raise CheckpointError(f"{path} holds no checkpoint (no {layout.MANIFEST}); give a folder checkpoint-N")
+    raise CheckpointError(problems[0])
+
+
+def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReader | None, str | None]:
+    """(reader, None), or what the lowest rank that found something found."""
+    reader, problem = None, None
+    try:
+        reader = CheckpointReader(folder)
+        reader.check(sorted(reader.manifest.files)[rank::world_size])
+    except CheckpointError as error:
+        problem = str(error)
+    answers: list[Any] = [None] * world_size
+    dist.all_gather_object(answers, problem)
+    return reader, next((a for a in answers if a is not None), None)
+
+
+def refuse_others(reader: CheckpointReader, store: FactorStore, rule: DeltaRule, base: Base) -> None:
+    """Raises CheckpointError, on all ranks alike, for a checkpoint of another run than this one."""
+    found = list(_differences(reader.manifest, store, rule)) or _other_base(reader.manifest.base, base, store.targets)
+    if found:
+        raise CheckpointError(
+            f"{reader.folder} does not fit this run: {'; '.join(found)}; {layout.REMEDY}, or the same settings"
+        )
+
+
+def _differences(manifest: Manifest, store: FactorStore, rule: DeltaRule) -> Iterator[str]:
+    pairs = [
+        ("hd_pissa.slices", manifest.slices, store.plan.slices),
+        ("hd_pissa.delta.second_order", manifest.second_order, rule.second_order),
+    ]
+    yield from (f"{name} is {there} in the checkpoint, {here} here" for name, there, here in pairs if there != here)
+    there = {t.name: t for t in manifest.targets}
+    here = {t.name: _spec(t) for t in store.targets}
+    for name in sorted(there.keys() ^ here.keys())[:1]:
+        where = "the checkpoint" if name in there else "this run"
+        yield f"{len(there)} weights are trained in the checkpoint, {len(here)} here; only {where} has {name}"
+    for name in [n for n in here if n in there and there[n] != here[n]][:1]:
+        for field in TargetSpec.model_fields:
+            a, b = getattr(there[name], field), getattr(here[name], field)
+            if a != b:
+                yield f"{field} of {name} is {a} in the checkpoint, {b} here"
+
+
+def _other_base(there: Base, here: Base, targets: Sequence[Target]) -> list[str]:
+    """Weights that are not trained are compared only where both runs hold them in the same dtype."""
+    trained = {f"{t.name}.weight" for t in targets}
+    names = [n for n in here.checksums if there.dtype == here.dtype or n in trained]
+    other = [n for n in names if there.checksums.get(n) != here.checksums[n]]
+    if not other:
+        return []
+    return [
+        f"the base model is another one: {len(other)} of {len(names)} weights differ (first: {other[0]}); the "
+        f"checkpoint's was {there.name_or_path or 'not loaded from files'}"
+    ]
+
+
+# --- what is restored ------------------------------------------------------------------------------
+
+
+def fill_factors(reader: CheckpointReader, store: FactorStore, exchange: FactorExchange) -> InitReport:
+    """Gives the store the checkpoint's A and B in place of a decomposition; collective."""
+    for bucket in store.buckets:
+        As: list[Tensor] = []
+        Bs: list[Tensor] = []
+        for target in bucket.targets:
+            for part, flat in zip(_own_factors(reader, store.plan, target), (As, Bs), strict=True):
+                flat.append(part.flatten().to(store.grads.device))
+        store.fill(bucket, torch.cat(As), torch.cat(Bs), exchange)
+    return InitReport(reader.manifest.init_residual, reader.manifest.init_worst, cached=True)
+
+
+def _own_factors(reader: CheckpointReader, plan: SlicePlan, target: Target) -> tuple[Tensor, Tensor]:
+    found = [reader.factors(slice_id, target.name) for slice_id in plan.owned]
+    return torch.stack([A for A, _ in found]), torch.stack([B for _, B in found])
+
+
+def refuse_changed(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
+    """Raises CheckpointError for a small checkpoint when the weights are not the base model's any more."""
+    if reader.manifest.kind == "small" and optimizer.updates:
+        raise CheckpointError(
+            f"{reader.folder} is a small checkpoint and this engine has made {optimizer.updates} steps: its sums are "
+            f"applied to the base model's weights; load it right after initialize()"
+        )
+
+
+@torch.no_grad()
+def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
+    """Moments, sums, weights and generators, as they were saved; collective. The factors are in place already."""
+    manifest, store = reader.manifest, optimizer.store
+    for index, slice_id in enumerate(store.plan.owned):
+        views = {(s, name): (A, B) for s in STATE for name, A, B in store.state_views(s, index)}
+        for name, state, A, B in reader.slice_state(slice_id):
+            views[state, name][0].copy_(A)
+            views[state, name][1].copy_(B)
+    if manifest.kind == "small":
+        optimizer.apply_sums()
+    else:
+        for target in store.targets:
+            owned = target.own_range(store.plan)
+            assert target.shard is not None
+            target.shard.write(reader.weights(target.name, owned.start, owned.stop))
+    optimizer.resume(manifest.updates, manifest.largest_grad, manifest.learning_rate)
+    if manifest.world_size == store.plan.world_size:
+        _set_generators(*reader.rng(store.plan.rank))
+
+
+# --- random number generators ----------------------------------------------------------------------
+
+
+def _generators() -> tuple[list[Part], bool, dict[str, str]]:
+    """(torch's states as tensors, not constant, those of Python and NumPy as text)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy = json.dumps([name, np.asarray(keys).tolist(), *rest])
+    text = {"python": json.dumps(random.getstate()), "numpy": numpy}
+    return [_fixed(key, state) for key, state in states.items()], False, text
+
+
+def _set_generators(states: dict[str, Tensor], text: dict[str, str]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, internal, gauss = json.loads(text["python"])
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = json.loads(text["numpy"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,47 @@
+"""What the scripts' command lines have in common: Hugging Face's parser over a dataclass, and its mistakes in one line.
+
+Unknown names are refused with the nearest valid one. Imports neither torch nor DeepSpeed at module level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import field
+from typing import Any, NoReturn
+
+from hdpissa.engine.errors import ConfigError
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of the dataclass: an option with its default and its line in --help."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def make_parser(arguments: type) -> argparse.ArgumentParser:
+    """A parser for a dataclass of options."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser([arguments], allow_abbrev=False)  # type: ignore[arg-type]
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], set[str]]:
+    """(values of all options, names of those that really stand on the command line).
+
+    Raises:
+        ConfigError: unknown arguments, values of a wrong type.
+    """
+    found, unknown = parser.parse_known_args(argv)
+    options = {name: action.dest for action in parser._actions for name in action.option_strings}
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, options, n=1)
+        raise ConfigError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    named = (text.split("=")[0] for text in argv)
+    return vars(found), {options[name] for name in named if name in options}
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"command line: {message.rstrip('.')}; see --help")

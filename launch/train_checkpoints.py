@@ -1,0 +1,189 @@
+"""When train.py saves, what it resumes from, and how it ends when it is asked to.
+
+The engine's part is its state; this module adds what belongs to the command: the arguments, and which data the
+steps so far have seen. A step's batches are a function of the step and nothing else (`engine.batches`), so the
+position in the data is the step, provided that the data are the same; that is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.train_checks import AUTO, Job
+
+PREEMPTED = 143  # 128 + SIGTERM: what schedulers take for "ended because it was asked to"
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+
+def find_checkpoint(args: Any, job: Job) -> Any:
+    """The checkpoint to resume from, its files compared with their checksums; None for a new run. Collective.
+
+    Raises:
+        CheckpointError: there is none, all of them are damaged, or it is of another run's data.
+    """
+    from hdpissa.engine import checkpoint, folders, pulse
+
+    pulse.reach("start.checkpoint", slow=True)
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    automatic = wanted in AUTO
+    path = Path(args.output_dir if automatic else wanted)
+    if automatic and not _anywhere(folders.candidates(path) if path.is_dir() else []):
+        return None
+    reader = checkpoint.open_checkpoint(path, job.plan.rank, job.plan.world_size, fall_back=automatic)
+    if not args.ignore_data_skip:
+        compare_data(reader, describe_data(args, job))
+    return reader
+
+
+def _anywhere(found: list[Path]) -> bool:
+    """Whether any rank has found something: all of them must decide alike."""
+    import torch
+    import torch.distributed as dist
+
+    from hdpissa.engine import zero3
+
+    count = torch.tensor([len(found)], device=zero3.device())
+    dist.all_reduce(count)
+    return bool(count.item())
+
+
+def describe_data(args: Any, job: Job) -> dict[str, Any]:
+    """What the order and the content of the batches depend on."""
+    return {
+        "seed": args.seed,
+        "slices": job.plan.slices,
+        "rows of a micro-batch": job.data.micro_batch_size,
+        "micro-batches of a slice and step": job.data.micro_batches_per_slice,
+        "rows": len(job.train.dataset),
+        "tokens": _fingerprint(job.train.dataset),
+    }
+
+
+def _fingerprint(dataset: Any) -> str:
+    """The checksum of all input ids, row by row."""
+    import torch
+
+    from hdpissa.engine.checksum import add, checksum
+
+    total, start = 0, 0
+    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+        ids = torch.tensor(batch.column("input_ids").combine_chunks().flatten().to_numpy())
+        total, start = add(total, checksum(ids, start)), start + ids.numel()
+    return f"{start} with checksum {total:016x}"
+
+
+def compare_data(reader: Any, here: dict[str, Any]) -> None:
+    """Raises CheckpointError where the steps so far have seen other data than this run would have given them."""
+    from hdpissa.engine.checkpoint_format import CheckpointError
+
+    there = reader.manifest.client_state.get("data", {})
+    other = [f"{k}: {there.get(k)} then, {v} now" for k, v in here.items() if there.get(k) != v]
+    if other:
+        raise CheckpointError(
+            f"{reader.folder} was trained on other data, or in another order ({'; '.join(other)}): give the same "
+            f"again, or --ignore_data_skip to begin the data anew"
+        )
+
+
+def changed_arguments(reader: Any, args: Any) -> str:
+    """The arguments that are not the checkpoint's, for people; empty where there are none."""
+    there, here = reader.manifest.client_state.get("arguments", {}), asdict(args)
+    quiet = {"resume_from_checkpoint", "overwrite_output_dir", "local_rank", "output_dir", "ds_config"}
+    other = [f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v]
+    return ", ".join(other)
+
+
+# --- saving ----------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves a run when it is time to; the same decisions on every rank.
+
+    Args:
+        reader: the checkpoint that the run goes on from, or None.
+
+    Attributes:
+        data_offset: steps done when the data began; not 0 after --ignore_data_skip, and then for the rest of the run.
+    """
+
+    def __init__(self, args: Any, job: Job, recorder: Any, reader: Any) -> None:
+        self._args, self._recorder, self._total = args, recorder, job.total_steps
+        self._steps_per_epoch = job.data.steps_per_epoch
+        before = reader.manifest.client_state.get("data_offset", 0) if reader else 0
+        self.data_offset = reader.manifest.step if reader and args.ignore_data_skip else before
+        self._client_state = {
+            "arguments": asdict(args),
+            "data": describe_data(args, job),
+            "data_offset": self.data_offset,
+        }
+        self._saved_at = -1
+
+    def due(self, done: int) -> bool:
+        """Whether `done` optimizer steps are a moment to save; with a strategy the end is one, too, as in Trainer."""
+        if self._args.save_strategy == "no":
+            return False
+        every = self._steps_per_epoch if self._args.save_strategy == "epoch" else self._args.save_steps
+        return done % every == 0 or done == self._total
+
+    def save(self, engine: Any, done: int) -> None:
+        """Saves; a failure is told, and ends the run only with --stop_on_save_error."""
+        from hdpissa.engine.saver import SaveError
+
+        if done == self._saved_at:
+            return
+        args, start = self._args, time.perf_counter()
+        try:
+            folder = engine.save_checkpoint(
+                args.output_dir,
+                client_state=self._client_state,
+                kind=args.checkpoint_kind,
+                async_save=args.async_save,
+                save_total_limit=args.save_total_limit,
+            )
+        except SaveError as error:
+            self.failed(str(error))
+            return
+        self._saved_at = done
+        how = "is being saved" if args.async_save else "saved"
+        self._recorder.say(f"{folder} {how}; training paused for {time.perf_counter() - start:.2f} s")
+        self._recorder.resume_clock()
+
+    def finish(self, engine: Any) -> None:
+        """Waits for what is being saved in the background."""
+        from hdpissa.engine.saver import SaveError
+
+        try:
+            engine.wait_for_checkpoint()
+        except SaveError as error:
+            self.failed(str(error))
+
+    def failed(self, message: str) -> None:
+        """A checkpoint could not be saved."""
+        if self._args.stop_on_save_error:
+            raise ConfigError(f"{message}; the run stops (--stop_on_save_error)")
+        self._recorder.say(f"warning: {message}; training goes on")
+
+
+@contextlib.contextmanager
+def stopping_on_signals(engine: Any) -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 do not end the process, but ask all ranks to stop after the step.
+
+    Schedulers send one of them some time before they kill (Slurm: `--signal=USR1@300`).
+    """
+    former = {s: signal.signal(s, lambda *_: engine.request_stop()) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
