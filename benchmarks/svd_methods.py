@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks import shapes, timing
-from hdpissa.engine import krylov, svd
+from hdpissa.engine import svd
+from hdpissa.engine.precision import full_fp32
 
 SIZES = [(576, 1536), (1024, 1024), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008)]
 RANKS = (32, 128, 512)
@@ -51,7 +52,7 @@ def imitated(rows: int, cols: int, name: str, device: torch.device) -> Tensor:
     W = torch.zeros(rows, cols)
     W[range(n), range(n)] = spectrum(name, n).float()
     W = W.to(device)
-    with krylov.full_fp32():
+    with full_fp32():
         for side in range(4):
             W = W.t() if side % 2 else W
             V = torch.linalg.qr(torch.randn(len(W), 64, generator=generator)).Q.to(device)
@@ -97,7 +98,7 @@ def case(rows: int, cols: int, rank: int, name: str, device: torch.device, full:
     """One matrix by every method; `full` is the time of its full float32 SVD where that has been taken already."""
     W, true = imitated(rows, cols, name, device), spectrum(name, min(rows, cols))[:rank].to(device)
     row: dict[str, Any] = {"rows": rows, "cols": cols, "rank": rank, "spectrum": name}
-    with krylov.full_fp32():
+    with full_fp32():
         row["full fp32 s"] = full or timed(lambda: torch.linalg.svd(W, full_matrices=False), device)[0]
     constants = svd.CPU if device.type == "cpu" else svd.GPU
     for method in ("gram", "randomized"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import adapt, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
+from . import adapt, base_files, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
 from .buckets import make_buckets
 from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
@@ -101,7 +101,7 @@ def initialize(
 def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
     if hd.init.cache_dir is None:
         return None
-    origin = pretrained.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
+    origin = base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
     return SliceCache(hd.init.cache_dir, store.targets, origin=list(origin), how=how)
 

@@ -12,7 +12,7 @@ DeepSpeed's engine is held, not subclassed: four public methods of it are used, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, decompose, export, faults, folders, nonfinite, pulse, zero3
+from . import checkpoint, decompose, export, faults, folders, nonfinite, peft_export, pulse, zero3
 from .checkpoint_format import Base, CheckpointReader, Kind
 from .errors import ConfigError
+from .export_report import ExportReport
 from .optimizer import SliceOptimizer, Vote
+from .results import ExchangePlan, StepResult
 from .saver import Job, SaveError, Saver
 from .slicing import SlicePlan
 from .targets import Target
@@ -31,60 +33,6 @@ from .targets import Target
 logger = logging.getLogger(__name__)
 
 TALLIES = 4  # numbers of the engine in the vote: loss, tokens, ranks that were asked to stop, ranks with a failed save
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What happened in one optimizer step; equal on all ranks but for `bytes_sent`.
-
-    Attributes:
-        step: optimizer steps done, this one included, skipped ones too.
-        applied: whether W was changed. refusal: why it was not (a gradient of any rank not finite, or a
-            learning rate that could carry a weight beyond fp32); empty when it was.
-        loss: mean over ranks and micro-batches.
-        grad_norm: L2 norm over all factor gradients of all slices, before clipping.
-        learning_rate: the one used.
-        tokens: input tokens of all ranks, padding excluded.
-        bytes_sent, collectives: of this rank, see `exchange`.
-        interrupted: whether any rank's `request_stop` was called before this step.
-        failed_save: what went wrong with a checkpoint that was being saved in the background; else empty.
-    """
-
-    step: int
-    applied: bool
-    refusal: str
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    bytes_sent: int
-    collectives: int
-    interrupted: bool = False
-    failed_save: str = ""
-
-
-@dataclass(frozen=True)
-class ExchangePlan:
-    """How the update of every weight travels, decided at the start.
-
-    Attributes:
-        factor_targets, dense_targets: weights by kind.
-        buckets: they are stepped in.
-        collectives: per step, the vote included.
-        bytes_per_step: sent by this rank, as the cost model has it; `StepResult.bytes_sent` must equal it.
-    """
-
-    factor_targets: int
-    dense_targets: int
-    buckets: int
-    collectives: int
-    bytes_per_step: int
-
-    def __str__(self) -> str:
-        return (
-            f"exchange: {self.factor_targets} weights by factors, {self.dense_targets} dense, in {self.buckets} "
-            f"buckets; per step {self.collectives} collectives, {self.bytes_per_step / 2**20:.2f} MiB sent by rank 0"
-        )
 
 
 class HDPissaEngine:
@@ -342,17 +290,25 @@ class HDPissaEngine:
 
     # --- results -------------------------------------------------------------------------------------
 
-    def export(self, folder: str | Path, *, format: str = "hf", dtype: str = "auto") -> None:
-        """Writes the trained model as a Hugging Face folder; collective.
+    def export(
+        self, folder: str | Path, *, format: str = "hf", dtype: str = "auto", rank: int | None = None
+    ) -> ExportReport:
+        """Writes the trained model and verifies what was written; collective.
 
         Args:
-            format: "hf".
-            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype.
+            format: "hf", a Hugging Face folder, or "peft", a LoRA adapter for the unmodified base.
+            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype, of an adapter fp32.
+            rank: of an adapter, cuts it to at most this rank; None for all of it, 2·r·S.
         """
-        if format != "hf":
-            raise ConfigError(f"export format is {format!r}: must be 'hf'")
+        if format not in ("hf", "peft"):
+            raise ConfigError(f"export format is {format!r}: must be 'hf' or 'peft'")
+        if format == "hf" and rank is not None:
+            raise ConfigError(f"export rank is {rank} with format 'hf': only an adapter has a rank; leave it out")
         self.check_weights()
-        export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+        if format == "hf":
+            return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+        store, updates = self.optimizer.store, self.optimizer.updates
+        return peft_export.export_peft(self.module, store, Path(folder), dtype=dtype, rank=rank, updates=updates)
 
     def check_weights(self) -> None:
         """Raises RuntimeError on all ranks when a step had results that were not finite; collective.

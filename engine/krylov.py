@@ -16,7 +16,6 @@ Three things make it safe to rely on:
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 
@@ -29,20 +28,6 @@ PROBES, PROBE_STEPS = 16, 8
 MAY_FAIL = 1e-9  # probability that `bound` is too low
 AIM = 0.8  # of the tolerance: what the float32 estimate of a residual is to reach
 NOISE = 8  # rounding of a float32 product, in units of its epsilon times σ₁²
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """Float32 products in float32, whatever the process allows elsewhere: TF32 and bf16 end at residuals of 1e-3."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def row_chunks(M: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

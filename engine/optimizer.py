@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +33,7 @@ from .buckets import Bucket, Piece
 from .delta import DeltaRule
 from .exchange import FactorExchange, predicted_bytes
 from .factors import FactorStore
+from .precision import full_fp32
 from .shards import staging_bytes
 from .slicing import ShardRange
 
@@ -54,17 +54,6 @@ class Vote:
     grad_norm: float
     tallies: list[float]
     refusal: str = ""
-
-
-@contextmanager
-def _full_fp32() -> Iterator[None]:
-    """Products of the update in fp32, whatever the user allows elsewhere: TF32 would cost the delta 13 bits."""
-    allowed = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = allowed
 
 
 class SliceOptimizer(torch.optim.Optimizer):
@@ -186,7 +175,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         """Phase 3: Adam, exchange, apply, bucket by bucket. Call after a vote that did not refuse."""
         self.updates += 1
         self.bounds.grow(self._change)
-        with _full_fp32():
+        with full_fp32():
             for bucket in self.store.buckets:
                 pulse.reach("step.exchange")
                 dtype = self.rule.dtype if bucket.kind == "factor" else torch.float32
@@ -283,7 +272,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         """
         rule, self.rule = self.rule, replace(self.rule, second_order=False, dtype=torch.float32)
         try:
-            with _full_fp32():
+            with full_fp32():
                 for bucket in self.store.buckets:
                     self._apply(bucket, self.store.delta_sum[bucket.start : bucket.stop].clone)
         finally:

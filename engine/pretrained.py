@@ -8,18 +8,15 @@ the parameter is *proved*, not assumed: its rounding must equal the shard that Z
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import zero3
+from .base_files import BaseFiles
 from .slicing import SlicePlan
 from .targets import Target
 
@@ -36,14 +33,12 @@ def exact_values(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) -
         yield from ((t, zero3.shard_view(t.param).clone()) for t in targets)
         return
     origin = getattr(model, "name_or_path", "") or ""
-    source = checkpoint_files(origin)
-    names = _names_by_param(model)
+    names = names_by_param(model)
     rounded = []
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(source.values())}
+    with BaseFiles(origin) as base:
         for target in targets:
-            value = _read(target, plan, names[id(target.param)], source, files)
-            if not _agreed(value is not None):
+            value = _read(target, plan, names[id(target.param)], base)
+            if not agreed(value is not None):
                 value = zero3.shard_view(target.param).float()
                 rounded.append(target.name)
             yield target, value
@@ -57,37 +52,7 @@ def exact_values(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) -
         )
 
 
-def checkpoint_files(folder_or_name: str) -> dict[str, str]:
-    """Tensor name → safetensors file that holds it; empty when there are none on this machine."""
-    folder = _local_folder(folder_or_name)
-    if folder is None:
-        return {}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: str(folder / file) for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return {}
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), str(single))
-
-
-def _local_folder(folder_or_name: str) -> Path | None:
-    if not folder_or_name:
-        return None
-    if Path(folder_or_name).is_dir():
-        return Path(folder_or_name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:  # from_pretrained has just filled the cache
-        return Path(snapshot_download(folder_or_name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
-def _names_by_param(model: nn.Module) -> dict[int, list[str]]:
+def names_by_param(model: nn.Module) -> dict[int, list[str]]:
     """Every name of every parameter; a tied one has several, the files know one of them."""
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -95,24 +60,18 @@ def _names_by_param(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _read(target: Target, plan: SlicePlan, names: list[str], source: dict, files: dict) -> Tensor | None:
+def _read(target: Target, plan: SlicePlan, names: list[str], base: BaseFiles) -> Tensor | None:
     """This rank's elements from the first file tensor that agrees with the shard; None if none does."""
     owned, shard = target.own_range(plan), zero3.shard_view(target.param)
     for name in names:
-        if name not in source:
-            continue
-        stored = files[source[name]].get_slice(name)
-        if list(stored.get_shape()) != [target.rows, target.cols]:
-            continue
-        rows = stored[owned.row_start : owned.row_stop].float().flatten()
-        first = owned.start - owned.row_start * owned.cols
-        value = rows[first : first + owned.numel].to(shard.device)
-        if torch.equal(value.to(shard.dtype), shard):
-            return value
+        if base.name_of([name], target.rows, target.cols):
+            value = base.read(name, owned).float().to(shard.device)
+            if torch.equal(value.to(shard.dtype), shard):
+                return value
     return None
 
 
-def _agreed(mine: bool) -> bool:
+def agreed(mine: bool) -> bool:
     """Whether it holds on every rank."""
     flag = torch.tensor([int(mine)], device=zero3.device())
     dist.all_reduce(flag, dist.ReduceOp.MIN)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import krylov
+from .precision import full_fp32
 
 WORTH = 3  # gram is exact, and `seconds` of randomized up to 2 times too low: it must be this much cheaper for `auto`
 ROUNDS = 4  # of the randomized method: a check that failed, then better triplets
@@ -62,7 +63,7 @@ def top_triplets(W_OI: Tensor, k: int, *, method: str = "auto", tol: float = 1e-
         raise ValueError("the weight has non-finite entries")
     W = W_OI if W_OI.dtype in (torch.float32, torch.float64) else W_OI.float()
     for name in plan(W, k) if method == "auto" else [method]:
-        with krylov.full_fp32():
+        with full_fp32():
             found = _by(name, W, k, tol=tol, seed=seed, thorough=name == method)
         if found is not None and (found.residual <= tol or name == "full"):
             return found

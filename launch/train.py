@@ -228,7 +228,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     """Shard, decompose or resume, train, export; False when the run was asked to stop before its end."""
     from transformers import set_seed
 
-    from hdpissa.engine import initialize, load_pretrained, pulse, zero3
+    from hdpissa.engine import initialize, load_pretrained, zero3
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
@@ -260,14 +260,27 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")
     model.config.use_cache = use_cache  # the export is configured as its base
-    engine.export(Path(args.output_dir) / "model", dtype=args.export_dtype)
-    if job.plan.rank == 0:
-        with pulse.alone("tokenizer"):
-            job.tokenizer.save_pretrained(Path(args.output_dir) / "model")
+    exported = export(args, job, engine, recorder)
     recorder.state("finished", job.total_steps)
     zero3.part()
-    recorder.say(f"outputs: {args.output_dir}/ (metrics.jsonl, run.json, run_state.json, model/)")
+    recorder.say(f"outputs: {args.output_dir}/ ({', '.join(['metrics.jsonl, run.json, run_state.json', *exported])})")
     return True
+
+
+def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
+    """Writes what --export_format says; returns the names of the folders."""
+    from hdpissa.engine import pulse
+
+    folders = {"hf": "model", "peft": "adapter"}
+    formats = {"both": ["hf", "peft"], "none": []}.get(args.export_format, [args.export_format])
+    for format in formats:
+        folder = Path(args.output_dir) / folders[format]
+        cut = {"rank": args.export_rank} if format == "peft" else {}
+        recorder.say(str(engine.export(folder, format=format, dtype=args.export_dtype, **cut)))
+        if job.plan.rank == 0:
+            with pulse.alone("tokenizer"):
+                job.tokenizer.save_pretrained(folder)
+    return [f"{folders[format]}/" for format in formats]
 
 
 def describe_start(args: Any, engine: Any, reader: Any) -> str:

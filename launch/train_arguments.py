@@ -65,7 +65,9 @@ class TrainArguments:
         None, "a checkpoint's folder; auto: the latest one of --output_dir, or a new run where there is none"
     )
     ignore_data_skip: bool = option(False, "resume with other data, from their beginning")
-    export_dtype: str = option("auto", "dtype of the exported model: auto (compute dtype), bf16 or fp32")
+    export_format: str = option("hf", "hf: the model in model/; peft: a LoRA adapter in adapter/; both, or none")
+    export_dtype: str = option("auto", "dtype of what is exported: auto (compute dtype; adapter: fp32), bf16 or fp32")
+    export_rank: int | None = option(None, "cuts the adapter to this rank; all of it is 2·r·S")
     sample_prompt: str | None = option(None, "an instruction whose greedy answer is printed before and after training")
     max_new_tokens: int = option(128, "length of that answer")
     preprocessing_num_workers: int | None = option(None, "processes that tokenise")
@@ -154,6 +156,7 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
 
 
 _SAVE_STRATEGIES, _CHECKPOINT_KINDS = ("steps", "epoch", "no"), ("full", "small")
+_EXPORT_FORMATS = ("hf", "peft", "both", "none")
 _SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -170,8 +173,7 @@ def _check(args: TrainArguments) -> None:
         raise ConfigError(
             f"--save_total_limit is {args.save_total_limit}: must be at least 1; leave it out to keep all"
         )
-    if args.export_dtype not in ("auto", "bf16", "fp32"):
-        raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
+    _check_export(args)
     for name in (
         "max_length",
         "per_device_train_batch_size",
@@ -202,3 +204,15 @@ def _check(args: TrainArguments) -> None:
             f"--max_steps is {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to train; "
             "make one of them positive"
         )
+
+
+def _check_export(args: TrainArguments) -> None:
+    if args.export_format not in _EXPORT_FORMATS:
+        raise ConfigError(f"--export_format is {args.export_format}: must be one of {', '.join(_EXPORT_FORMATS)}")
+    if args.export_rank is not None and (args.export_rank < 1 or args.export_format not in ("peft", "both")):
+        raise ConfigError(
+            f"--export_rank is {args.export_rank}: must be at least 1, with --export_format peft or both; leave it out "
+            f"for the whole adapter"
+        )
+    if args.export_dtype not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")

@@ -135,7 +135,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.engine import adapt
+    from hdpissa.engine import adapt, peft_export
 
     try:
         with torch.device("meta"):
@@ -146,7 +146,9 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
             f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
             f"give a causal language model, and an attention that it has"
         ) from None
-    adapt.find_targets(model, hd, plan)
+    targets = adapt.find_targets(model, hd, plan)
+    if args.export_format in ("peft", "both"):
+        peft_export.refuse_tied(model, targets)
     if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
         raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     return sum(p.numel() for p in model.parameters())

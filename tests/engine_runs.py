@@ -222,10 +222,10 @@ def raises(kind, settings, *, model=None, reentrant=False, detach=False, micro=1
 
 def export_and_compare(settings, folder, *, model=None, dtype="auto", file_bytes=None, source=None):
     """Trains two steps, exports; returns the engine's logits, eval loss and exact weights on rank 0."""
-    from hdpissa.engine import export, initialize, load_pretrained
+    from hdpissa.engine import hf_folder, initialize, load_pretrained
 
     if file_bytes:
-        export.MAX_FILE_BYTES = file_bytes
+        hf_folder.MAX_FILE_BYTES = file_bytes
     net = load_pretrained(source, settings) if source else build(model)
     engine = initialize(model=net, config=settings)
     for step in range(2):
@@ -278,20 +278,30 @@ def loading_error(settings, folder):
     return None
 
 
-def write_error(settings, folder, *, how=None):
-    """Exports to a folder where that cannot work; every rank must come back with an error."""
-    from pathlib import Path
+def flip_byte(path) -> None:
+    """Spoils the last byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
 
-    from hdpissa.engine import ConfigError, export, initialize
+
+def write_error(settings, folder, *, how=None, format="hf"):
+    """Exports to a folder where that cannot work; every rank must come back with an error."""
+    from hdpissa.engine import ConfigError, disk, faults, initialize, streams
 
     engine = initialize(model=build({}), config=settings)
     if how == "disk full":
-        export._Writer._temporary = lambda self, index: Path("/dev/full")
-        Path.unlink = lambda self, missing_ok=False: None
+        faults._fault = faults.Fault.parse("save.write:0:*:ENOSPC:2")
+    elif how == "flipped byte":
+        forget, streams._forget_pages = streams._forget_pages, lambda path: (flip_byte(path), forget(path))
+    elif how == "no room":
+        disk.free_bytes = lambda folder: 1000
     elif how == "bad generation config":
         engine.module.generation_config.temperature = 0.5
     try:
-        engine.export(folder)
+        engine.export(folder, format=format)
     except ConfigError as error:
         return str(error)
     return None

@@ -4,7 +4,8 @@
 
 The recording holds the losses of ten optimizer steps and the total change of some layers' W. The run is the
 ordinary one: the deepspeed launcher, two processes, ZeRO-3, fp32. Exit code 1 when a loss deviates by more
-than 1e-5 or a ‖ΔW‖ by more than 1e-4, relative.
+than 1e-5 or a ‖ΔW‖ by more than 1e-4, relative; or when the PEFT adapter of the run, loaded by stock peft on the
+untouched base, is further than 1e-3 of ‖ΔW‖ from the trained model, or moves its logits accordingly.
 
 The recording was made on a CPU with AVX-512, and torch's fp32 cross entropy depends on the vector width by
 more than the tolerance (golden_train.py says why). On another CPU the denominator of the softmax is therefore
@@ -25,7 +26,7 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSS_TOLERANCE, DELTA_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, DELTA_TOLERANCE, ADAPTER_TOLERANCE = 1e-5, 1e-4, 1e-3
 
 TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +53,7 @@ def train(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> Non
     command += ["--dataset_name", data, "--dataset_split", "train[:80]", "--prompt_field", "question"]
     command += ["--response_field", "answer", "--max_length", 256, "--per_device_train_batch_size", 2]
     command += ["--gradient_accumulation_steps", 4 // ranks, "--learning_rate", 2e-4, "--warmup_ratio", 0.03]
-    command += ["--seed", 42, "--num_train_epochs", 1, "--output_dir", folder / "run"]
+    command += ["--export_format", "both", "--seed", 42, "--num_train_epochs", 1, "--output_dir", folder / "run"]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -86,6 +87,33 @@ def compare(golden: dict, model: Path, folder: Path) -> bool:
     return max(deviations) <= LOSS_TOLERANCE and max(norms) <= DELTA_TOLERANCE
 
 
+def compare_adapter(base: Path, folder: Path) -> bool:
+    """Prints how far the adapter is from the trained model, in weights (its own report) and in logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report = json.loads((folder / "adapter" / "hdpissa_export.json").read_text())
+    found = report["residual"]
+    print(
+        f"adapter of rank {report['r']}: residual {found['overall']:.2e} of ‖ΔW‖ (limit {ADAPTER_TOLERANCE:.0e}), worst"
+    )
+    print(f"  {found['worst']:.2e} ({found['worst_target']}); rounding alone is estimated at {found['floor']:.1e}")
+    text = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+    ids = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")["input_ids"]
+
+    def logits(path: Path, adapter: Path | None = None) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    before, trained, adapted = logits(base), logits(folder / "model"), logits(base, folder / "adapter")
+    moved = ((adapted - trained).norm() / (trained - before).norm()).item()
+    largest = (adapted - trained).abs().max().item()
+    print(f"  its logits are {moved:.2e} of what training changed from the trained model's, at most {largest:.1e}")
+    return found["overall"] <= ADAPTER_TOLERANCE and moved <= 10 * ADAPTER_TOLERANCE
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", required=True, help="the recording, JSON")
@@ -104,6 +132,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         train(model, args.data, Path(temporary), ranks=args.ranks, lanes=args.lanes)
         holds = compare(json.loads(Path(args.golden).read_text()), Path(model), Path(temporary) / "run")
+        holds &= compare_adapter(Path(model), Path(temporary) / "run")
     return 0 if holds else 1
 
 

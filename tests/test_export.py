@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -42,6 +43,11 @@ def test_export_in_fp32_gives_the_engines_logits(tmp_path, world_size, tie, file
         assert torch.equal(model.get_parameter(name), w)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(file_bytes)
     assert not list(tmp_path.glob(".*"))
+    report = json.loads((tmp_path / "hdpissa_export.json").read_text())
+    for file in tmp_path.glob("*.safetensors"):
+        record = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        assert report["files"].pop(file.name) == record
+    assert not report["files"]
     batch = tiny_batch(999, 0, 0)
     again = model.generate(
         batch["input_ids"], attention_mask=batch["attention_mask"], pad_token_id=0, max_new_tokens=4, do_sample=False
@@ -103,14 +109,28 @@ def test_weights_changed_after_loading_are_not_overwritten_from_the_file(checkpo
     assert "14 of 14 targets start from bf16-rounded values" in warnings[0]
 
 
-@pytest.mark.parametrize("how", ["disk full", "bad generation config"])
-def test_a_failure_while_writing_reaches_every_rank(tmp_path, how):
-    """Rank 0 alone writes: whatever goes wrong there, no rank waits for it, and no half file is left."""
-    messages = run_ranks(2, write_error, ds_settings(slices=2), str(tmp_path), how=how)
+FAILURES = {
+    "disk full": "No space left",
+    "flipped byte": "not what was written",
+    "no room": "GB are free",
+    "bad generation config": "temperature",
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "format"), [*((how, "hf") for how in FAILURES), ("disk full", "peft"), ("flipped byte", "peft")]
+)
+def test_a_failure_while_writing_reaches_every_rank(tmp_path, how, format):
+    """Rank 0 alone writes: whatever goes wrong there, no rank waits for it, and an earlier export stays as it was."""
+    earlier = tmp_path / ("model.safetensors" if format == "hf" else "adapter_config.json")
+    earlier.write_text("an earlier export")
+    messages = run_ranks(2, write_error, ds_settings(slices=2), str(tmp_path), how=how, format=format)
+    assert messages[0] == messages[1]
     assert "failed" in messages[0]
-    assert "failed" in messages[1]
-    assert not list(tmp_path.glob("*.safetensors"))
-    assert not list(tmp_path.glob(".*.partial"))
+    assert FAILURES[how] in messages[0]
+    assert len(messages[0].splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [earlier.name]
+    assert earlier.read_text() == "an earlier export"
 
 
 def test_a_failed_export_is_an_error_on_every_rank(tmp_path):

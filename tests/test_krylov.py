@@ -7,6 +7,7 @@ import torch
 from spectra import gaussian, lapack, with_spectrum
 
 from hdpissa.engine import krylov, svd
+from hdpissa.engine.precision import full_fp32
 from hdpissa.engine.svd import top_triplets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,7 +153,7 @@ def test_tf32_is_off_inside_and_back_after():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with krylov.full_fp32():
+        with full_fp32():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:

@@ -1,0 +1,173 @@
+"""The trained model as a PEFT LoRA adapter for its unmodified base, from a running engine.
+
+`adapter` says what the adapter is, `stacks` how its file comes about, `residual` how exact it is. Every slice's owner
+sends its fixed factors and its running sums of ΔA and ΔB to rank 0, whether a weight's update travels by factors or
+dense.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import zero3
+from .adapter import Adapted, stack_A, stack_B
+from .base_files import BaseFiles
+from .errors import ConfigError
+from .export_report import ExportReport, Residual
+from .factors import FactorStore
+from .pretrained import agreed, names_by_param
+from .residual import Change, FilePairs, Pairs, measure
+from .slicing import ShardRange
+from .stacks import AdapterFile, Stack
+from .streams import World
+from .targets import Target
+
+
+def export_peft(
+    model: nn.Module, store: FactorStore, folder: Path, *, dtype: str = "auto", rank: int | None = None, updates: int
+) -> ExportReport:
+    """Writes adapter_model.safetensors and adapter_config.json, verified, with the measured residual; collective.
+
+    Args:
+        dtype: "fp32", "bf16", or "auto": fp32.
+        rank: None for the whole adapter (2·r·S components per weight), else cut to at most this many.
+        updates: steps that have changed W.
+
+    Raises:
+        ConfigError: unknown dtype, a rank below 1, a weight that is also an embedding; or, on all ranks, rank 0 cannot
+            write there.
+    """
+    world = World(store.plan.rank, store.plan.world_size, zero3.device())
+    file = AdapterFile(list(_stacks(model, store)), folder, world, dtype=dtype, rank=rank)
+    try:
+        residual, unknown = _measure(model, store, file.adapted, FilePairs(file.weights, world), updates)
+    except Exception as error:
+        if world.rank:
+            raise
+        file.outbox.fail(error)
+        residual, unknown = None, ""
+    return file.publish([n for n, _ in model.named_modules()], _origin(model), residual, unknown)
+
+
+def _origin(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "") or ""
+
+
+def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
+    names = {id(module): name for name, module in model.named_modules()}
+    refuse_tied(model, store.targets)
+    sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for index in range(store.plan.slices_per_rank):
+        for name, sum_A, sum_B in store.state_views("delta_sum", index):
+            sums.setdefault(name, []).append((sum_A, sum_B))
+    for target in store.targets:
+        modules = tuple(names[id(m)] for m in target.modules)
+        adapted = Adapted(modules, target.rows, target.cols, 2 * target.r * store.plan.slices, target.scale)
+        of_slice = functools.partial(_of_slice, store, target, sums[target.name])
+        of_rows = functools.partial(_of_rows, store, target, sums[target.name])
+        yield Stack(adapted, store.plan, of_slice, of_rows)
+
+
+def refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raises ConfigError where a target's weight is that of an embedding, too."""
+    names = {id(module): name for name, module in model.named_modules()}
+    params = names_by_param(model)
+    for target in targets:
+        others = set(params[id(target.param)]) - {f"{names[id(m)]}.weight" for m in target.modules}
+        if others:
+            raise ConfigError(
+                f"{target.name} shares its weight with {min(others)}, which no LoRA pair of a Linear can change: "
+                f"exclude it from hd_pissa.target_modules, or export as 'hf'"
+            )
+
+
+def _of_slice(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], index: int) -> Tensor:
+    return stack_A(store.own_factors(target, index)[0], sums[index][0])
+
+
+def _of_rows(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], first: int, last: int) -> Tensor:
+    B_SOR = store.own_B[target.name]
+    return stack_B([(B[first:last], sum_B[first:last]) for B, (_, sum_B) in zip(B_SOR, sums, strict=True)])
+
+
+# --- the residual ---------------------------------------------------------------------------------
+
+
+class LivePairs:
+    """The pairs as they are in memory: every slice's owner hands its part to all."""
+
+    problem: Exception | None = None
+
+    def __init__(self, model: nn.Module, store: FactorStore, world: World) -> None:
+        self.world = world
+        self.stacks = {s.adapted.names[0]: s for s in _stacks(model, store)}
+
+    def read(self, adapted: Adapted, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        stack = self.stacks[adapted.names[0]]
+        width = adapted.r // stack.plan.slices
+        As, Bs = [], []
+        for slice_id in range(begin // width, -(-end // width)):
+            here = slice(max(0, begin - slice_id * width), min(width, end - slice_id * width))
+            A, B = self._slice(stack, slice_id, width)
+            As.append(A[here])
+            Bs.append(B[:, here])
+        return torch.cat(As), torch.cat(Bs, 1)
+
+    def _slice(self, stack: Stack, slice_id: int, width: int) -> tuple[Tensor, Tensor]:
+        plan, adapted = stack.plan, stack.adapted
+        owner = stack.owner(slice_id)
+        if plan.rank == owner:
+            index = slice_id - plan.owned.start
+            A = stack.of_slice(index)
+            B = stack.of_rows(0, adapted.rows)[:, index * width : (index + 1) * width].contiguous()
+        else:
+            shapes = (width, adapted.cols), (adapted.rows, width)
+            A, B = (torch.empty(shape, device=self.world.device) for shape in shapes)
+        if plan.world_size > 1:
+            dist.broadcast(A, owner)
+            dist.broadcast(B, owner)
+        return A, B
+
+
+def measure_sums(model: nn.Module, store: FactorStore, *, updates: int) -> tuple[Residual | None, str]:
+    """What the running sums leave out of the change of W, as `_measure`; collective.
+
+    It is what a small checkpoint loses.
+    """
+    pairs = LivePairs(model, store, World(store.plan.rank, store.plan.world_size, zero3.device()))
+    return _measure(model, store, [s.adapted for s in pairs.stacks.values()], pairs, updates)
+
+
+def _measure(
+    model: nn.Module, store: FactorStore, adapted: Sequence[Adapted], pairs: Pairs, updates: int
+) -> tuple[Residual | None, str]:
+    """(residual, "") or (None, why it is unknown), alike on all ranks; collective."""
+    origin = _origin(model)
+    params = names_by_param(model)
+    weights = list(zip(store.targets, adapted, strict=True))
+    with BaseFiles(origin) as base:
+        found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
+        if not agreed(all(found.values())):
+            what = f"of the base {origin}" if origin else "since the model was not loaded from a folder or a hub name"
+            return None, f"the weights it began with cannot be read again {what}"
+        changes = [
+            Change(a, t.own_range(store.plan), t.shard_size, _trained(t), functools.partial(_base, base, found[t.name]))
+            for t, a in weights
+        ]
+        return measure(changes, pairs, updates=updates), ""
+
+
+def _trained(target: Target) -> Callable[[int, int], Tensor]:
+    assert target.shard is not None
+    return target.shard.read
+
+
+def _base(base: BaseFiles, name: str | None, where: ShardRange) -> Tensor:
+    assert name is not None
+    return base.read(name, where).float()

@@ -1,0 +1,70 @@
+"""Makes a Hugging Face folder or a PEFT adapter out of a checkpoint: one process, no GPU, bounded memory.
+
+    python launch/export.py --checkpoint outputs/run1/checkpoint-500 --format hf --output_dir model
+    python launch/export.py --checkpoint outputs/run1 --format peft --output_dir adapter [--rank 64] [--dtype bf16]
+
+Tensors are streamed, a piece of a few ten MB at a time, whatever the size of the model. Weights that were not trained
+come from the base model's safetensors files; the checkpoint's checksums prove that it is the one. No code of a model
+is run, no pickle is read. What a person can get wrong: one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from hdpissa.engine.errors import ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Raises ConfigError for what does not fit together."""
+    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint-N folder, or a run's folder: its latest one")
+    parser.add_argument("--format", required=True, choices=("hf", "peft"), help="Hugging Face folder or LoRA adapter")
+    parser.add_argument("--output_dir", required=True, help="folder to write; an earlier export in it is replaced")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: the run's compute dtype; peft: fp32"
+    )
+    parser.add_argument("--rank", type=int, help="cuts an adapter to this rank; default all of it, 2·r·S")
+    parser.add_argument("--base_model", help="folder or hub name of the base; default the checkpoint's")
+    args = parser.parse_args(argv)
+    if args.rank is not None and args.format != "peft":
+        raise ConfigError(
+            f"--rank is {args.rank} with --format {args.format}: only an adapter has a rank; leave it out"
+        )
+    if args.rank is not None and args.rank < 1:
+        raise ConfigError(f"--rank is {args.rank}: must be at least 1; leave it out for the whole adapter")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ConfigError(f"--output_dir {args.output_dir}: is a file; give a folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+
+    from hdpissa.launch.export_checkpoint import export, open_checkpoint
+
+    reader = open_checkpoint(args.checkpoint)
+    folder = Path(args.output_dir)
+    print(export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model))
+
+
+def run(argv: list[str] | None = None) -> int:
+    """`main` with a user's mistakes as one line and exit code 2."""
+    try:
+        main(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
