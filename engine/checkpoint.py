@@ -281,6 +281,9 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             views[state, name][1].copy_(B)
     if manifest.kind == "small":
         optimizer.apply_sums()
+        if store.plan.rank == 0 and manifest.second_order:
+            lost = "unknown" if manifest.residual is None else f"{manifest.residual:.1e}"
+            logger.warning("%s is small: the second-order part of the change of W is lost (%s)", reader.folder, lost)
     else:
         for target in store.targets:
             owned = target.own_range(store.plan)

@@ -241,14 +241,17 @@ class HDPissaEngine:
         pulse.reach("save", slow=True)
         self.check_weights()
         folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
-        files = checkpoint.own_files(kind, self.optimizer.store)
+        store, residual = self.optimizer.store, None
+        if kind == "small":
+            residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
+        files = checkpoint.own_files(kind, store)
         manifest = checkpoint.make_manifest(
             kind,
             self.optimizer,
             self.base,
             steps=(self.global_steps, self.skipped_steps),
             report=self.init_report,
-            residual=None,
+            residual=residual.overall if residual else None,
             client_state=client_state or {},
         )
         self._saver.save(Job(folder, files, manifest, save_total_limit), background=async_save)

@@ -30,6 +30,7 @@ from hdpissa.launch.train_checkpoints import (
 )
 from hdpissa.launch.train_checks import Job, check, model_options
 from hdpissa.launch.train_guard import Guard
+from hdpissa.launch.train_lock import lock_folder
 
 # ---------------------------------------------------------------------------------------------------
 # the loop
@@ -134,9 +135,9 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     from hdpissa.engine.metrics import Recorder, keep_rows
 
     folder = Path(args.output_dir)
+    lock_folder(folder, job.plan.rank)
     if job.plan.rank == 0:
         with pulse.alone("folder"):
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.json").unlink(missing_ok=True)
             keep_rows(folder / "metrics.jsonl", start)
     recorder = Recorder(
@@ -304,6 +305,8 @@ def main(argv: list[str] | None = None) -> bool:
 
     others = meet(args, job)
     try:
+        if args.resume_from_checkpoint is not None:  # before looking at what another run may still be writing
+            lock_folder(Path(args.output_dir), job.plan.rank)
         reader = find_checkpoint(args, job)
         recorder = make_recorder(args, job, reader.manifest.step if reader else 0)
     except ConfigError:  # which every rank raises
