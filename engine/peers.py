@@ -139,6 +139,11 @@ def _read_line(line: socket.socket) -> bytes:
     return read
 
 
+def patience(limit_s: float) -> float:
+    """Seconds to wait for an answer."""
+    return min(2.0, limit_s / 30)
+
+
 class Peers:
     """All ranks of a run, as seen by one of them.
 
@@ -181,18 +186,13 @@ class Peers:
         return self._speaker.acquire(blocking=False)
 
     @property
-    def patience(self) -> float:
-        """Seconds to wait for an answer."""
-        return min(3.0, self.hang_s / 20)
-
-    @property
     def heard(self) -> str:
         """What another rank said before it ended; empty when nobody did."""
         return self._door.heard if self._door else ""
 
     def _ask(self, peers: list[Peer], words: bytes = b"") -> dict[Peer, Answer]:
         with ThreadPoolExecutor(min(KNOCKERS, max(1, len(peers)))) as pool:
-            answers = pool.map(lambda peer: peer.knock(self.patience, words), peers)
+            answers = pool.map(lambda peer: peer.knock(patience(self.hang_s), words), peers)
             return dict(zip(peers, answers, strict=True))
 
     @property
@@ -200,15 +200,14 @@ class Peers:
         return [p for p in self.peers if p is not self.own]
 
     def ask_all(self) -> dict[Peer, Answer]:
-        """Everybody's answer, this rank's own report among them; who was mute is asked twice."""
+        """Everybody's answer, this rank's own report among them."""
         answers = self._ask(self._others)
-        answers |= self._ask([p for p, answer in answers.items() if answer == "mute"])
         return {p: answers.get(p, None) or pulse.report() for p in self.peers}
 
     def next_has_ended(self) -> bool:
         """Whether the process of the next rank is gone. As every rank asks, some living one notices any death."""
         after = self.peers[(self.own.rank + 1) % len(self.peers)]
-        return after is not self.own and after.knock(self.patience) == "ended"
+        return after is not self.own and after.knock(patience(self.hang_s)) == "ended"
 
     def is_first_here(self) -> bool:
         """Whether no lower rank of this host answers."""

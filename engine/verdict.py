@@ -40,14 +40,16 @@ def places(some: Iterable[Place]) -> str:
     return " and ".join(texts[:8]) + (f" and {len(texts) - 8} more hosts" if len(texts) > 8 else "")
 
 
-def stands_still(answers: Mapping[P, Answer], limit_s: float) -> bool:
+def stands_still(answers: Mapping[P, Answer], limit_s: float, slow_s: float) -> bool:
     """Whether nobody works any more: no rank that answers has moved for so long.
 
-    One at a slow place may be at work all the same, and then only somebody who does not answer is a reason.
+    Args:
+        limit_s: how long; slow_s: how long at a slow place, where a rank may be at work all the same. Somebody who
+            does not answer at all is not at work: then the first holds everywhere.
     """
     reports = [a for a in answers.values() if isinstance(a, Report)]
     missing = any(a in ("mute", "silent") for a in answers.values())
-    return all(r.idle_s >= limit_s for r in reports) and (missing or not any(r.slow for r in reports))
+    return all(r.idle_s >= (slow_s if r.slow and not missing else limit_s) for r in reports)
 
 
 def hanging(reports: Mapping[P, Report]) -> list[P]:
