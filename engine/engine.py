@@ -242,7 +242,7 @@ class HDPissaEngine:
         self.check_weights()
         folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
         store, residual = self.optimizer.store, None
-        if kind == "small":
+        if kind == "small" and self.optimizer.rule.second_order:
             residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
         files = checkpoint.own_files(kind, store)
         manifest = checkpoint.make_manifest(

@@ -67,7 +67,7 @@ def fit(
         scheduler.step()
         # --- log
         done = step + 1
-        figures = {**asdict(result), "epoch": round(done / data.steps_per_epoch, 4)}
+        figures = {**report(result), "epoch": round(done / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
         recorder.step(figures, log=done % args.logging_steps == 0 or done == total_steps)
         # --- refuse to go on
@@ -83,6 +83,11 @@ def fit(
         if result.interrupted and done < total_steps:
             return False
     return True
+
+
+def report(result: Any) -> dict[str, Any]:
+    """What of a step's result is for the record."""
+    return {name: value for name, value in asdict(result).items() if name not in ("interrupted", "failed_save")}
 
 
 # ---------------------------------------------------------------------------------------------------

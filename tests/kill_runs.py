@@ -39,7 +39,7 @@ SAVE_POINTS = [
 ]  # fmt: skip
 SIGNALS = ["kill one", "term one", "kill all", "term all", "launcher"]
 WAYS = [*(f"{point}:{nth}" for point, nth in SAVE_POINTS), *SIGNALS]
-HOW = {"step_time_s", "tokens_per_second", "peak_memory_bytes", "interrupted"}  # of a row: how it came about
+HOW = {"step_time_s", "tokens_per_second", "peak_memory_bytes"}  # of a row: how it came about
 
 
 @dataclass(frozen=True)
