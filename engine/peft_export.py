@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -151,8 +152,12 @@ def _measure(
     origin = _origin(model)
     params = names_by_param(model)
     weights = list(zip(store.targets, adapted, strict=True))
-    with BaseFiles(origin) as base:
-        found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
+    with ExitStack() as stack:
+        try:
+            base = stack.enter_context(BaseFiles(origin))
+            found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
+        except ConfigError:  # damaged since it was loaded; the other ranks may see it whole
+            found = {"": None}
         if not agreed(all(found.values())):
             what = f"of the base {origin}" if origin else "since the model was not loaded from a folder or a hub name"
             return None, f"the weights it began with cannot be read again {what}"

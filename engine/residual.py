@@ -119,7 +119,7 @@ def _measure_piece(change: Change, reader: Pairs, begin: int, end: int) -> Tenso
     where, adapted = change.owned.part(begin, end), change.adapted
     trained = change.trained(begin, begin + where.numel).to(reader.world.device)
     left = trained - change.base(where).to(trained)
-    sums = [torch.zeros((), dtype=torch.float64), left.double().square().sum(), _rounding(trained)]
+    whole, rounding = _squares(left), _rounding(trained)
     step = max(1, PIECE_ELEMENTS // (adapted.rows + adapted.cols))
     for first in range(0, adapted.r, step):
         A, B = reader.read(adapted, first, min(first + step, adapted.r))
@@ -127,14 +127,20 @@ def _measure_piece(change: Change, reader: Pairs, begin: int, end: int) -> Tenso
             product = torch.mm(B[where.row_start : where.row_stop], A).flatten()
             skip = where.start - where.row_start * where.cols
             left -= adapted.scale * product[skip : skip + where.numel]
-    sums[0] = left.double().square().sum()
-    return torch.stack([s.cpu() for s in sums])
+    return torch.stack([_squares(left), whole, rounding]).cpu()
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Σ x², float64; in float32 within short stretches, which is ten times faster than converting all."""
+    return sum((torch.dot(x, x).double() for x in values.split(2**18)), values.new_zeros((), dtype=torch.float64))
 
 
 def _rounding(W: Tensor) -> Tensor:
-    """Expected square of the error of rounding each of these numbers to fp32 once: ulp² / 12."""
-    exponent = torch.frexp(W.abs().clamp_min(torch.finfo(torch.float32).tiny)).exponent
-    return torch.exp2(2.0 * (exponent.double() - 24)).sum() / 12
+    """Expected square of the error of rounding each of these fp32 numbers once: ulp² / 12, summed."""
+    exponents = (W.view(torch.int32) >> 23) & 0xFF  # biased by 127; an ulp is 2⁻²³ of the power
+    counts = torch.bincount(exponents, minlength=256).double()
+    ulps = torch.exp2(torch.arange(256, dtype=torch.float64, device=W.device).clamp_min(1) - 150)
+    return (counts * ulps.square()).sum() / 12
 
 
 def _summary(changes: Sequence[Change], squares: Tensor, updates: int) -> Residual:

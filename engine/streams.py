@@ -5,8 +5,9 @@ arrives, a piece of at most `PIECE_BYTES` at a time: ZeRO-3's flat shards, one a
 tensor. A finished file is read again from the disk and has to have the checksum of what was sent.
 
 Everything is written into a hidden folder inside the one that was asked for. Only when all of it is complete and
-verified do the files get their places: what could start a load of the old export (its index or config) goes first,
-the new one's comes last. A crash in between leaves an export that does not load, never one that is a mix.
+verified do the files get their places: those of an earlier export are moved aside first, beginning with what a loader
+would begin with (its index or config), and the new one's comes last. What fails is taken back. A crash in between
+leaves a folder that does not load, never one that is a mix; the earlier files are then in `.export.replaced`.
 
 Also used by one process without any process group (`World()`), so nothing here imports DeepSpeed.
 """
@@ -31,8 +32,8 @@ from .export_report import ExportReport
 from .faults import fault
 from .tensor_file import DTYPE_NAMES, header
 
-PIECE_BYTES = 32 * 2**20  # rank 0 holds a piece, its copy on the host, and what gloo or NCCL needs for it
-PARTIAL = ".export.partial"
+PIECE_BYTES = 16 * 2**20  # in fp32; rank 0 holds a piece, what it is made from, and what gloo or NCCL needs for it
+PARTIAL, REPLACED = ".export.partial", ".export.replaced"
 REPORT = "hdpissa_export.json"
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,7 +88,7 @@ def collect(entry: Entry, world: World) -> Iterator[Tensor]:
     for block in entry.blocks():
         pulse.tick()
         if block.rows is None:
-            yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // entry.dtype.itemsize))
+            yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // 4))
         else:
             parts = [p.view(block.rows, -1) for p in _pieces(block, entry.dtype, world, max(block.sizes))]
             if parts:
@@ -198,7 +199,8 @@ class Outbox:
             text = bytes(told.tolist())
         if text:
             if self.world.rank == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                for folder in (self.partial, self.folder / REPLACED):
+                    shutil.rmtree(folder, ignore_errors=True)
             raise ConfigError(text.decode())
 
     def publish(self, report: ExportReport, entry_point: str, stale: Sequence[str]) -> None:
@@ -220,17 +222,31 @@ class Outbox:
         for path in self.partial.iterdir():
             _sync(path)  # those that transformers wrote
         disk.sync_folder(self.partial)
-        names = sorted((p.name for p in self.partial.iterdir()), key=lambda name: (name == entry_point, name))
-        alone = entry_point.endswith(".safetensors")
-        for path in [path for pattern in stale for path in sorted(self.folder.glob(pattern))]:
-            if not (alone and path.name == entry_point):  # a single file takes the place of its predecessor at once
-                path.unlink()
+        new = sorted((p.name for p in self.partial.iterdir()), key=lambda name: (name == entry_point, name))
+        old = [path.name for pattern in stale for path in sorted(self.folder.glob(pattern))]
+        old += [name for name in new if (self.folder / name).exists() and name not in old]
+        replaced = self.folder / REPLACED
+        shutil.rmtree(replaced, ignore_errors=True)
+        disk.make_folder(replaced)
+        moves = [(self.folder / name, replaced / name) for name in old]
+        _move_all([*moves, *((self.partial / name, self.folder / name) for name in new)])
         disk.sync_folder(self.folder)
-        for name in names:
-            fault("export.publish")
-            os.rename(self.partial / name, self.folder / name)
-        disk.sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         self.partial.rmdir()
+
+
+def _move_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Renames in this order; takes everything back where one fails."""
+    done = []
+    try:
+        for source, target in moves:
+            fault("export.publish")
+            os.rename(source, target)
+            done.append((source, target))
+    except OSError:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        raise
 
 
 def _sync(path: Path) -> None:

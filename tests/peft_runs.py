@@ -16,13 +16,19 @@ def train(engine, *, steps: int, lr: float) -> None:
             engine.step()
 
 
-def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},), model=None):
+def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},), model=None, pieces=None):
     """Trains a checkpoint (or a fresh model), exports adapters into folder/0, folder/1, …
+
+    Args:
+        pieces: (bytes of a piece that is sent, elements of one that is measured).
 
     Returns: the engine's logits, exact weights (rank 0), the reports, kinds of the updates, (A, ΣΔA, B, ΣΔB).
     """
-    from hdpissa.engine import initialize, load_pretrained, peft_export
+    from hdpissa.engine import initialize, load_pretrained, peft_export, residual, stacks, streams
 
+    if pieces:
+        streams.PIECE_BYTES = stacks.PIECE_BYTES = pieces[0]
+        residual.PIECE_ELEMENTS = pieces[1]
     net = load_pretrained(source, settings) if source else build(model)
     engine = initialize(model=net, config=settings)
     before = whole_weights(engine)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ds_settings, tiny_batch, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hdpissa.engine import adapter, disk, hf_folder, streams
+from hdpissa.engine import adapter, disk, faults, hf_folder, streams
 from hdpissa.launch import export, export_checkpoint
 
 EXPORTS = [
@@ -267,3 +268,56 @@ def test_a_full_disk_leaves_the_earlier_export(copy, capsys, monkeypatch):
     assert run_export(copy / "full", copy / "kept", "--format", "hf") == 2
     assert "GB are free" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in (copy / "kept").iterdir()} == before
+
+
+@pytest.mark.parametrize("nth", range(1, 100, 9))
+def test_a_failure_between_two_renames_is_taken_back(copy, capsys, monkeypatch, nth):
+    """The earlier export, several files with an index, is there as it was, whichever rename fails."""
+    assert run_export(copy / "full", copy / "kept", "--format", "hf") == 0
+    monkeypatch.setattr(hf_folder, "MAX_FILE_BYTES", 6_000)
+    assert run_export(copy / "full", copy / "kept", "--format", "hf", "--dtype", "bf16") == 0
+    before = {p.name: p.read_bytes() for p in (copy / "kept").iterdir()}
+    monkeypatch.setattr(faults, "_passages", Counter())
+    monkeypatch.setattr(faults, "_fault", faults.Fault("export.publish", None, None, "EIO", nth))
+    monkeypatch.setattr(hf_folder, "MAX_FILE_BYTES", 4_000)
+    code = run_export(copy / "full", copy / "kept", "--format", "hf")
+    after = {p.name: p.read_bytes() for p in (copy / "kept").iterdir()}
+    if code:
+        assert "Input/output error" in capsys.readouterr().err
+        assert after == before
+    else:
+        assert nth > len(before)
+        assert hf_folder.INDEX in after
+        assert not [name for name in after if name.startswith(".")]
+
+
+def test_a_kill_between_two_renames_never_leaves_a_mix(copy, saved, monkeypatch):
+    """Stopped after any number of renames, with nothing taken back: a whole export, or none that loads."""
+
+    def weights(folder):
+        return {p.name: p.read_bytes() for p in folder.glob("*.safetensors*")}
+
+    first, second = copy / "first", copy / "second"
+    monkeypatch.setattr(hf_folder, "MAX_FILE_BYTES", 6_000)
+    for folder, dtype in ((first, "bf16"), (second, "fp32")):
+        assert run_export(copy / "full", folder, "--format", "hf", "--dtype", dtype) == 0
+    seen, moves = [], []
+
+    def record(made):
+        moves.extend(made)
+
+    monkeypatch.setattr(streams, "_move_all", record)
+    monkeypatch.setattr(Path, "rmdir", lambda self: None)
+    shutil.copytree(first, copy / "kept")
+    assert run_export(copy / "full", copy / "kept", "--format", "hf", "--dtype", "fp32") == 0
+    (copy / "kept" / streams.REPLACED).mkdir()  # the export has cleaned it up
+    for source, target in [(None, None), *moves]:
+        if source:
+            source.rename(target)
+        loadable = (copy / "kept" / hf_folder.INDEX).exists()
+        whole = [loadable and weights(copy / "kept") == weights(folder) for folder in (first, second)]
+        seen.append("old" if whole[0] else "new" if whole[1] else "none")
+        assert seen[-1] != "none" or not loadable
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
+    assert "none" in seen
