@@ -131,6 +131,11 @@ def meet(timeout_s: float, hang_s: float) -> peers.Peers:
 def part() -> None:
     """Waits until every rank has come to the end of the run: who leaves earlier looks lost to the others."""
     pulse.reach("end")
+    barrier()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
     dist.barrier()
 
 

@@ -120,8 +120,6 @@ def meet(args: Any, job: Job) -> Any:
 
     try:
         zero3.init_distributed(args.ddp_timeout)
-        if job.plan.rank:  # where hosts do not share the folder nobody else does this; rank 0 writes after the meeting
-            (Path(args.output_dir) / "run_state.json").unlink(missing_ok=True)
         return zero3.meet(args.ddp_timeout, args.hang_s)
     except RuntimeError as error:
         if not peers.is_loss(error):
@@ -141,6 +139,9 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
 
     folder = Path(args.output_dir)
     lock_folder(folder, job.plan.rank)
+    if job.plan.rank:  # where hosts do not share the folder nobody else does this
+        (folder / "run_state.json").unlink(missing_ok=True)
+    zero3.barrier()  # rank 0 writes after it
     if job.plan.rank == 0:
         with pulse.alone("folder"):
             (folder / "run.json").unlink(missing_ok=True)
