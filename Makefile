@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUTPUT ?= outputs/demo
 
-.PHONY: venv check test demo bench gpu clean
+.PHONY: venv check test faults demo bench gpu clean
 
 venv: $(READY)
 
@@ -27,6 +27,11 @@ check: $(READY)
 # Two files at a time: most tests use one core, or wait for ranks.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# The long form of the fault tests: hangs and deaths at every point, and sixty runs killed and resumed. RUNS=300 for more.
+faults: $(READY)
+	FAULTS=long $(BIN)/python -m pytest tests/test_faults.py tests/test_crash_states.py tests/test_storage.py
+	$(BIN)/python tests/kill_runs.py --runs $(or $(RUNS),60)
 
 # Two ranks, four slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.
 demo: $(READY)

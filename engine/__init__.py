@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .build import initialize, load_pretrained
-    from .engine import HDPissaEngine, StepResult
+    from .engine import HDPissaEngine
     from .errors import ConfigError
+    from .results import StepResult
 
 _HOMES = {
     "ConfigError": "errors",
     "HDPissaEngine": "engine",
-    "StepResult": "engine",
+    "StepResult": "results",
     "initialize": "build",
     "load_pretrained": "build",
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import datasets
 import torch
 
+from . import pulse
 from .data import IGNORE
 from .errors import ConfigError
 
@@ -104,6 +105,7 @@ class SliceBatches:
 
     def batch(self, step: int, slice_id: int, micro_batch: int) -> dict[str, torch.Tensor]:
         """The tensors of `collate` for one micro-batch."""
+        pulse.reach("step.data")
         return _gather(self.dataset, self.sample_indices(step, slice_id, micro_batch), self.pad_token_id)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import adapt, base_files, checkpoint, decompose, ds_config, pretrained, sharded_load, zero3
+from . import adapt, base_files, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
 from .buckets import make_buckets
 from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
@@ -35,7 +35,7 @@ def initialize(
     config: str | Path | dict,
     *,
     lr: float | None = None,
-    resume_from: CheckpointReader | None = None,
+    resume_from: CheckpointReader | str | Path | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> HDPissaEngine:
     """Makes an engine out of a model and a DeepSpeed config; collective.
@@ -46,8 +46,8 @@ def initialize(
         config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
             Trainer would fill become: micro-batch 1, accumulation 1, no clipping.
         lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
-        resume_from: a checkpoint (see `checkpoint.open_checkpoint`) whose factors and state are taken; nothing is
-            decomposed then. `engine.load_checkpoint` does the same later, after a decomposition.
+        resume_from: a checkpoint, or a folder of them whose latest counts; its factors and state are taken, and
+            nothing is decomposed. `engine.load_checkpoint` does the same later, after a decomposition.
         progress: called with each target's name when its slices are ready.
 
     Raises:
@@ -59,6 +59,7 @@ def initialize(
     check_kernels(hd)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
+    pulse.reach("start.shards", slow=True)
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
     kept = _shard(model, settings, targets, plan)
@@ -72,6 +73,8 @@ def initialize(
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)
+    if isinstance(resume_from, str | Path):
+        resume_from = checkpoint.open_checkpoint(resume_from)
     if resume_from is not None:
         checkpoint.refuse_others(resume_from, store, rule, base)
         report = checkpoint.fill_factors(resume_from, store, exchange)
@@ -93,6 +96,7 @@ def initialize(
         engine.restore(resume_from)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
+    pulse.reach("start.ready")
     return engine
 
 
@@ -112,6 +116,7 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
     settings, hd, values = resolve_config(config)
     make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
     check_kernels(hd)
+    pulse.reach("start.model", slow=True)
     with sharded_load.reading_own_rows():
         return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 

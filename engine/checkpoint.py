@@ -161,7 +161,7 @@ def _spec(t: Target) -> TargetSpec:
 # --- what is found ---------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: str | Path, plan_rank: int, world_size: int, *, fall_back: bool) -> CheckpointReader:
+def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointReader:
     """The checkpoint of a folder, every file compared with its SHA-256 by one of the ranks; collective.
 
     Args:
@@ -171,17 +171,17 @@ def open_checkpoint(path: str | Path, plan_rank: int, world_size: int, *, fall_b
     Raises:
         CheckpointError: on all ranks alike.
     """
-    path = Path(path)
+    path, rank, world_size = Path(path), dist.get_rank(), dist.get_world_size()
     itself = (path / layout.MANIFEST).is_file()
     choice: list[Any] = [[str(p) for p in ([path] if itself else folders.candidates(path))]]
     dist.broadcast_object_list(choice, 0)  # what rank 0 sees, so that all try the same
     problems = []
     for candidate in choice[0] if fall_back or itself else choice[0][:1]:
-        reader, problem = _verified(Path(candidate), plan_rank, world_size)
+        reader, problem = _verified(Path(candidate), rank, world_size)
         if reader is not None and problem is None:
             return reader
         problems.append(problem)
-        if plan_rank == 0 and fall_back:
+        if rank == 0 and fall_back:
             logger.warning("%s", problem)
     if not problems:
         raise CheckpointError(f"{path} holds no checkpoint (no {layout.MANIFEST}); give a folder checkpoint-N")
@@ -281,6 +281,9 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             views[state, name][1].copy_(B)
     if manifest.kind == "small":
         optimizer.apply_sums()
+        if store.plan.rank == 0 and manifest.second_order:
+            lost = "unknown" if manifest.residual is None else f"{manifest.residual:.1e}"
+            logger.warning("%s is small: the second-order part of the change of W is lost (%s)", reader.folder, lost)
     else:
         for target in store.targets:
             owned = target.own_range(store.plan)

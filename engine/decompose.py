@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import svd, zero3
+from . import pulse, svd, zero3
 from .errors import ConfigError
 from .exchange import FactorExchange
 from .factors import FactorStore
@@ -83,6 +83,7 @@ def _fill(store: FactorStore, exchange: FactorExchange, own: Any, progress: Call
     for bucket in store.buckets:
         As, Bs = [], []
         for target in bucket.targets:
+            pulse.reach("start.slices", slow=True)
             A, B, residual = next(own)
             As.append(A.flatten())
             Bs.append(B.flatten())

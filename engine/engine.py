@@ -12,7 +12,7 @@ DeepSpeed's engine is held, not subclassed: four public methods of it are used, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, decompose, export, folders, peft_export, zero3
+from . import checkpoint, decompose, export, faults, folders, nonfinite, peft_export, pulse, zero3
 from .checkpoint_format import Base, CheckpointReader, Kind
 from .errors import ConfigError
 from .export_report import ExportReport
 from .optimizer import SliceOptimizer, Vote
+from .results import ExchangePlan, StepResult
 from .saver import Job, SaveError, Saver
 from .slicing import SlicePlan
 from .targets import Target
@@ -34,67 +35,14 @@ logger = logging.getLogger(__name__)
 TALLIES = 4  # numbers of the engine in the vote: loss, tokens, ranks that were asked to stop, ranks with a failed save
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What happened in one optimizer step; equal on all ranks but for `bytes_sent`.
-
-    Attributes:
-        step: optimizer steps done, this one included, skipped ones too.
-        applied: whether W was changed. refusal: why it was not (a gradient of any rank not finite, or a
-            learning rate that could carry a weight beyond fp32); empty when it was.
-        loss: mean over ranks and micro-batches.
-        grad_norm: L2 norm over all factor gradients of all slices, before clipping.
-        learning_rate: the one used.
-        tokens: input tokens of all ranks, padding excluded.
-        bytes_sent, collectives: of this rank, see `exchange`.
-        interrupted: whether any rank's `request_stop` was called before this step.
-        failed_save: what went wrong with a checkpoint that was being saved in the background; else empty.
-    """
-
-    step: int
-    applied: bool
-    refusal: str
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    bytes_sent: int
-    collectives: int
-    interrupted: bool = False
-    failed_save: str = ""
-
-
-@dataclass(frozen=True)
-class ExchangePlan:
-    """How the update of every weight travels, decided at the start.
-
-    Attributes:
-        factor_targets, dense_targets: weights by kind.
-        buckets: they are stepped in.
-        collectives: per step, the vote included.
-        bytes_per_step: sent by this rank, as the cost model has it; `StepResult.bytes_sent` must equal it.
-    """
-
-    factor_targets: int
-    dense_targets: int
-    buckets: int
-    collectives: int
-    bytes_per_step: int
-
-    def __str__(self) -> str:
-        return (
-            f"exchange: {self.factor_targets} weights by factors, {self.dense_targets} dense, in {self.buckets} "
-            f"buckets; per step {self.collectives} collectives, {self.bytes_per_step / 2**20:.2f} MiB sent by rank 0"
-        )
-
-
 class HDPissaEngine:
     """One rank's handle on an HD-PiSSA run; made by `initialize`.
 
     Attributes:
         module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
         plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
-        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing.
+        global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing;
+            skipped_in_a_row: those since the last that did.
     """
 
     def __init__(
@@ -110,7 +58,7 @@ class HDPissaEngine:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report, self.base = report, base
         self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
-        self.global_steps = self.skipped_steps = 0
+        self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation
         self._per_slice = accumulation // plan.slices_per_rank
         self._micro = 0  # backward passes since the last step
@@ -129,6 +77,7 @@ class HDPissaEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. In training mode the micro-batch belongs to the slice whose turn it is."""
+        pulse.reach("step.forward" if self.module.training else "eval")
         if self.module.training:
             self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
             self._tokens += _count_tokens(kwargs)
@@ -142,9 +91,11 @@ class HDPissaEngine:
             )
         if self._micro == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
+        pulse.reach("step.backward")
+        loss = faults.spoilt("loss", loss)
         scaled = self.ds.backward(loss)
         self.optimizer.store.end_of_backward()
-        self._loss += loss.detach()
+        self._loss += faults.spoilt("loss.value", loss.detach())
         self._micro += 1
         return scaled
 
@@ -171,8 +122,11 @@ class HDPissaEngine:
             self.optimizer.step()
             zero3.fence()
             self.ds.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            vote = replace(vote, refusal=vote.refusal + nonfinite.locate(self.optimizer.store, self.module, self._loss))
             if self.plan.rank == 0:
                 logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
             self.ds.optimizer.zero_grad()
@@ -243,6 +197,7 @@ class HDPissaEngine:
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`module.generate`; all ranks must call it together, because each forward gathers weights."""
         kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
+        pulse.reach("generate")
         with torch.no_grad():
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -283,19 +238,24 @@ class HDPissaEngine:
         """
         if self._micro:
             raise RuntimeError(f"save_checkpoint after {self._micro} micro-batches: save right after a step")
+        pulse.reach("save", slow=True)
         self.check_weights()
         folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
-        files = checkpoint.own_files(kind, self.optimizer.store)
+        store, residual = self.optimizer.store, None
+        if kind == "small" and self.optimizer.rule.second_order:
+            residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
+        files = checkpoint.own_files(kind, store)
         manifest = checkpoint.make_manifest(
             kind,
             self.optimizer,
             self.base,
             steps=(self.global_steps, self.skipped_steps),
             report=self.init_report,
-            residual=None,
+            residual=residual.overall if residual else None,
             client_state=client_state or {},
         )
         self._saver.save(Job(folder, files, manifest, save_total_limit), background=async_save)
+        pulse.reach("saved")
         return folder
 
     def wait_for_checkpoint(self) -> None:
@@ -314,7 +274,7 @@ class HDPissaEngine:
             CheckpointError: on all ranks alike: damaged, or of another run.
         """
         path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
-        reader = checkpoint.open_checkpoint(path, self.plan.rank, self.plan.world_size, fall_back=False)
+        reader = checkpoint.open_checkpoint(path)
         store = self.optimizer.store
         checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base)
         checkpoint.refuse_changed(reader, self.optimizer)

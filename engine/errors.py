@@ -4,6 +4,8 @@ Everything a person can get wrong (a config key, a path, a column name) is
 raised as `ConfigError` with one line that names the value, the rule and the
 remedy. Scripts under `launch/` print that line on rank 0 and exit with code 2.
 Ranks that lose each other raise `LostError`; each prints its line, exit code 1.
+What all ranks have found out together and no run should go on with raises
+`StopError` on all of them; rank 0 prints the line, exit code 1.
 Anything else is a bug and keeps its traceback.
 """
 
@@ -14,3 +16,7 @@ class ConfigError(ValueError):
 
 class LostError(RuntimeError):
     """A collective failed, or could not have ended. The message is one line: what was lost, and what to do."""
+
+
+class StopError(RuntimeError):
+    """The run must not go on, and every rank knows it. The message is one line: what, at which step, on which rank."""

@@ -8,19 +8,42 @@ A rank or step may be `*`. The action happens at the nth passage (from 1, defaul
     RAISE            RuntimeError
     ENOSPC EIO       OSError with that number
     SLEEP            stands still for an hour, as a hung process does, other threads alive
-    NAN INF FLIP     for the caller: `fault` returns the action's name, and the caller spoils its own data
+    GIL              the same, but holds the interpreter, so that no thread of the process runs
+    NAN INF FLIP     for the caller: `fault` returns the action's name, and the caller spoils its own data (`spoil_`)
 
-Steps are what `at_step` was last told. Faults are read once, at import.
+Steps are what `at_step` was last told: optimizer steps from 1, and 0 before the first. Faults are read once, at import.
+
+The points of a run, in order; those with a dot after "step" are beats of `pulse` too, and are passed by every rank:
+
+    start.model start.shards start.slices     weights are read, sharded, decomposed
+    step.data step.forward step.backward      per micro-batch; forward of evaluation and generation is `eval`
+    loss loss.value                           spoils the loss; only the number that is voted on, and not the gradients
+    grad.A grad.B                             spoils the own gradients of the first bucket, before sharers sum them
+    step.reduce step.vote step.voted          sharers sum; before and after the vote
+    step.exchange step.apply                  per bucket: Δ is computed and sent; W is about to be changed
+    apply.weight                              per weight, before it is changed (nth: mid apply)
+    step.applied                              W is changed, the moments too
+    memory.A memory.own_B memory.B_rows memory.frozen memory.buffer memory.lr memory.exp_avg
+                                              spoils what the check of `integrity` looks at, just before it looks
+    save saved                                around a checkpoint (`disk` and `folders` have points, too)
+    export                                    per tensor
+    alone.NAME                                rank 0 is about to write NAME: run.json, run_state.json, metrics,
+                                              tokenizer, sample_after_training.json, folder
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "HDPISSA_FAULT"
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
@@ -43,7 +66,7 @@ class Fault:
     def parse(cls, text: str) -> Fault:
         """Raises ValueError for a text that is none: a test whose fault never happens would pass."""
         point, rank, step, action, *nth = text.split(":")
-        if action not in {*SIGNALS, *ERRORS, *SPOILS, "RAISE", "SLEEP"}:
+        if action not in {*SIGNALS, *ERRORS, *SPOILS, "RAISE", "SLEEP", "GIL"}:
             raise ValueError(f"{VARIABLE}: there is no action {action!r}")
         at = [None if value == "*" else int(value) for value in (rank, step)]
         return cls(point, at[0], at[1], action, int(nth[0]) if nth else 1)
@@ -82,6 +105,30 @@ def _act(action: str, point: str) -> str | None:
         raise RuntimeError(f"{VARIABLE} at {point}")
     elif action == "SLEEP":
         time.sleep(FOREVER_S)
+    elif action == "GIL":
+        ctypes.PyDLL(None).sleep(FOREVER_S)  # PyDLL, unlike CDLL, keeps the interpreter
     else:
         return action
     return None
+
+
+def spoil_(point: str, tensor: Tensor) -> None:
+    """Spoils the middle element in place when a fault says so: nan, inf, or its lowest bit flipped."""
+    how = fault(point)
+    if how is None or not tensor.numel():
+        return
+    flat = tensor.detach().view(-1)
+    middle = flat[len(flat) // 2 : len(flat) // 2 + 1]
+    if how == "FLIP":
+        import torch
+
+        lowest = middle.view(torch.uint8)
+        lowest[:1] = lowest[:1] ^ 1  # little-endian
+    else:
+        middle.fill_(float(how.lower()))
+
+
+def spoilt(point: str, value: Tensor) -> Tensor:
+    """The value, or nan or inf times it when a fault says so; gradients follow."""
+    how = fault(point)
+    return value if how is None else value * float(how.lower())

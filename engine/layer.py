@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import api as kernels
 from ..kernels import choice
+from . import pulse
 from .shared_input import SharedInputs
 
 # zero.Init replaces torch.nn.functional.linear for the whole process by a Function that saves
@@ -70,6 +71,7 @@ class SliceLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + bias; x: (…, I) → (…, O)."""
+        pulse.tick()
         if not (self.training and torch.is_grad_enabled()):
             return linear(x, self.weight, self.bias)
         factors = self.slice_factors
@@ -98,6 +100,7 @@ class _SliceLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
+        pulse.tick()
         x, p_TR = ctx.saved_tensors
         factors, grad_A_RI = ctx.factors, ctx.A_RI.grad
         dx, q_TR = _products_backward(dy, p_TR, ctx.weight, ctx.B_OR, factors, wanted=ctx.needs_input_grad[0])

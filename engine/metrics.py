@@ -20,6 +20,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import pulse
+from .errors import StopError
+
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
@@ -74,7 +77,7 @@ class Recorder:
         self._flops_per_token = 4 * weights
         peak = peak_flops(device_name)
         self._peak = peak * devices if peak else None
-        self._last = self._moved = time.perf_counter()
+        self._last = time.perf_counter()
         self.steps_done = 0
         self._file: IO[str] | None = None if quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._console = Console(quiet=quiet)
@@ -94,10 +97,6 @@ class Recorder:
         self._progress.start()
         self._last = time.perf_counter()
 
-    def idle_s(self) -> float:
-        """Seconds since something was recorded: how long the run has stood still, or has been busy with one thing."""
-        return time.perf_counter() - self._moved
-
     def resume_clock(self) -> None:
         """Leaves out what happened since the last step (evaluation, generation)."""
         self._last = time.perf_counter()
@@ -112,7 +111,7 @@ class Recorder:
         Returns: the row.
         """
         now = time.perf_counter()
-        seconds, self._last, self._moved = now - self._last, now, now
+        seconds, self._last = now - self._last, now
         self.steps_done = figures["step"]
         row = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in figures.items()}
         row["step_time_s"] = round(seconds, 6)
@@ -135,14 +134,25 @@ class Recorder:
         self._write({name: finite_or_none(v) if isinstance(v, float) else v for name, v in row.items()})
         self.say(f"eval   step {row['step']:>5}  eval_loss {row['eval_loss']:.4f}  perplexity {row['perplexity']:.2f}")
 
+    def integrity(self, row: Mapping[str, Any]) -> None:
+        """Records a check for silent corruption that the run has passed; warns of slices with an odd update."""
+        self._write(row)
+        for odd in row["outliers"]:
+            norms = row["delta_norms"]
+            self.say(
+                f"warning: step {row['step']}: the update of slice {odd} (rank {row['ranks'][odd]}) has norm "
+                f"{norms[odd]:.2e}, those of all slices {', '.join(f'{n:.2e}' for n in norms[:16])}; if this goes on, "
+                f"look at that device"
+            )
+
     def say(self, text: str) -> None:
         """Prints a line above the bar, on rank 0 only."""
-        self._moved = time.perf_counter()
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            with pulse.alone("metrics"):
+                self._file.write(json.dumps(row) + "\n")
 
     def _show(self, row: Mapping[str, Any], seconds: float) -> None:
         if self._console.is_terminal:
@@ -153,7 +163,8 @@ class Recorder:
     def save_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file of the output folder, whole or not at all."""
         if not self.quiet:
-            write_json(self.folder / name, content)
+            with pulse.alone(name):
+                write_json(self.folder / name, content)
 
     def state(self, state: str, step: int, message: str = "") -> None:
         """run_state.json: "running", "finished", "preempted" or "failed", at which step, and why.
@@ -173,8 +184,8 @@ class Recorder:
         path = self.folder / "run_state.json"
         if (self.rank or lost) and _says_failed(path):
             return
-        text = str(error) if lost else f"{type(error).__name__}: {error}"
-        message = text if lost or self.rank == 0 else f"rank {self.rank}: {text}"
+        text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"
+        message = text if lost or self.rank == 0 or isinstance(error, StopError) else f"rank {self.rank}: {text}"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, _state("failed", self.steps_done, message), rank=self.rank)
 

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import bounds
+from . import bounds, faults, pulse
 from .bounds import Extent, WeightBounds
 from .buckets import Bucket, Piece
 from .delta import DeltaRule
@@ -88,6 +88,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self._clip = 1.0
         self._change = 0.0  # bound of |ΔA| and |ΔB| in the step that was voted on
         self.largest_grad = 0.0  # bound of any gradient that Adam has seen
+        self.observe: Callable[[Bucket, Tensor], None] | None = None  # is shown every bucket's Δ (`integrity`)
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
 
@@ -105,17 +106,23 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     def reduce(self) -> None:
         """Phase 1: sums the gradients of a shared slice over its ranks."""
+        pulse.reach("step.reduce")
+        first = self.store.buckets[0]
+        faults.spoil_("grad.A", self.store.grads[first.start : first.stop_A])
+        faults.spoil_("grad.B", self.store.grads[first.stop_A : first.stop])
         self.exchange.sum_over_sharers(self.store.grads)
 
     def vote(self, tallies: Tensor) -> Vote:
         """Phase 2: agrees on norm and finiteness, sets the clip factor for `step`, or refuses the step.
 
         Args:
-            tallies: any float64 numbers of the caller, summed over ranks in the same all-reduce.
+            tallies: any float64 numbers of the caller, summed over ranks in the same all-reduce. One that is not
+                finite on any rank refuses the step, too: the loss is among them.
 
         Raises:
             RuntimeError: on all ranks, when an earlier step had results that were not finite.
         """
+        pulse.reach("step.vote")
         # in pieces: in float64 the whole buffer would be copied at twice its size, at the step's peak of memory
         pieces = self.store.grads.split(NORM_ELEMENTS)
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in pieces])
@@ -125,13 +132,14 @@ class SliceOptimizer(torch.optim.Optimizer):
         ballot = torch.cat([torch.stack(own), tallies.to(once)])
         self.exchange.sum_over_world(ballot)
         squared, lost, lr, *summed = ballot.tolist()
+        pulse.reach("step.voted")
         _refuse_lost(lost)
         grad_norm = math.sqrt(squared) if math.isfinite(squared) else squared
         clipped = 0 < self.max_grad_norm < grad_norm
         self._clip = self.max_grad_norm / grad_norm if clipped and math.isfinite(grad_norm) else 1.0
-        return Vote(grad_norm, summed, self._refusal(grad_norm, lr))
+        return Vote(grad_norm, summed, self._refusal(grad_norm, lr, summed))
 
-    def _refusal(self, grad_norm: float, lr: float) -> str:
+    def _refusal(self, grad_norm: float, lr: float, tallies: list[float]) -> str:
         """Why the step cannot be taken, on all ranks alike; decided from summed numbers only.
 
         Args:
@@ -139,6 +147,8 @@ class SliceOptimizer(torch.optim.Optimizer):
         """
         if not math.isfinite(grad_norm):
             return "a gradient is not finite"
+        if not all(map(math.isfinite, tallies)):
+            return "a loss is not finite"
         largest = max(self.largest_grad, grad_norm * self._clip)
         if largest > bounds.LARGEST_GRADIENT:
             return f"gradients of norm {grad_norm:.1e}: their squares would leave fp32"
@@ -167,8 +177,10 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.bounds.grow(self._change)
         with full_fp32():
             for bucket in self.store.buckets:
+                pulse.reach("step.exchange")
                 dtype = self.rule.dtype if bucket.kind == "factor" else torch.float32
                 self._apply(bucket, partial(self._adam, bucket, dtype))
+        pulse.reach("step.applied")
 
     def _apply(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
         """Sends Δ of the own slices and takes everybody's off W.
@@ -193,14 +205,18 @@ class SliceOptimizer(torch.optim.Optimizer):
             grad_scale=self.grad_scale * self._clip,
             dtype=dtype,
         )
+        if self.observe is not None:
+            self.observe(bucket, delta)
         store.delta_sum[here] += delta  # as it is sent: what rounding to bf16 took away never reaches W
         return delta
 
     def _apply_factors(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
         """All slices' ΔA and ΔB rows come here."""
         received = self.exchange.factors(bucket, delta())
+        pulse.reach("step.apply")
         for index, target in enumerate(bucket.targets):
             assert target.shard is not None
+            faults.fault("apply.weight")
             factors = self.store.A[target.name], self.store.B_rows[target.name]
             deltas = received.A(index), received.B(index)
             owned = target.own_range(self.store.plan)
@@ -214,6 +230,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         dB = bucket.views_B(delta[bucket.numel_A :])
         deltas = {t.name: (A, B) for t, A, B in zip(bucket.targets, dA, dB, strict=True)}
         for pieces in bucket.rounds or ():
+            pulse.tick()
             self._subtract(pieces, self.exchange.reduce_to_owners(self._dense_parts(pieces, deltas)))
 
     def _dense_parts(self, pieces: list[Piece], deltas: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -236,6 +253,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         plan, at = self.store.plan, 0
         for piece in pieces:
             assert piece.target.shard is not None
+            faults.fault("apply.weight")
             D = summed[at : at + piece.of(plan.rank).numel]
             self.rule.subtract(piece.target.shard, piece.begin, D, self._bad, scale=piece.target.scale)
             at += piece.size

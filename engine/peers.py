@@ -1,32 +1,41 @@
-"""Who else is in the run, and who of them still answers.
+"""Who else is in the run, who of them still answers, and what each is doing.
 
 A collective that fails says little: gloo names a socket that was closed (often a neighbour's, who noticed first), NCCL
-ends the process without any exception. So every rank opens a door, a port that a connection is accepted on and nothing
-else, and knocks at the others' when something went wrong. An answer: that process is there. A refusal: its host is
-there, the process is not. Silence: the host is gone, or the network to it.
+ends the process without any exception. So every rank opens a door, a port at which it tells its pulse (`pulse.Report`)
+to whoever connects, and knocks at the others' when something went wrong:
 
-`Watch` knocks when a run has not moved for most of the time-out; this is what speaks where NCCL would abort.
-It restarts nothing and saves nothing.
+* a report      that process is there, and says where it stands;
+* "mute"        the kernel took the connection, the process said nothing: it is stopped, or stuck with the interpreter;
+* "ended"       refused: the host is there, the process is not;
+* "silent"      nothing: the host is gone, or the network to it.
+
+At the door last words are left, too: a rank that fails, or has found out who hangs, tells all others before it ends.
+They carry a token that only the ranks of this run know, so that nobody else's connection ends a run.
+
+What the answers mean is `verdict`'s business, when to knock `watch`'s. In a run that moves nobody knocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.distributed as dist
 
+from . import pulse, verdict
 from .errors import LostError
+from .verdict import Answer, Place
 
-Answer = Literal["here", "ended", "silent"]
 KNOCKERS = 64  # connections that are tried at a time
+MOST_BYTES = 4096  # of a line at a door
+DOOR_S = 2.0  # how long a visitor may take
 
 
 def is_loss(error: BaseException) -> bool:
@@ -69,137 +78,173 @@ def own_address(master_addr: str) -> str:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(Place):
     """A rank's host by name and address, and its door; port 0 where nobody could come from outside."""
 
-    rank: int
-    host: str
-    address: str
     port: int
 
-    def knock(self, patience: float) -> Answer:
+    def knock(self, patience: float, words: bytes = b"") -> Answer:
+        """Its answer; leaves words, if any."""
         if self.port == 0:
-            return "here"
+            return "hidden"
         try:
-            socket.create_connection((self.address, self.port), timeout=patience).close()
+            line = socket.create_connection((self.address, self.port), timeout=patience)
         except ConnectionRefusedError:
             return "ended"
         except OSError:
             return "silent"
-        return "here"
+        with line:
+            try:
+                line.sendall(words)
+                return pulse.Report.from_line(_read_line(line))
+            except ConnectionError:
+                return "ended"
+            except (OSError, ValueError, TypeError):
+                return "mute"
+
+
+class Door:
+    """The own port. Attributes: heard: the first words that were left, or None."""
+
+    def __init__(self, address: str, token: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.create_server((address, 0), family=family, backlog=1024)
+        self.port, self.heard, self._token = self._socket.getsockname()[1], "", token
+        threading.Thread(target=self._open, name="door", daemon=True).start()
+
+    def _open(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # a visitor that left again
+                visitor = self._socket.accept()[0]
+                # one thread each: a visitor that says nothing must not keep others out
+                threading.Thread(target=self._receive, args=(visitor,), name="visit", daemon=True).start()
+
+    def _receive(self, visitor: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), visitor:  # whatever a stranger sends
+            visitor.settimeout(DOOR_S)
+            visitor.sendall(pulse.report().to_line())
+            words = json.loads(_read_line(visitor))
+            if secrets.compare_digest(words["token"], self._token):
+                self.heard = self.heard or str(words["text"])
+
+
+def _read_line(line: socket.socket) -> bytes:
+    """Up to a newline. Raises ConnectionError where the other side closes first, as a process that ends does."""
+    read = b""
+    while not read.endswith(b"\n") and len(read) < MOST_BYTES:
+        part = line.recv(MOST_BYTES)
+        if not part:
+            raise ConnectionResetError
+        read += part
+    return read
+
+
+def patience(limit_s: float) -> float:
+    """Seconds to wait for an answer."""
+    return min(2.0, limit_s / 30)
 
 
 class Peers:
     """All ranks of a run, as seen by one of them.
 
     Args:
-        rank: the own one. peers: all, in rank order. timeout_s: of a collective; told in messages.
+        rank: the own one. peers: all, in rank order.
+        timeout_s: of a collective. hang_s: how long the run may stand still. Both are told in messages.
+        door, token: the own door, and what words must carry.
     """
 
-    def __init__(self, rank: int, peers: list[Peer], timeout_s: float) -> None:
-        self.own, self.peers, self.timeout_s = peers[rank], peers, timeout_s
+    def __init__(
+        self,
+        rank: int,
+        peers: list[Peer],
+        timeout_s: float,
+        hang_s: float,
+        *,
+        door: Door | None = None,
+        token: str = "",
+    ) -> None:
+        self.own, self.peers, self.timeout_s, self.hang_s = peers[rank], peers, timeout_s, hang_s
+        self._door, self._token = door, token
         self._speaker = threading.Lock()
 
     @classmethod
-    def meet(cls, address: str, timeout_s: float) -> Peers:
+    def meet(cls, address: str, timeout_s: float, hang_s: float) -> Peers:
         """Opens the own door and tells the others where it is; collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        door = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
-        threading.Thread(target=_answer, args=(door,), name="door", daemon=True).start()
-        own = Peer(rank, socket.gethostname(), address, door.getsockname()[1])
+        tokens = [secrets.token_hex(16)]
+        dist.broadcast_object_list(tokens, 0)
+        door = Door(address, tokens[0])
+        own = Peer(rank, socket.gethostname(), address, door.port)
         met: list[Peer] = [own] * world
         dist.all_gather_object(met, own)
         if len({peer.host for peer in met}) > 1:  # another host's loopback address would be our own
             met = [Peer(p.rank, p.host, p.address, 0) if is_loopback(p.address) else p for p in met]
-        return cls(rank, met, timeout_s)
+        return cls(rank, met, timeout_s, hang_s, door=door, token=tokens[0])
 
     def may_speak(self) -> bool:
         """True once: the exception and the watch may both find the same loss."""
         return self._speaker.acquire(blocking=False)
 
     @property
-    def patience(self) -> float:
-        """Seconds to wait for an answer."""
-        return min(3.0, self.timeout_s / 20)
+    def heard(self) -> str:
+        """What another rank said before it ended; empty when nobody did."""
+        return self._door.heard if self._door else ""
 
-    def _ask(self, peers: list[Peer]) -> dict[Peer, Answer]:
+    def _ask(self, peers: list[Peer], words: bytes = b"") -> dict[Peer, Answer]:
         with ThreadPoolExecutor(min(KNOCKERS, max(1, len(peers)))) as pool:
-            answers = pool.map(lambda peer: peer.knock(self.patience), peers)
+            answers = pool.map(lambda peer: peer.knock(patience(self.hang_s), words), peers)
             return dict(zip(peers, answers, strict=True))
 
-    def _ask_all(self) -> dict[Peer, Answer]:
-        return self._ask([p for p in self.peers if p is not self.own])
+    @property
+    def _others(self) -> list[Peer]:
+        return [p for p in self.peers if p is not self.own]
 
-    def silent_hosts(self) -> frozenset[str]:
-        """Addresses of other hosts whose first rank does not answer."""
-        first = {p.address: p for p in reversed(self.peers) if p.address != self.own.address}
-        return frozenset(p.address for p, answer in self._ask(list(first.values())).items() if answer == "silent")
+    def ask_all(self) -> dict[Peer, Answer]:
+        """Everybody's answer, this rank's own report among them."""
+        answers = self._ask(self._others)
+        return {p: answers.get(p, None) or pulse.report() for p in self.peers}
+
+    def next_has_ended(self) -> bool:
+        """Whether the process of the next rank is gone. As every rank asks, some living one notices any death."""
+        after = self.peers[(self.own.rank + 1) % len(self.peers)]
+        return after is not self.own and after.knock(patience(self.hang_s)) == "ended"
 
     def is_first_here(self) -> bool:
         """Whether no lower rank of this host answers."""
         lower = [p for p in self.peers[: self.own.rank] if p.address == self.own.address]
-        return "here" not in self._ask(lower).values()
+        return all(answer in ("ended", "silent", "mute") for answer in self._ask(lower).values())
+
+    def tell(self, text: str) -> None:
+        """Leaves words at every other door: why the run cannot go on."""
+        words = json.dumps({"token": self._token, "text": text[: MOST_BYTES // 4]}).encode() + b"\n"
+        self._ask(self._others, words)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Says before this process ends what happened to it, and where."""
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        self.tell(f"{verdict.places([self.own])} failed in {pulse.report().place} ({said[:300]})")
 
     def explain(self, step: int, error: BaseException | None = None) -> LostError:
-        """Asks everybody, and says in one line what was lost."""
-        answers = self._ask_all()
+        """Says in one line what was lost, as another rank has told it or as the answers have it, and tells the others.
+
+        Args:
+            step: the last one that was done.
+            error: of the collective that failed; None when the run was found standing still.
+        """
+        text = self.heard or self._find_out(error)
+        return LostError(f"rank {self.own.rank} on {self.own.host} lost its peers after step {step}: {text}")
+
+    def _find_out(self, error: BaseException | None) -> str:
+        answers = self.ask_all()
         for _ in range(3 if error else 0):  # a process that has closed its connections may take a while to end
-            if set(answers.values()) == {"here"}:
-                time.sleep(0.5)
-                answers = self._ask_all()
-        # a host that is cut off may not even reach itself
-        silent = [p for p, a in answers.items() if a == "silent" and p.address != self.own.address]
-        ended = [p for p, a in answers.items() if a == "ended"]
-        limit = f"--ddp_timeout {self.timeout_s:g} s"
-        if silent:
-            what = f"no answer from {_places(silent)} ({limit}); see to that host and the network, then start again"
-        elif ended:
-            what = f"{_places(ended)} ended early and said why in its own output; mend that, then start again"
-        else:
-            said = f" ({reason(error)})" if error else ""
-            what = f"a collective failed or took longer than {limit} though all ranks are there{said}; one hangs, or "
-            what += "is slow: then raise --ddp_timeout"
-        return LostError(f"rank {self.own.rank} on {self.own.host} lost its peers after step {step}: {what}")
-
-
-def _answer(door: socket.socket) -> None:
-    while True:
-        with contextlib.suppress(OSError):
-            door.accept()[0].close()
-
-
-def _places(peers: Iterable[Peer]) -> str:
-    """ "rank 1 on a (10.0.0.1) and ranks 2, 3 on b (10.0.0.2)"; eight hosts at most."""
-    ranks: dict[tuple[str, str], list[str]] = {}
-    for peer in peers:
-        ranks.setdefault((peer.host, peer.address), []).append(str(peer.rank))
-    texts = [f"rank{'s' * (len(r) > 1)} {', '.join(r)} on {host} ({at})" for (host, at), r in ranks.items()]
-    return " and ".join(texts[:8]) + (f" and {len(texts) - 8} more hosts" if len(texts) > 8 else "")
-
-
-class Watch(threading.Thread):
-    """Ends a run that stands still because a host is gone, before the backend's own time-out does.
-
-    Only a host that twice gave no answer counts. One that is merely slow answers, and is left to the time-out.
-
-    Args:
-        idle: seconds since the run last moved.
-        end: called once, in this thread, when a host is gone.
-    """
-
-    def __init__(self, peers: Peers, idle: Callable[[], float], end: Callable[[], None]) -> None:
-        super().__init__(name="watch", daemon=True)
-        self._peers, self._idle, self._end = peers, idle, end
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def run(self) -> None:
-        before: frozenset[str] = frozenset()
-        while not self._stopped.wait(min(5.0, self._peers.timeout_s / 20)):
-            silent = self._peers.silent_hosts() if self._idle() >= 0.75 * self._peers.timeout_s else frozenset()
-            if silent & before and not self._stopped.is_set():
-                self._end()
-                return
-            before = silent
+            if self.heard or not all(isinstance(a, pulse.Report) for a in answers.values()):
+                break
+            time.sleep(0.5)
+            answers = self.ask_all()
+        if self.heard:
+            return self.heard
+        limit = f"--ddp_timeout {self.timeout_s:g} s" if error else f"--hang_timeout {self.hang_s:g} s"
+        still = min(self.hang_s, self.timeout_s) / 2
+        text = verdict.explain(answers, self.own, limit, still_s=still, said=reason(error) if error else "")
+        self.tell(text)
+        return text

@@ -198,6 +198,8 @@ class Saver:
         return file.constant and self.home is not None and (self.home / file.name).exists()
 
     def _write(self, partial: Path, files: list[OwnFile]) -> dict[str, FileRecord]:
+        if not partial.is_dir():
+            raise OSError(0, f"{partial} is not there on this host; all hosts must share the folder of checkpoints")
         written = {}
         for file in files:
             path = partial / file.name

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import zero3
+from . import pulse, zero3
 from .slicing import ShardRange
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ def _copy_shard(stored: Any, shape: torch.Size, shard: Tensor) -> None:
     owned = ShardRange.of(dist.get_rank(), dist.get_world_size(), shape[0], cols)
     step = max(1, PIECE_ELEMENTS // max(1, cols))
     for first in range(owned.row_start, owned.row_stop, step):
+        pulse.tick()
         last = min(first + step, owned.row_stop)
         rows = stored[first:last].reshape(-1)
         begin, end = max(owned.start, first * cols), min(owned.stop, last * cols)

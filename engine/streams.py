@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import disk
+from . import disk, pulse
 from .base_files import open_tensors
 from .errors import ConfigError
 from .export_report import ExportReport
@@ -84,7 +84,9 @@ class Entry:
 
 def collect(entry: Entry, world: World) -> Iterator[Tensor]:
     """What a tensor consists of, in order, on rank 0; the others only send, and get nothing. Collective."""
+    pulse.reach("export")
     for block in entry.blocks():
+        pulse.tick()
         if block.rows is None:
             yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // 4))
         else:

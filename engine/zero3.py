@@ -39,7 +39,7 @@ from deepspeed.comm.torch import TorchBackend
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import groups
 
-from . import peers
+from . import peers, pulse
 from .errors import ConfigError
 from .launcher import Launch, read_launch
 
@@ -121,11 +121,22 @@ def _interface_of(address: str) -> str | None:
     return found[0] if found else None
 
 
-def meet(timeout_s: float) -> peers.Peers:
-    """Makes the ranks known to each other, for messages about those that are lost; collective."""
+def meet(timeout_s: float, hang_s: float) -> peers.Peers:
+    """Makes the ranks known to each other, for messages about those that are lost or hang; collective."""
     several = int(os.environ["LOCAL_WORLD_SIZE"]) < dist.get_world_size()
     address = peers.own_address(os.environ["MASTER_ADDR"]) if several else "127.0.0.1"
-    return peers.Peers.meet(address, timeout_s)
+    return peers.Peers.meet(address, timeout_s, hang_s)
+
+
+def part() -> None:
+    """Waits until every rank has come to the end of the run: who leaves earlier looks lost to the others."""
+    pulse.reach("end")
+    barrier()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    dist.barrier()
 
 
 def shut_down() -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.errors import ConfigError, LostError
+from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
 from hdpissa.launch.train_checkpoints import (
@@ -29,6 +29,8 @@ from hdpissa.launch.train_checkpoints import (
     stopping_on_signals,
 )
 from hdpissa.launch.train_checks import Job, check, model_options
+from hdpissa.launch.train_guard import Guard
+from hdpissa.launch.train_lock import lock_folder
 
 # ---------------------------------------------------------------------------------------------------
 # the loop
@@ -41,6 +43,7 @@ def fit(
     scheduler: Any,
     recorder: Any,
     checkpoints: Any,
+    guard: Any,
     *,
     args: Any,
     total_steps: int,
@@ -49,11 +52,12 @@ def fit(
 
     Returns: whether it got there; False when the run was asked to stop, and has saved itself.
     """
-    from hdpissa.engine import zero3
+    from hdpissa.engine import pulse, zero3
 
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
     for step in range(engine.global_steps, total_steps):
+        pulse.at_step(step + 1)
         # --- accumulate; the engine steps after the last micro-batch
         for slice_id, micro_batch in engine.plan.schedule(accumulation):
             batch = zero3.to_device(data.batch(step - checkpoints.data_offset, slice_id, micro_batch))
@@ -63,9 +67,11 @@ def fit(
         scheduler.step()
         # --- log
         done = step + 1
-        figures = {**asdict(result), "epoch": round(done / data.steps_per_epoch, 4)}
+        figures = {**report(result), "epoch": round(done / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
         recorder.step(figures, log=done % args.logging_steps == 0 or done == total_steps)
+        # --- refuse to go on
+        guard.after(result, engine.skipped_in_a_row, recorder)
         # --- evaluate
         if args.eval_steps and done % args.eval_steps == 0 and done < total_steps:
             evaluator.evaluate(engine, recorder, step=done)
@@ -77,6 +83,11 @@ def fit(
         if result.interrupted and done < total_steps:
             return False
     return True
+
+
+def report(result: Any) -> dict[str, Any]:
+    """What of a step's result is for the record."""
+    return {name: value for name, value in asdict(result).items() if name not in ("interrupted", "failed_save")}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -109,9 +120,7 @@ def meet(args: Any, job: Job) -> Any:
 
     try:
         zero3.init_distributed(args.ddp_timeout)
-        if job.plan.rank:  # where hosts do not share the folder nobody else does this; rank 0 writes after the meeting
-            (Path(args.output_dir) / "run_state.json").unlink(missing_ok=True)
-        return zero3.meet(args.ddp_timeout)
+        return zero3.meet(args.ddp_timeout, args.hang_s)
     except RuntimeError as error:
         if not peers.is_loss(error):
             raise
@@ -125,14 +134,18 @@ def meet(args: Any, job: Job) -> Any:
 
 def make_recorder(args: Any, job: Job, start: int) -> Any:
     """Makes the output folder, where of an earlier run only the steps before `start` count any more."""
-    from hdpissa.engine import zero3
+    from hdpissa.engine import pulse, zero3
     from hdpissa.engine.metrics import Recorder, keep_rows
 
     folder = Path(args.output_dir)
+    lock_folder(folder, job.plan.rank)
+    if job.plan.rank:  # where hosts do not share the folder nobody else does this
+        (folder / "run_state.json").unlink(missing_ok=True)
+    zero3.barrier()  # rank 0 writes after it
     if job.plan.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").unlink(missing_ok=True)
-        keep_rows(folder / "metrics.jsonl", start)
+        with pulse.alone("folder"):
+            (folder / "run.json").unlink(missing_ok=True)
+            keep_rows(folder / "metrics.jsonl", start)
     recorder = Recorder(
         folder,
         total_steps=job.total_steps,
@@ -222,7 +235,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     """Shard, decompose or resume, train, export; False when the run was asked to stop before its end."""
     from transformers import set_seed
 
-    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine import initialize, load_pretrained, zero3
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
@@ -242,7 +255,8 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         evaluator.sample(engine, recorder, title="before training")
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)
-    parts = engine, job.data, evaluator, scheduler, recorder, checkpoints
+    guard = Guard(engine, args.max_skipped_steps, args.integrity_steps)
+    parts = engine, job.data, evaluator, scheduler, recorder, checkpoints, guard
     with stopping_on_signals(engine):
         finished = fit(*parts, args=args, total_steps=job.total_steps)
         checkpoints.finish(engine)
@@ -255,12 +269,15 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     model.config.use_cache = use_cache  # the export is configured as its base
     exported = export(args, job, engine, recorder)
     recorder.state("finished", job.total_steps)
+    zero3.part()
     recorder.say(f"outputs: {args.output_dir}/ ({', '.join(['metrics.jsonl, run.json, run_state.json', *exported])})")
     return True
 
 
 def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
     """Writes what --export_format says; returns the names of the folders."""
+    from hdpissa.engine import pulse
+
     folders = {"hf": "model", "peft": "adapter"}
     formats = {"both": ["hf", "peft"], "none": []}.get(args.export_format, [args.export_format])
     for format in formats:
@@ -268,7 +285,8 @@ def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
         cut = {"rank": args.export_rank} if format == "peft" else {}
         recorder.say(str(engine.export(folder, format=format, dtype=args.export_dtype, **cut)))
         if job.plan.rank == 0:
-            job.tokenizer.save_pretrained(folder)
+            with pulse.alone("tokenizer"):
+                job.tokenizer.save_pretrained(folder)
     return [f"{folders[format]}/" for format in formats]
 
 
@@ -288,12 +306,21 @@ def main(argv: list[str] | None = None) -> bool:
     job = check(args, given)
 
     from hdpissa.engine import zero3
-    from hdpissa.engine.peers import Watch, is_loss
+    from hdpissa.engine.peers import is_loss
+    from hdpissa.engine.watch import Watch
 
     others = meet(args, job)
-    reader = find_checkpoint(args, job)
-    recorder = make_recorder(args, job, reader.manifest.step if reader else 0)
-    watch = Watch(others, recorder.idle_s, lambda: os._exit(say_and_wait(give_up(others, recorder))))
+    try:
+        if args.resume_from_checkpoint is not None:  # before looking at what another run may still be writing
+            lock_folder(Path(args.output_dir), job.plan.rank)
+        reader = find_checkpoint(args, job)
+        recorder = make_recorder(args, job, reader.manifest.step if reader else 0)
+    except ConfigError:  # which every rank raises
+        raise
+    except BaseException as error:  # rank 0's disk; the others would wait for it
+        others.tell_failure(error)
+        raise
+    watch = Watch(others, lambda: os._exit(say_and_wait(give_up(others, recorder))))
     watch.start()
     try:
         finished = train(args, job, recorder, reader)
@@ -302,6 +329,8 @@ def main(argv: list[str] | None = None) -> bool:
         if is_loss(error):
             raise give_up(others, recorder, error) from error
         recorder.failed(error)
+        if not isinstance(error, StopError):  # which every rank raises
+            others.tell_failure(error)
         raise
     finally:
         watch.stop()
@@ -329,23 +358,23 @@ def say_and_wait(lost: LostError) -> int:
 
 
 PATIENCE_S, GRACE_S = 15.0, 3.0
-LOST = 1
+LOST = STOPPED = 1
 
 
 def run(argv: list[str] | None = None) -> int:
-    """`main` with a user's mistakes as one line and exit code 2, and lost peers as one line and exit code 1.
+    """`main` with a user's mistakes as one line and exit code 2; lost peers and what all gave up for: one line, 1.
 
     Rank 0 speaks for all. Launchers end every rank as soon as one has exited, so the others wait until it
     has spoken; one that is then still there has a mistake of its own (a file that its node lacks).
     """
     try:
         finished = main(argv)
-    except ConfigError as error:
+    except (ConfigError, StopError) as error:
         rank = speaking_rank(os.environ)
         if rank != "0":
             time.sleep(PATIENCE_S)
         print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
-        return 2
+        return STOPPED if isinstance(error, StopError) else 2
     except LostError as error:
         return say_and_wait(error)
     return 0 if finished else PREEMPTED

@@ -72,8 +72,20 @@ class TrainArguments:
     max_new_tokens: int = option(128, "length of that answer")
     preprocessing_num_workers: int | None = option(None, "processes that tokenise")
     ddp_timeout: int = option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
+    hang_timeout: int | None = option(
+        None, "seconds within which a run that stands still ends and names who hangs; default 600, or --ddp_timeout"
+    )
+    max_skipped_steps: int = option(10, "skipped steps in a row that end the run (not finite); 0: never")
+    integrity_steps: int = option(
+        0, "optimizer steps between two checks that what must not differ, or change, does not; 0: none"
+    )
     overwrite_output_dir: bool = option(False, "let this run replace the one in --output_dir")
     local_rank: int = option(-1, "set by the deepspeed launcher; the environment is what counts")
+
+    @property
+    def hang_s(self) -> int:
+        """Seconds within which a run that stands still ends."""
+        return min(self.ddp_timeout, 600) if self.hang_timeout is None else self.hang_timeout
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -174,11 +186,17 @@ def _check(args: TrainArguments) -> None:
     ):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
+    if not 1 <= args.hang_s <= args.ddp_timeout:
+        raise ConfigError(
+            f"--hang_timeout is {args.hang_s} and --ddp_timeout {args.ddp_timeout}: must be from 1 to --ddp_timeout, "
+            f"after which a collective ends the run anyway"
+        )
     if not 0 <= args.warmup_ratio <= 1:
         raise ConfigError(
             f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"
         )
-    for name in ("learning_rate", "warmup_steps", "eval_steps", "max_grad_norm", "seed"):
+    counts = ("warmup_steps", "eval_steps", "max_skipped_steps", "integrity_steps")
+    for name in ("learning_rate", *counts, "max_grad_norm", "seed"):
         if not (getattr(args, name) or 0) >= 0:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must not be negative")
     if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < float("inf")):

@@ -30,8 +30,9 @@ def find_checkpoint(args: Any, job: Job) -> Any:
     Raises:
         CheckpointError: there is none, all of them are damaged, or it is of another run's data.
     """
-    from hdpissa.engine import checkpoint, folders
+    from hdpissa.engine import checkpoint, folders, pulse
 
+    pulse.reach("start.checkpoint", slow=True)
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None
@@ -39,7 +40,7 @@ def find_checkpoint(args: Any, job: Job) -> Any:
     path = Path(args.output_dir if automatic else wanted)
     if automatic and not _anywhere(folders.candidates(path) if path.is_dir() else []):
         return None
-    reader = checkpoint.open_checkpoint(path, job.plan.rank, job.plan.world_size, fall_back=automatic)
+    reader = checkpoint.open_checkpoint(path, fall_back=automatic)
     if not args.ignore_data_skip:
         compare_data(reader, describe_data(args, job))
     return reader

@@ -34,17 +34,10 @@ def train_on(
         load_later: the checkpoint is loaded after a decomposition and a step of its own.
         options: of `save_checkpoint`.
     """
-    from hdpissa.engine import checkpoint, initialize, zero3
-    from hdpissa.engine.settings import make_plan, resolve_config
+    from hdpissa.engine import initialize
 
     net = model if hasattr(model, "parameters") else build(model)
-    reader = None
-    if start_from and not load_later:
-        _, hd, values = resolve_config(settings)
-        zero3.init_distributed()
-        plan = make_plan(hd, values.gradient_accumulation_steps)
-        reader = checkpoint.open_checkpoint(start_from, plan.rank, plan.world_size, fall_back=False)
-    engine = initialize(model=net, config=settings, resume_from=reader)
+    engine = initialize(model=net, config=settings, resume_from=None if load_later else start_from)
     if load_later:
         one_step(engine, 77)
         engine.load_checkpoint(start_from)

@@ -168,7 +168,7 @@ def test_each_host_ends_in_time_and_says_why(cut, side):
     for rank in mine:
         (line,) = [line for line in lines if f"rank {rank} on host{'ab'[side]} lost its peers after step" in line]
         assert lost in line
-        assert f"--ddp_timeout {TIMEOUT} s" in line
+        assert f"--hang_timeout {TIMEOUT} s" in line
     assert "Traceback" not in log
     state = read_json(output / "run_state.json")
     assert state["state"] == "failed"

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import test_kernel_delta_apply
 import test_kernel_dense_delta
+import test_kernel_fused_linear
 import test_kernel_low_rank_forward
 import test_kernel_low_rank_grad_A
 import test_kernel_low_rank_grad_B
+import test_kernel_slice_adam
 import torch
 from delta_cases import Case
+from kernel_cases import matrix
 
 import hdpissa.kernels.api as api
 
@@ -53,7 +56,18 @@ def not_finite():
     test_kernel_delta_apply.test_what_is_not_finite_is_not_written("split")
 
 
+def slice_adam():
+    test_kernel_slice_adam.check(3000)
+
+
+def fused_linear():
+    x, W, A = (matrix(n, 70, torch.float32, seed=n) for n in (33, 40, 5))
+    test_kernel_fused_linear.check(x, W, A, None, "mutation")
+
+
 LOW_PRECISION = "dot(narrow(x_TI, tl.bfloat16), narrow(A_IR, tl.bfloat16)"
+
+BF16_PRODUCT = "dot(narrow(x_TI, tl.bfloat16), narrow(W_IO, tl.bfloat16), total"
 
 # (kernel, what is wrong, the right text, the wrong text, the check)
 MUTATIONS = [
@@ -68,6 +82,12 @@ MUTATIONS = [
     ("delta_tile", "low precision", "if RIGHT_LIMBS == 2:\n", "if RIGHT_LIMBS == 3:\n", dense_delta),
     ("shard_subtract", "one rounding lost", "(bits - (high << 16))", "(0 * bits)", delta_apply),
     ("shard_subtract", "missing mask", "tl.where(lost, old, new)", "new", not_finite),
+    ("slice_adam", "wrong index", "tl.program_id(0).to(tl.int64) * BLOCK", "0 * tl.program_id(0)", slice_adam),
+    ("slice_adam", "low precision", "rate2 * (g * g)", "rate2 * narrow(g * g, tl.bfloat16).to(tl.float32)", slice_adam),
+    ("fused_linear", "wrong index", "range(0, I, BLOCK_I)", "range(0, I - BLOCK_I, BLOCK_I)", fused_linear),
+    ("fused_linear", "low precision", "dot(x_TI, W_IO, total", BF16_PRODUCT, fused_linear),
+    ("common", "wrong index", "partial + s * stride", "partial + 0 * s * stride", grad_A),
+    ("common", "one partial sum lost", "for s in range(count)", "for s in range(count - 1)", grad_B),
 ]
 
 

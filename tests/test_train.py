@@ -30,7 +30,6 @@ from launch_runs import (
 )
 from ranks import run_ranks
 
-from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.metrics import Recorder
 from hdpissa.launch import train, train_arguments
 
@@ -266,52 +265,6 @@ def test_warmup_steps_win_over_the_ratio():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
     train.make_scheduler(train_arguments.TrainArguments(warmup_ratio=0, warmup_steps=4), optimizer, STEPS)
     assert optimizer.param_groups[0]["lr"] == 0
-
-
-# --- arguments -------------------------------------------------------------------------------------
-
-
-def test_yaml_equals_the_same_flags(inputs, tmp_path):
-    wanted = arguments(inputs, tmp_path / "out", warmup_steps=3, eval_split="train", bf16=True)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted))
-    assert train_arguments.parse(["--config", str(tmp_path / "run.yaml")]) == train_arguments.parse(flags(wanted))
-
-
-def test_yaml_numbers_as_people_write_them(inputs, tmp_path):
-    """YAML takes 2e-5 for text, 1 for an integer; null is the default of what may be absent."""
-    text = "learning_rate: 2e-5\nnum_train_epochs: 1\nwarmup_steps: null\nmax_grad_norm: '0.5'\n"
-    (tmp_path / "run.yaml").write_text(text + yaml.safe_dump({**inputs, "output_dir": "out"}))
-    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
-    found = (args.learning_rate, args.num_train_epochs, args.warmup_steps, args.max_grad_norm)
-    assert found == (2e-5, 1.0, None, 0.5)
-    assert isinstance(args.num_train_epochs, float)
-
-
-def test_command_line_wins_over_yaml(inputs, tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments(inputs, "out", seed=1)))
-    argv = ["--config", str(tmp_path / "run.yaml"), "--learning_rate=0.5", "--seed", "2"]
-    args, given = train_arguments.parse(argv)
-    assert (args.learning_rate, args.seed, args.max_steps) == (0.5, 2, STEPS)
-    assert {"learning_rate", "seed", "max_steps"} <= given
-    assert "logging_steps" not in given
-
-
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_config"])
-def test_other_names_of_the_config(inputs, tmp_path, name):
-    """As the Trainer and DeepSpeed's own scripts call it, on the command line and in YAML."""
-    others = {**{k: v for k, v in inputs.items() if k != "ds_config"}, "output_dir": "out"}
-    expected = train_arguments.parse(flags({**others, "ds_config": "a.json"}))
-    assert train_arguments.parse(flags({**others, name: "a.json"})) == expected
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**others, name: "a.json"}))
-    assert train_arguments.parse(["--config", str(tmp_path / "run.yaml")]) == expected
-    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml"), "--ds_config", "b.json"])
-    assert args.ds_config == "b.json"
-
-
-def test_unknown_yaml_key_is_refused(inputs, tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**inputs, "output_dir": "out", "learning_rat": 1e-4}))
-    with pytest.raises(ConfigError, match=r"unknown key learning_rat; did you mean learning_rate\?"):
-        train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
 
 
 # --- how a run ends --------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Where a step that is skipped has gone wrong: which rank, which weight, which factor, or the loss.
+
+Asked only after the vote has refused a step, so it may cost what it likes: one pass over the gradients and one
+collective. Backward runs from the loss to the input, and what is not finite spreads on the way: the weight that
+backward met first, the last one of the model, is nearest to the cause and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .factors import FactorStore
+
+
+def locate(store: FactorStore, module: nn.Module, loss: Tensor) -> str:
+    """The end of a sentence about a refused step: ": on rank 1 the gradient of A of layers.1.mlp.up_proj, …".
+
+    Empty where everything is finite (the step was refused for another reason). Collective.
+
+    Args:
+        loss: this rank's own sum over the step.
+    """
+    mine = _describe(store, module, loss)
+    told: list[str] = [mine] * store.plan.world_size
+    dist.all_gather_object(told, mine)
+    found = {rank: text for rank, text in enumerate(told) if text}
+    if not found:
+        return ""
+    first = min(found)
+    ranks = [r for r, text in found.items() if text == found[first]]
+    where = f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {found[first]}"
+    others = [str(r) for r in found if r not in ranks]
+    return f": {where}" + (f"; also on rank{'s' * (len(others) > 1)} {', '.join(others)}" if others else "")
+
+
+def _describe(store: FactorStore, module: nn.Module, loss: Tensor) -> str:
+    bad = {name: factor for name, factor, grad in _gradients(store) if not grad.isfinite().all()}
+    parts = [] if loss.isfinite().all() else [f"the loss is {loss.item()}"]
+    if bad:
+        last = [name for name, _ in module.named_modules() if name in bad][-1]
+        many = f"gradients of {len(bad)} of {len(store.targets)} weights"
+        parts.append(f"{many}, in backward's order first {last}'s (of {bad[last]})")
+    return " and ".join(parts)
+
+
+def _gradients(store: FactorStore) -> Iterator[tuple[str, str, Tensor]]:
+    """(weight, "A" or "B", gradient of the own slices)."""
+    for bucket in store.buckets:
+        As = bucket.views_A(store.grads[bucket.start : bucket.stop_A])
+        Bs = bucket.views_B(store.grads[bucket.stop_A : bucket.stop])
+        for target, A, B in zip(bucket.targets, As, Bs, strict=True):
+            yield target.name, "A", A
+            yield target.name, "B", B

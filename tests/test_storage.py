@@ -1,0 +1,102 @@
+"""Disks that are full, break, or may not be written: all ranks say the same, nothing is lost, training goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from launch_runs import flags, make_inputs, read_json, train_here
+from ranks import run_ranks
+from save_runs import job, read_all, start_alone
+from storage_runs import POINTS, save_in_background, train_through_failures, train_without
+from tiny import ds_settings
+
+from hdpissa.engine.checkpoint_format import CheckpointReader
+
+
+@pytest.mark.parametrize("action", ["ENOSPC", "EIO"])
+def test_every_call_of_a_save_fails_once(tmp_path, action):
+    """On each rank, at every write, fsync and rename: the same failed save everywhere, nothing left, nothing lost."""
+    config = ds_settings(slices=2)
+    found = run_ranks(2, train_through_failures, config, str(tmp_path), action=action, steps=5, timeout=600)
+    failures = found[0]["failures"]
+    assert failures == found[1]["failures"]
+    assert {(point, rank) for point, rank, _, _ in failures} == {(p, 0) for p in POINTS} | {
+        (p, 1) for p in ("save.write", "save.fsync")
+    }
+    assert len(failures) > 60
+    word = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}[action]
+    assert all(f"rank {rank}: {word}" in message for _, rank, _, message in failures)
+    assert all("earlier checkpoints are as they were" in message for *_, message in failures)
+    assert found[0]["left"] == []
+    whole = run_ranks(2, train_without, config, steps=5, length=found[0]["steps"], timeout=600)[0]
+    assert all(torch.equal(whole[n], w) for n, w in found[0]["weights"].items())
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    for folder in tmp_path.glob("checkpoint-*"):
+        CheckpointReader(folder).check()
+
+
+def test_a_save_in_the_background(tmp_path):
+    """It fails on one rank: all are told in the same step, once. Another holds the weights of its own moment."""
+    found = run_ranks(2, save_in_background, ds_settings(slices=2), str(tmp_path), action="EIO")
+    assert found[0]["told"] == found[1]["told"]
+    assert sum(bool(t) for t in found[0]["told"]) == 1
+    assert "rank 1: Input/output error" in "".join(found[0]["told"])
+    assert all(f["same"] for f in found)
+    assert found[0]["found"] == ["checkpoint-3", "latest"]
+
+
+def save_where_it_is_full(folder: str) -> tuple[str, int]:
+    from hdpissa.engine.saver import SaveError
+
+    saver = start_alone()
+    saver.save(job(Path(folder), 1), background=False)
+    filler = Path(folder, "filler")
+    filler.write_bytes(bytes(max(0, os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - 2**20)))
+    try:
+        saver.save(job(Path(folder), 2), background=False)
+    except SaveError as error:
+        filler.unlink()
+        return str(error), read_all(Path(folder, "checkpoint-1"))
+    return "it was saved", 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_is_full(tmp_path):
+    """A tmpfs of 24 MiB with 1 MiB left: told before a byte is written, with what it takes."""
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", tmp_path], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"this host mounts nothing: {mount.stderr.strip()}")
+    try:
+        ((message, step),) = run_ranks(1, save_where_it_is_full, str(tmp_path))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert "the disk has" in message
+    assert "make room, or save elsewhere" in message
+    assert step == 1
+
+
+def test_a_run_that_cannot_save_goes_on_or_stops(tmp_path):
+    """Checkpoints go where a file is in the way: a warning and a finished run, or its end with --stop_on_save_error."""
+    inputs = make_inputs(tmp_path / "inputs")
+    for stop, code in ((False, 0), (True, 2)):
+        output = tmp_path / f"out-{stop}"
+        output.mkdir()
+        (output / "latest").mkdir()  # cannot be replaced by a file
+        chosen = {
+            **inputs,
+            "output_dir": str(output),
+            "max_steps": 3,
+            "save_steps": 2,
+            "max_length": 64,
+            "prompt_template": "none",
+        }
+        chosen |= {"stop_on_save_error": True} if stop else {}
+        results = run_ranks(2, train_here, flags(chosen), str(tmp_path / "cache"))
+        assert [r["code"] for r in results] == [code, code], results
+        assert read_json(output / "run_state.json")["state"] == ("failed" if stop else "finished")

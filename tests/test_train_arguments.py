@@ -1,0 +1,77 @@
+"""The command line of launch/train.py: flags, YAML, other spellings."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from launch_runs import flags
+
+from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import train_arguments
+
+STEPS = 8
+
+
+@pytest.fixture
+def inputs() -> dict[str, str]:
+    """The four required arguments but the output folder; nothing looks for them here."""
+    names = ("ds_config", "model_name_or_path", "dataset_name", "eval_dataset_name")
+    return {name: f"some/{name}" for name in names}
+
+
+def arguments(inputs, output, **changes):
+    chosen = {**inputs, "output_dir": str(output), "max_steps": STEPS, "learning_rate": 3e-3, "warmup_ratio": 0.25}
+    chosen |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    return chosen | {"max_length": 128, "prompt_template": "none"} | changes
+
+
+def test_yaml_equals_the_same_flags(inputs, tmp_path):
+    wanted = arguments(inputs, tmp_path / "out", warmup_steps=3, eval_split="train", bf16=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted))
+    assert train_arguments.parse(["--config", str(tmp_path / "run.yaml")]) == train_arguments.parse(flags(wanted))
+
+
+def test_yaml_numbers_as_people_write_them(inputs, tmp_path):
+    """YAML takes 2e-5 for text, 1 for an integer; null is the default of what may be absent."""
+    text = "learning_rate: 2e-5\nnum_train_epochs: 1\nwarmup_steps: null\nmax_grad_norm: '0.5'\n"
+    (tmp_path / "run.yaml").write_text(text + yaml.safe_dump({**inputs, "output_dir": "out"}))
+    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
+    found = (args.learning_rate, args.num_train_epochs, args.warmup_steps, args.max_grad_norm)
+    assert found == (2e-5, 1.0, None, 0.5)
+    assert isinstance(args.num_train_epochs, float)
+
+
+def test_command_line_wins_over_yaml(inputs, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments(inputs, "out", seed=1)))
+    argv = ["--config", str(tmp_path / "run.yaml"), "--learning_rate=0.5", "--seed", "2"]
+    args, given = train_arguments.parse(argv)
+    assert (args.learning_rate, args.seed, args.max_steps) == (0.5, 2, STEPS)
+    assert {"learning_rate", "seed", "max_steps"} <= given
+    assert "logging_steps" not in given
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_config"])
+def test_other_names_of_the_config(inputs, tmp_path, name):
+    """As the Trainer and DeepSpeed's own scripts call it, on the command line and in YAML."""
+    others = {**{k: v for k, v in inputs.items() if k != "ds_config"}, "output_dir": "out"}
+    expected = train_arguments.parse(flags({**others, "ds_config": "a.json"}))
+    assert train_arguments.parse(flags({**others, name: "a.json"})) == expected
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**others, name: "a.json"}))
+    assert train_arguments.parse(["--config", str(tmp_path / "run.yaml")]) == expected
+    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml"), "--ds_config", "b.json"])
+    assert args.ds_config == "b.json"
+
+
+def test_unknown_yaml_key_is_refused(inputs, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**inputs, "output_dir": "out", "learning_rat": 1e-4}))
+    with pytest.raises(ConfigError, match=r"unknown key learning_rat; did you mean learning_rate\?"):
+        train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_yaml_words(tmp_path):
+    """`no` and `true` are booleans to YAML; here they are what Hugging Face's users mean."""
+    path = tmp_path / "run.yaml"
+    required = dict.fromkeys(("ds_config", "model_name_or_path", "dataset_name", "output_dir"), "x")
+    path.write_text(yaml.safe_dump({**required, "save_strategy": False, "resume_from_checkpoint": True}))
+    args, _ = train_arguments.parse(["--config", str(path)])
+    assert (args.save_strategy, args.resume_from_checkpoint) == ("no", "auto")
