@@ -188,7 +188,7 @@ def plain_evaluation(model_folder: Path, inputs: dict, dtype: torch.dtype) -> tu
 @pytest.fixture(scope="module")
 def bf16_run(folder, inputs, cache):
     options = {"bf16": True, "lr_scheduler_type": "linear", "eval_steps": 3, "logging_steps": 3}
-    options |= {"sample_prompt": "How many apples?", "max_new_tokens": 4}
+    options |= {"sample_prompt": "How many apples?", "max_new_tokens": 4, "export_format": "both", "export_rank": 12}
     results = run_ranks(2, train_here, flags(arguments(inputs, folder / "bf16", **options)), cache)
     assert [(result["code"], result["error"]) for result in results] == [(0, None)] * 2, results
     return folder / "bf16"
@@ -214,6 +214,16 @@ def test_bf16_export_has_the_last_evaluation_loss(bf16_run, inputs):
     assert tokens == evaluations[-1]["eval_tokens"]
     assert evaluations[0]["eval_loss"] - loss > 0.1
     assert read_json(bf16_run / "model" / "config.json")["dtype"] == "bfloat16"
+
+
+def test_both_exports(bf16_run):
+    """The adapter beside the model, cut as asked, with what it leaves out, and the tokenizer."""
+    report = read_json(bf16_run / "adapter" / "hdpissa_export.json")
+    assert 0 < report["residual"]["overall"] < 1
+    assert report["r"] == 12
+    assert read_json(bf16_run / "adapter" / "adapter_config.json")["r"] == 12
+    for folder in ("model", "adapter"):
+        assert (bf16_run / folder / "tokenizer.json").exists()
 
 
 # --- learning rate ---------------------------------------------------------------------------------
