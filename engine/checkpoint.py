@@ -113,7 +113,7 @@ def make_manifest(
     optimizer: SliceOptimizer,
     base: Base,
     *,
-    steps: tuple[int, int],
+    steps: tuple[int, int, int],
     report: InitReport,
     residual: float | None,
     client_state: dict[str, Any],
@@ -121,7 +121,7 @@ def make_manifest(
     """The manifest without its files.
 
     Args:
-        steps: done, and skipped of them.
+        steps: done, skipped of them, and skipped in a row at the end.
 
     Raises:
         ConfigError: `client_state` is not JSON-serialisable.
@@ -132,17 +132,20 @@ def make_manifest(
         client_state = json.loads(json.dumps(client_state))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"client_state must be JSON-serialisable: {error}") from None
-    store = optimizer.store
-    return Manifest(
+    store, rule = optimizer.store, optimizer.rule
+    manifest = Manifest(
         kind=kind,  # type: ignore[arg-type]
         step=steps[0],
         skipped_steps=steps[1],
+        skipped_in_a_row=steps[2],
         updates=optimizer.updates,
         largest_grad=optimizer.largest_grad,
         learning_rate=float(optimizer.param_groups[0]["lr"]),
         world_size=store.plan.world_size,
         slices=store.plan.slices,
-        second_order=optimizer.rule.second_order,
+        second_order=rule.second_order,
+        adam=_adam(rule),
+        exact=kind == "full" or sums_are_exact(optimizer),
         residual=residual,
         init_residual=report.residual,
         init_worst=report.worst,
@@ -152,6 +155,22 @@ def make_manifest(
         client_state=client_state,
         files={},
     )
+    try:
+        Manifest.model_validate_json(json.dumps(manifest.model_dump(mode="json")))
+    except ValueError as error:
+        told = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"client_state would not be read back ({told}): use plain text and numbers") from None
+    return manifest
+
+
+def _adam(rule: DeltaRule) -> dict[str, float]:
+    return {"beta1": rule.betas[0], "beta2": rule.betas[1], "eps": rule.eps}
+
+
+def sums_are_exact(optimizer: SliceOptimizer) -> bool:
+    """Whether W follows from the running sums: to first order only, and not where a dense delta is rounded to bf16."""
+    rounded = optimizer.rule.dtype != torch.float32 and any(t.kind == "dense" for t in optimizer.store.targets)
+    return not (optimizer.rule.second_order or rounded)
 
 
 def _spec(t: Target) -> TargetSpec:
@@ -172,11 +191,14 @@ def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointR
         CheckpointError: on all ranks alike.
     """
     path, rank, world_size = Path(path), dist.get_rank(), dist.get_world_size()
-    itself = (path / layout.MANIFEST).is_file()
-    choice: list[Any] = [[str(p) for p in ([path] if itself else folders.candidates(path))]]
+    choice: list[Any] = [None]
+    if rank == 0:
+        itself = (path / layout.MANIFEST).is_file()
+        found = [path] if itself else folders.candidates(path) if path.is_dir() else []
+        choice = [[str(p) for p in (found if fall_back else found[:1])]]
     dist.broadcast_object_list(choice, 0)  # what rank 0 sees, so that all try the same
     problems = []
-    for candidate in choice[0] if fall_back or itself else choice[0][:1]:
+    for candidate in choice[0]:
         reader, problem = _verified(Path(candidate), rank, world_size)
         if reader is not None and problem is None:
             return reader
@@ -193,7 +215,9 @@ def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReade
     reader, problem = None, None
     try:
         reader = CheckpointReader(folder)
-        reader.check(sorted(reader.manifest.files)[rank::world_size])
+        names = sorted(reader.manifest.files)[rank::world_size]
+        reader.check(names)
+        reader.check_headers(names)
     except CheckpointError as error:
         problem = str(error)
     answers: list[Any] = [None] * world_size
@@ -281,17 +305,29 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             views[state, name][1].copy_(B)
     if manifest.kind == "small":
         optimizer.apply_sums()
-        if store.plan.rank == 0 and manifest.second_order:
+        optimizer.check_weights()
+        if store.plan.rank == 0 and not manifest.exact:
             lost = "unknown" if manifest.residual is None else f"{manifest.residual:.1e}"
-            logger.warning("%s is small: the second-order part of the change of W is lost (%s)", reader.folder, lost)
+            logger.warning("%s is small: a part of the change of W is lost (relative: %s)", reader.folder, lost)
     else:
         for target in store.targets:
             owned = target.own_range(store.plan)
             assert target.shard is not None
             target.shard.write(reader.weights(target.name, owned.start, owned.stop))
+    if store.plan.rank == 0 and manifest.adam != _adam(optimizer.rule):
+        logger.warning("Adam goes on with %s, not with %s as before", _adam(optimizer.rule), manifest.adam)
     optimizer.resume(manifest.updates, manifest.largest_grad, manifest.learning_rate)
     if manifest.world_size == store.plan.world_size:
-        _set_generators(*reader.rng(store.plan.rank))
+        try:
+            _set_generators(*reader.rng(store.plan.rank))
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{reader.folder}: its generators cannot be used ({error}); {layout.REMEDY}"
+            ) from None
+    elif store.plan.rank == 0:
+        logger.warning(
+            "%d ranks saved, %d go on: dropout, if any, draws anew", manifest.world_size, store.plan.world_size
+        )
 
 
 # --- random number generators ----------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Manifest(_Strict):
 
     Attributes:
         step, skipped_steps: optimizer steps done, and those of them that changed nothing. updates: Adam's t.
+        adam: beta1, beta2, eps.
+        exact: whether the weights are in it, or follow from its sums but for rounding.
         largest_grad: bound of any gradient that Adam has seen; see `bounds`.
         world_size: ranks that saved it. slices: S.
         residual: small kind: ‖ΔW that it leaves out‖ / ‖ΔW‖ where it was measured, else None.
@@ -86,12 +88,15 @@ class Manifest(_Strict):
     kind: Kind
     step: int = Field(ge=0)
     skipped_steps: int = Field(ge=0)
+    skipped_in_a_row: int = Field(ge=0)
     updates: int = Field(ge=0)
     largest_grad: float
     learning_rate: float
     world_size: int = Field(gt=0)
     slices: int = Field(gt=0)
     second_order: bool
+    adam: dict[str, float]
+    exact: bool
     residual: float | None
     init_residual: float
     init_worst: str
@@ -179,6 +184,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
+    if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
+        raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
     wanted = set(file_names(manifest.kind, manifest.slices, manifest.world_size))
     odd = sorted(wanted ^ set(manifest.files))
     odd += [name for name, record in manifest.files.items() if not _SHA256.fullmatch(record.sha256)]
@@ -217,6 +224,36 @@ class CheckpointReader:
         for name in sorted(self.manifest.files) if names is None else names:
             check_file(self.folder, name, self.manifest.files[name])
 
+    def check_headers(self, names: list[str]) -> None:
+        """Looks whether files hold the tensors they must, before anything is taken from any; raises CheckpointError."""
+        for name in names:
+            file, wanted = self._open(name), self._tensors_of(name)
+            if wanted is not None and set(file.keys()) != wanted.keys():
+                raise CheckpointError(f"{self.folder / name} does not hold the tensors it must: {REMEDY}")
+            for key, shape in (wanted or {}).items():
+                self._read(file, key, shape, slice(0, 0))
+
+    def _tensors_of(self, name: str) -> dict[str, tuple[int, ...]] | None:
+        """key → shape of a file's tensors; None for generators, which differ from device to device."""
+        kind, number = name.split("-")[0], int(name.split("-")[1].split(".")[0])
+        if kind == "rng":
+            return None
+        found: dict[str, tuple[int, ...]] = {}
+        for t in self.manifest.targets:
+            A, B = (t.r, t.cols), (t.rows, t.r)
+            if kind == "factors":
+                found |= {f"{t.name}.A": A, f"{t.name}.B": B}
+            elif kind == "slice":
+                found |= {f"{t.name}.{s}_{side}": shape for s in STATE for side, shape in (("A", A), ("B", B))}
+            else:
+                part = ShardRange.of(number, self.manifest.world_size, t.rows, t.cols)
+                found |= {range_key(t.name, part.start, part.stop): (part.numel,)} if part.numel else {}
+        return found
+
+    def close(self) -> None:
+        """Lets go of the files: one that is mapped keeps its room on the disk after it was removed."""
+        self._open_files.clear()
+
     def slice_state(self, slice_id: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """Yields (target, which of `STATE`, A part: R × I, B part: O × R), fp32."""
         file = self._open(slice_file(slice_id))
@@ -243,7 +280,7 @@ class CheckpointReader:
         t, world = self.specs[target], self.manifest.world_size
         if self.manifest.kind != "full":
             raise CheckpointError(f"{self.folder} is a small checkpoint: it holds no weights, only sums; {REMEDY}")
-        found = torch.empty(stop - start)
+        found = torch.empty(stop - start, dtype=torch.float32)
         for rank in range(world):
             part = ShardRange.of(rank, world, t.rows, t.cols)
             first, last = max(start, part.start), min(stop, part.stop)

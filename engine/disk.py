@@ -101,7 +101,7 @@ def link(existing: Path, new: Path) -> bool:
     """Gives a complete file a second name; False where the file is gone, or the file system has no hard links."""
     try:
         fault("save.link")
-        os.link(existing, new)
+        os.link(os.path.realpath(existing), new)  # a link to a symbolic link would dangle somewhere else
     except OSError:
         return False
     return True

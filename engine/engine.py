@@ -242,14 +242,14 @@ class HDPissaEngine:
         self.check_weights()
         folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
         store, residual = self.optimizer.store, None
-        if kind == "small" and self.optimizer.rule.second_order:
+        if kind == "small" and not checkpoint.sums_are_exact(self.optimizer):
             residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
         files = checkpoint.own_files(kind, store)
         manifest = checkpoint.make_manifest(
             kind,
             self.optimizer,
             self.base,
-            steps=(self.global_steps, self.skipped_steps),
+            steps=(self.global_steps, self.skipped_steps, self.skipped_in_a_row),
             report=self.init_report,
             residual=residual.overall if residual else None,
             client_state=client_state or {},
@@ -260,7 +260,9 @@ class HDPissaEngine:
 
     def wait_for_checkpoint(self) -> None:
         """Until no checkpoint is being saved; raises SaveError when one has failed."""
+        pulse.reach("save.wait", slow=True)
         self._saver.wait()
+        pulse.reach("saved")
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
         """Goes on where a checkpoint was saved, at any number of ranks; collective. Nothing changes if it cannot.
@@ -273,6 +275,8 @@ class HDPissaEngine:
         Raises:
             CheckpointError: on all ranks alike: damaged, or of another run.
         """
+        if failed := self._end_failed_save():  # what is being saved is read until then
+            logger.warning("%s", failed)
         path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
         reader = checkpoint.open_checkpoint(path)
         store = self.optimizer.store
@@ -288,8 +292,11 @@ class HDPissaEngine:
         checkpoint.restore(reader, self.optimizer)
         zero3.fence()
         self.zero_grad()
-        self.global_steps, self.skipped_steps = reader.manifest.step, reader.manifest.skipped_steps
-        self._saver.adopt(reader.folder, reader.manifest.files)
+        manifest = reader.manifest
+        self.global_steps, self.skipped_steps = manifest.step, manifest.skipped_steps
+        self.skipped_in_a_row = manifest.skipped_in_a_row
+        self._saver.adopt(reader.folder, manifest.files)
+        reader.close()
 
     # --- results -------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ Reads and renames only; what is inside a checkpoint is not looked at.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -42,24 +44,44 @@ def _replaced(folder: Path) -> Path:
 
 
 def publish(written: Path, folder: Path) -> None:
-    """Gives a complete folder its name and makes it the latest one."""
-    if folder.exists():
-        disk.remove(_replaced(folder))
-        disk.rename(folder, _replaced(folder))
-    disk.rename(written, folder)
+    """Gives a complete folder its name and makes it the latest one; raises OSError, the one before it in its place."""
+    replaced = _replaced(folder) if folder.exists() else None
+    if replaced is not None:
+        disk.remove(replaced)
+        disk.rename(folder, replaced)
+    try:
+        disk.rename(written, folder)
+    except OSError:
+        if replaced is not None and not folder.exists():
+            os.rename(replaced, folder)
+        raise
     fault("save.before_latest")
     disk.replace_text(folder.parent / LATEST, folder.name + "\n")
     fault("save.after_latest")
-    disk.remove(_replaced(folder))
+    if replaced is not None:
+        disk.remove(replaced)
 
 
 def retire(newest: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, never the newest one."""
-    if keep is None:
+    """Removes the oldest checkpoints beyond `keep` that came before a numbered one.
+
+    Those with a higher number are of a run that went on from further back; they are left alone. What cannot be removed
+    is no reason to call a save failed.
+    """
+    step = number(newest)
+    if keep is None or step is None:
         return
-    older = [folder for folder in by_step(newest.parent) if folder != newest]
-    for folder in older[max(0, keep - 1) :]:
+    with contextlib.suppress(OSError):
+        for folder in [f for f in by_step(newest.parent) if number(f) < step][keep - 1 :]:  # type: ignore[operator]
+            disk.remove(folder)
+
+
+def discard(parent: Path) -> None:
+    """Removes all checkpoints: those of a run that is being replaced."""
+    (parent / LATEST).unlink(missing_ok=True)
+    for folder in by_step(parent):
         disk.remove(folder)
+    clean(parent)
 
 
 def clean(parent: Path) -> None:
@@ -74,23 +96,36 @@ def clean(parent: Path) -> None:
             disk.remove(path)
 
 
+def number(folder: Path) -> int | None:
+    """N of checkpoint-N."""
+    text = folder.name.removeprefix("checkpoint-")
+    return int(text) if text != folder.name and text.isdecimal() else None
+
+
 def by_step(parent: Path) -> list[Path]:
     """The complete folders named checkpoint-N, newest first."""
-    found = []
-    for path in parent.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / MANIFEST).is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [(number(path), path) for path in parent.glob("checkpoint-*") if (path / MANIFEST).is_file()]
+    return [path for step, path in sorted(found, reverse=True) if step is not None]  # type: ignore[type-var]
 
 
 def candidates(parent: Path) -> list[Path]:
-    """Where to resume from, best first: the latest one, then the others by their number, newest first."""
-    found = by_step(parent)
-    replaced = [p for p in parent.glob(".checkpoint-*.replaced") if not (parent / p.name[1:-9]).exists()]
+    """Where to resume from, best first: what `latest` names, then what was saved before it, newest first.
+
+    A checkpoint with a higher number than the latest is of a run that was left behind. One that is just being replaced
+    counts as long as its name is free.
+    """
     named = latest(parent)
-    first = [p for p in (named and parent / named,) if p and (p / MANIFEST).is_file()]
-    return first + [p for p in (*replaced, *found) if p not in first]
+    first = [p for p in (_whole(parent / named) if named else None,) if p]
+    last = number(parent / named) if named else None
+    folders = {p.name for p in by_step(parent)} | {p.name[1:-9] for p in parent.glob(".checkpoint-*.replaced")}
+    steps = sorted((number(parent / name), name) for name in folders if number(parent / name) is not None)
+    older = [name for step, name in reversed(steps) if name != named and (last is None or step < last)]  # type: ignore[operator]
+    return first + [p for name in older if (p := _whole(parent / name))]
+
+
+def _whole(folder: Path) -> Path | None:
+    """The folder, or what stands in for it while it is being replaced."""
+    return next((p for p in (folder, _replaced(folder)) if (p / MANIFEST).is_file()), None)
 
 
 def latest(parent: Path) -> str | None:

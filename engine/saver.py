@@ -15,19 +15,21 @@ Knows tensors and names; what they mean is `checkpoint.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import disk, folders
+from . import disk, folders, pulse
 from .checkpoint_format import MANIFEST, Manifest, StoredFile
 from .disk import FileRecord
 from .tensor_file import header
@@ -103,44 +105,52 @@ class Saver:
         self._records: dict[str, FileRecord] = {}  # of the constant files there
         self._group: Any = None
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []  # that `wait` has not raised yet
+        self._written = 0  # pieces; grows while a save gets on
 
     # --- what callers use ----------------------------------------------------------------------------
 
     def save(self, job: Job, *, background: bool) -> None:
         """Writes a checkpoint, after the one under way; in the background it returns when all is copied.
 
+        That the one under way has failed is no reason not to write this one; `wait` tells of it later.
+
         Raises:
-            SaveError: on all ranks: this one failed, or the one that was under way.
+            SaveError: on all ranks: it failed before it returned.
         """
-        self.wait()
+        self._join()
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         if not background:
             self._run(job)
             return
-        staged = replace(job, files=[_staged(file) for file in job.files])
-        self._thread = threading.Thread(target=self._try, args=(staged,), name="save", daemon=False)
+        staged: list[OwnFile] = []
+        self._agree(job, lambda: staged.extend(_staged(job.files)))
+        self._thread = threading.Thread(target=self._try, args=(replace(job, files=staged),), name="save", daemon=False)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is under way; raises SaveError when what was under way has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
+        """Until nothing is under way; raises SaveError when what was under way, or one before it, has failed."""
+        self._join()
+        if self._failures:
+            failure, self._failures = self._failures[0], []
             raise failure
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way on this rank."""
-        return self._thread is not None and self._thread.is_alive()
+    def _join(self) -> None:
+        """Tells the watch that waiting is no hang as long as something is being written."""
+        before = self._written
+        while self._thread is not None:
+            self._thread.join(5.0)
+            if not self._thread.is_alive():
+                self._thread = None
+            if self._written != before:
+                pulse.tick()
+                before = self._written
 
     @property
     def failed(self) -> bool:
         """Whether this rank knows of a failure that `wait` has not raised yet."""
-        return self._failure is not None
+        return bool(self._failures)
 
     def adopt(self, home: Path, records: dict[str, StoredFile]) -> None:
         """Takes the constant files of a checkpoint that was read as this run's."""
@@ -153,7 +163,7 @@ class Saver:
         try:
             self._run(job)
         except BaseException as error:  # is raised by `wait`
-            self._failure = error
+            self._failures.append(error)
 
     def _run(self, job: Job) -> None:
         partial = folders.partial(job.folder)
@@ -162,6 +172,8 @@ class Saver:
         records = self._agree(job, lambda: self._write(partial, job.files))
         merged = {name: record for own in records for name, record in own.items()}
         self._agree(job, lambda: self._publish(job, partial, merged))
+        if self.rank == 0:
+            folders.retire(job.folder, job.keep)
         self.home = job.folder
         self._records = {f.name: merged[f.name] for f in job.files if f.constant}
 
@@ -178,7 +190,8 @@ class Saver:
         problems = [p for _, p in answers if p]
         if problems:
             if self.rank == 0:
-                disk.remove(folders.partial(job.folder))
+                with contextlib.suppress(OSError):  # a disk that fails may fail here, too; the next save cleans up
+                    disk.remove(folders.partial(job.folder))
             raise SaveError(f"{job.folder} was not saved ({problems[0]}); earlier checkpoints are as they were")
         return [r for r, _ in answers]
 
@@ -197,18 +210,39 @@ class Saver:
     def _can_link(self, file: OwnFile) -> bool:
         return file.constant and self.home is not None and (self.home / file.name).exists()
 
+    def _link(self, file: OwnFile, path: Path) -> bool:
+        """Links a constant file, if it still is what was written: a damaged one must not spread over checkpoints."""
+        if not self._can_link(file):
+            return False
+        assert self.home is not None
+        try:
+            sound = disk.read_record(self.home / file.name) == self._records[file.name]
+        except OSError:
+            return False
+        return sound and disk.link(self.home / file.name, path)
+
     def _write(self, partial: Path, files: list[OwnFile]) -> dict[str, FileRecord]:
         if not partial.is_dir():
             raise OSError(0, f"{partial} is not there on this host; all hosts must share the folder of checkpoints")
         written = {}
         for file in files:
             path = partial / file.name
-            if self._can_link(file) and disk.link(self.home / file.name, path):  # type: ignore[operator]
+            if self._link(file, path):
                 written[file.name] = self._records[file.name]
             else:
                 path.unlink(missing_ok=True)
-                written[file.name] = disk.write_file(path, _chunks(file))
+                written[file.name] = disk.write_file(path, self._chunks(file))
         return written
+
+    def _chunks(self, file: OwnFile) -> Iterator[bytes | memoryview]:
+        yield header(((p.key, p.dtype, p.shape) for p in file.parts), file.metadata)
+        for part in file.parts:
+            values = part.read().detach().contiguous().cpu().view(-1).view(torch.uint8)
+            for piece in values.split(WRITE_BYTES):
+                yield memoryview(piece.numpy())
+                self._written += 1  # the piece before this line is on its way
+                if threading.current_thread() is threading.main_thread():
+                    pulse.tick()
 
     def _publish(self, job: Job, partial: Path, records: dict[str, FileRecord]) -> None:
         if self.rank:
@@ -222,36 +256,29 @@ class Saver:
         disk.write_file(partial / MANIFEST, [manifest.render().encode()])
         disk.sync_folder(partial)
         folders.publish(partial, job.folder)
-        folders.retire(job.folder, job.keep)
-
-
-def _chunks(file: OwnFile) -> Iterator[bytes | memoryview]:
-    yield header(((p.key, p.dtype, p.shape) for p in file.parts), file.metadata)
-    for part in file.parts:
-        values = part.read().detach().contiguous().cpu().view(-1).view(torch.uint8)
-        for piece in values.split(WRITE_BYTES):
-            yield memoryview(piece.numpy())
 
 
 # --- copies ----------------------------------------------------------------------------------------
 
 
-def _staged(file: OwnFile) -> OwnFile:
-    """The file with its values as they are now; constant ones may be read later."""
-    if file.constant:
-        return file
-    return replace(file, parts=[_copy(part) for part in file.parts])
+def _staged(files: Sequence[OwnFile]) -> list[OwnFile]:
+    """The files with their values as they are now; constant ones may be read later.
+
+    Raises:
+        OSError: the host has no room for the copies; the kernel would end some process instead.
+    """
+    need = sum(file.nbytes for file in files if not file.constant)
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if need > free:
+        raise OSError(
+            0, f"the copies need {need} bytes of host memory, {free} are free per process; save without async"
+        )
+    return [file if file.constant else replace(file, parts=[_copy(p) for p in file.parts]) for file in files]
 
 
 def _copy(part: Part) -> Part:
+    """Pageable memory: torch rounds pinned blocks up to powers of two, and never gives them back."""
     values = part.read().detach()
-    held = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda")
-    held.copy_(values)
+    held = torch.empty(values.shape, dtype=values.dtype, device="cpu")
+    held.copy_(values)  # complete when it returns
     return replace(part, read=lambda: held)
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

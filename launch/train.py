@@ -50,7 +50,7 @@ def fit(
 ) -> bool:
     """Trains up to `total_steps` optimizer steps; a rank works off its slices' micro-batches in order.
 
-    Returns: whether it got there; False when the run was asked to stop, and has saved itself.
+    Returns: whether it got there; False when the run was asked to stop.
     """
     from hdpissa.engine import pulse, zero3
 
@@ -78,10 +78,10 @@ def fit(
         # --- save
         if result.failed_save:
             checkpoints.failed(result.failed_save)
-        if result.interrupted or checkpoints.due(done):
-            checkpoints.save(engine, done)
         if result.interrupted and done < total_steps:
             return False
+        if checkpoints.due(done):
+            checkpoints.save(engine, done)
     return True
 
 
@@ -134,7 +134,7 @@ def meet(args: Any, job: Job) -> Any:
 
 def make_recorder(args: Any, job: Job, start: int) -> Any:
     """Makes the output folder, where of an earlier run only the steps before `start` count any more."""
-    from hdpissa.engine import pulse, zero3
+    from hdpissa.engine import folders, pulse, zero3
     from hdpissa.engine.metrics import Recorder, keep_rows
 
     folder = Path(args.output_dir)
@@ -146,6 +146,8 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
         with pulse.alone("folder"):
             (folder / "run.json").unlink(missing_ok=True)
             keep_rows(folder / "metrics.jsonl", start)
+            if start == 0:  # of a run that this one replaces
+                folders.discard(folder)
     recorder = Recorder(
         folder,
         total_steps=job.total_steps,
@@ -258,11 +260,17 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     guard = Guard(engine, args.max_skipped_steps, args.integrity_steps)
     parts = engine, job.data, evaluator, scheduler, recorder, checkpoints, guard
     with stopping_on_signals(engine):
-        finished = fit(*parts, args=args, total_steps=job.total_steps)
+        try:
+            finished = fit(*parts, args=args, total_steps=job.total_steps)
+        except StopError:  # which every rank raises; what is being saved is still worth something
+            checkpoints.finish(engine)
+            raise
         checkpoints.finish(engine)
+        if not finished:
+            stopped = checkpoints.last_save(engine)
     if not finished:
-        recorder.state("preempted", engine.global_steps)
-        recorder.say(f"asked to stop: saved after step {engine.global_steps}; go on with --resume_from_checkpoint auto")
+        recorder.state("preempted", engine.global_steps, "" if stopped.saved else stopped.words)
+        recorder.say(stopped.words)
         return False
     evaluator.evaluate(engine, recorder, step=job.total_steps)
     evaluator.sample(engine, recorder, title="after training")

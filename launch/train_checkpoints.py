@@ -11,7 +11,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +71,40 @@ def describe_data(args: Any, job: Job) -> dict[str, Any]:
 
 
 def _fingerprint(dataset: Any) -> str:
-    """The checksum of all input ids, row by row."""
+    """The checksum of all input ids and labels, row by row."""
     import torch
 
     from hdpissa.engine.checksum import add, checksum
 
     total, start = 0, 0
     for batch in dataset.with_format("arrow").iter(batch_size=10_000):
-        ids = torch.tensor(batch.column("input_ids").combine_chunks().flatten().to_numpy())
-        total, start = add(total, checksum(ids, start)), start + ids.numel()
-    return f"{start} with checksum {total:016x}"
+        for column in ("input_ids", "labels"):
+            ids = torch.tensor(batch.column(column).combine_chunks().flatten().to_numpy())
+            total, start = add(total, checksum(ids, start)), start + ids.numel()
+    return f"{start // 2} with checksum {total:016x}"
 
 
 def compare_data(reader: Any, here: dict[str, Any]) -> None:
     """Raises CheckpointError where the steps so far have seen other data than this run would have given them."""
     from hdpissa.engine.checkpoint_format import CheckpointError
 
-    there = reader.manifest.client_state.get("data", {})
-    other = [f"{k}: {there.get(k)} then, {v} now" for k, v in here.items() if there.get(k) != v]
+    other = other_data(reader, here)
     if other:
         raise CheckpointError(
             f"{reader.folder} was trained on other data, or in another order ({'; '.join(other)}): give the same "
             f"again, or --ignore_data_skip to begin the data anew"
         )
+
+
+def other_data(reader: Any, here: dict[str, Any]) -> list[str]:
+    """In what a checkpoint's data are others than these."""
+    there = reader.manifest.client_state.get("data", {})
+    return [f"{k}: {there.get(k)} then, {v} now" for k, v in here.items() if there.get(k) != v]
+
+
+def _plain(value: Any) -> Any:
+    """A path may hold bytes that are no text."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def changed_arguments(reader: Any, args: Any) -> str:
@@ -105,6 +116,14 @@ def changed_arguments(reader: Any, args: Any) -> str:
 
 
 # --- saving ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a run ended that was asked to."""
+
+    saved: bool
+    words: str
 
 
 class Checkpoints:
@@ -120,13 +139,12 @@ class Checkpoints:
     def __init__(self, args: Any, job: Job, recorder: Any, reader: Any) -> None:
         self._args, self._recorder, self._total = args, recorder, job.total_steps
         self._steps_per_epoch = job.data.steps_per_epoch
+        data = describe_data(args, job)
         before = reader.manifest.client_state.get("data_offset", 0) if reader else 0
-        self.data_offset = reader.manifest.step if reader and args.ignore_data_skip else before
-        self._client_state = {
-            "arguments": asdict(args),
-            "data": describe_data(args, job),
-            "data_offset": self.data_offset,
-        }
+        # other data begin anew, once: the runs after this one find their own data in its checkpoints
+        self.data_offset = reader.manifest.step if reader and other_data(reader, data) else before
+        arguments = {k: _plain(v) for k, v in asdict(args).items()}
+        self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
         self._saved_at = -1
 
     def due(self, done: int) -> bool:
@@ -140,24 +158,27 @@ class Checkpoints:
         """Saves; a failure is told, and ends the run only with --stop_on_save_error."""
         from hdpissa.engine.saver import SaveError
 
-        if done == self._saved_at:
-            return
-        args, start = self._args, time.perf_counter()
+        start = time.perf_counter()
         try:
-            folder = engine.save_checkpoint(
-                args.output_dir,
-                client_state=self._client_state,
-                kind=args.checkpoint_kind,
-                async_save=args.async_save,
-                save_total_limit=args.save_total_limit,
-            )
+            folder = self._save(engine, background=self._args.async_save)
         except SaveError as error:
             self.failed(str(error))
             return
-        self._saved_at = done
-        how = "is being saved" if args.async_save else "saved"
+        how = "is being saved" if self._args.async_save else "saved"
         self._recorder.say(f"{folder} {how}; training paused for {time.perf_counter() - start:.2f} s")
         self._recorder.resume_clock()
+
+    def _save(self, engine: Any, *, background: bool) -> Path:
+        args = self._args
+        folder = engine.save_checkpoint(
+            args.output_dir,
+            client_state=self._client_state,
+            kind=args.checkpoint_kind,
+            async_save=background,
+            save_total_limit=args.save_total_limit,
+        )
+        self._saved_at = engine.global_steps
+        return folder
 
     def finish(self, engine: Any) -> None:
         """Waits for what is being saved in the background."""
@@ -166,7 +187,24 @@ class Checkpoints:
         try:
             engine.wait_for_checkpoint()
         except SaveError as error:
+            self._saved_at = -1
             self.failed(str(error))
+
+    def last_save(self, engine: Any) -> Stopped:
+        """Saves a run that was asked to stop, at once, and once more where that fails. Call after `finish`."""
+        from hdpissa.engine.saver import SaveError
+
+        step, problem = engine.global_steps, ""
+        for _ in range(2):
+            if self._saved_at != step:
+                try:
+                    self._save(engine, background=False)
+                except SaveError as error:
+                    problem = str(error)
+        if self._saved_at == step:
+            words = f"asked to stop: saved after step {step}; go on with --resume_from_checkpoint auto"
+            return Stopped(True, words)
+        return Stopped(False, f"asked to stop after step {step}, and not saved: {problem}")
 
     def failed(self, message: str) -> None:
         """A checkpoint could not be saved."""

@@ -50,7 +50,8 @@ def train_on(
     engine.wait_for_checkpoint()
     store = engine.optimizer.store
     state = {
-        s: {i: list(store.state_views(s, n)) for n, i in enumerate(engine.plan.owned)} for s in ("exp_avg", "delta_sum")
+        s: {i: list(store.state_views(s, n)) for n, i in enumerate(engine.plan.owned)}
+        for s in ("exp_avg", "exp_avg_sq", "delta_sum")
     }
     return {"losses": losses, "weights": whole_weights(engine), "state": state, "step": engine.global_steps}
 

@@ -54,7 +54,8 @@ def _part(key: str, shape: tuple[int, ...], value: float) -> Part:
 def _manifest(step: int) -> Manifest:
     base = Base(name_or_path="", dtype="float32", checksums={"layer.q_proj.weight": "00"})
     return Manifest(
-        kind="full", step=step, skipped_steps=0, updates=step, largest_grad=1.0, learning_rate=1e-3, world_size=WORLD,
+        kind="full", step=step, skipped_steps=0, skipped_in_a_row=0, adam={}, exact=True,
+        updates=step, largest_grad=1.0, learning_rate=1e-3, world_size=WORLD,
         slices=SLICES, second_order=True, residual=None, init_residual=0.0, init_worst="", targets=[TARGET], base=base,
         versions={}, client_state={}, files={},
     )  # fmt: skip

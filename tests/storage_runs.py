@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def save_in_background(settings: dict, save_dir: str, *, action: str) -> dict[st
 
     Returns: what each step said of it, what is whole at the end, and the weights of a save while training went on.
     """
-    from hdpissa.engine import faults, initialize
+    from hdpissa.engine import disk, faults, initialize
     from hdpissa.engine.checkpoint_format import CheckpointReader
 
     engine = initialize(model=build(None), config=settings)
@@ -82,8 +83,11 @@ def save_in_background(settings: dict, save_dir: str, *, action: str) -> dict[st
     faults._fault = None
     told = [one_step(engine, step).failed_save for step in (1, 2)]
     exact = {t.name: t.shard.read(0, t.own_range(engine.plan).numel).clone() for t in engine.targets}
+    changed, write_file = threading.Event(), disk.write_file
+    disk.write_file = lambda *args: changed.wait() and write_file(*args)
     folder = engine.save_checkpoint(save_dir, async_save=True)
-    one_step(engine, 3)  # changes the weights while they are being written
+    one_step(engine, 3)  # changes the weights before any is written
+    changed.set()
     engine.wait_for_checkpoint()
     reader = CheckpointReader(folder)
     reader.check()

@@ -47,20 +47,23 @@ CASES = {
     "dense": {"delta": {"exchange": "dense"}},
     "shared slices": {"slices": 1},
     "bf16 on the wire": {"delta": {"dtype": "bf16"}},
+    "dropout": {"dropout": 0.2},  # in the model: masks come from the generators
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
     """Six steps on two ranks without a break, with a checkpoint after the third."""
-    folder, config = tmp_path_factory.mktemp("saved"), settings(2, **CASES[request.param])
-    runs = run_ranks(2, train_on, config, stop=STEPS, save_at=(SAVED,), save_dir=str(folder), async_save=True)
-    return folder, config, runs
+    case = dict(CASES[request.param])
+    model = {"attention_dropout": case.pop("dropout", 0.0)}
+    folder, config = tmp_path_factory.mktemp("saved"), settings(2, **case)
+    how = {"save_at": (SAVED,), "save_dir": str(folder), "async_save": True}
+    return folder, config, model, run_ranks(2, train_on, config, stop=STEPS, model=model, **how)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved):
-    folder, config, whole = saved
-    resumed = run_ranks(2, train_on, config, stop=STEPS, start_from=str(folder))
+    folder, config, model, whole = saved
+    resumed = run_ranks(2, train_on, config, stop=STEPS, start_from=str(folder), model=model)
     for a, b in zip(whole, resumed, strict=True):
         assert list(b["losses"]) == [3, 4, 5]
         assert all(a["losses"][step] == loss for step, loss in b["losses"].items())
