@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint_format as layout
-from . import folders, zero3
+from . import folders, pulse, zero3
 from .checkpoint_format import STATE, Base, CheckpointError, CheckpointReader, Manifest, TargetSpec
-from .checksum import MASK, checksum, signed
+from .checksum import MASK, checksum, forget, signed
 from .decompose import InitReport
 from .delta import DeltaRule
 from .exchange import FactorExchange
@@ -54,6 +54,8 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
             shard = target.shard.read(0, target.own_range(plan).numel)
         names.append(name)
         sums.append(signed(checksum(shard, start)))
+        pulse.tick()
+    forget()
     total = torch.tensor(sums, dtype=torch.int64, device=zero3.device())
     dist.all_reduce(total)  # int64 wraps around, as the checksum wants it
     found = {name: f"{value & MASK:016x}" for name, value in zip(names, total.tolist(), strict=True)}

@@ -45,6 +45,11 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
     return total.item() & MASK  # type: ignore[operator]
 
 
+def forget() -> None:
+    """Frees the multipliers, 8 MiB per device; they are made anew when they are needed."""
+    _multipliers.cache_clear()
+
+
 def add(*sums: int) -> int:
     """The checksum of several parts together."""
     return sum(sums) & MASK
