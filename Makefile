@@ -30,7 +30,7 @@ test: $(READY)
 
 # The long form of the fault tests: hangs and deaths at every point, and sixty runs killed and resumed. RUNS=300 for more.
 faults: $(READY)
-	FAULTS=long $(BIN)/python -m pytest tests/test_faults.py tests/test_crash_states.py tests/test_storage.py
+	FAULTS=long $(BIN)/python -m pytest tests/test_faults.py tests/test_resume.py tests/test_crash_states.py tests/test_storage.py
 	$(BIN)/python tests/kill_runs.py --runs $(or $(RUNS),60)
 
 # Two ranks, four slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.

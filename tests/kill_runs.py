@@ -146,14 +146,14 @@ def kill_launcher(case: Case, output: Path, before: int, pause: float) -> None:
     for p in [*launchers, psutil.Process(process.pid)]:
         p.kill()
     process.wait()
-    if any(p.is_running() for p in ranks):
-        second = wait_all(start_ranks(case, output), 120)
-        if second not in ([2] * RANKS, [0] * RANKS):  # refused; or the ranks had come to their end by then
-            raise RuntimeError(f"a second run in a folder in use ended with {second}")
+    for p in ranks:  # as long as a second run takes to begin, these would be done
+        p.suspend()
+    second = wait_all(start_ranks(case, output), 120)
     for p in ranks:
-        if p.is_running():
-            p.kill()
+        p.kill()
     psutil.wait_procs(ranks, 30)
+    if second != [2] * RANKS:
+        raise RuntimeError(f"a second run in a folder in use was not refused but ended with {second}: {logs(output)}")
 
 
 def resume(case: Case, output: Path) -> list[int | None]:

@@ -63,10 +63,7 @@ DEATHS = {
 # Each costs a run and the limit. The short form has one of each kind; FAULTS=long has all.
 SHORT = {
     "step.data:1:3:SLEEP",
-    "step.exchange:2:2:SLEEP",
-    "alone.run.json:0:0:SLEEP",
     "step.forward:0:2:STOP",
-    "step.apply:1:2:GIL",
     "step.voted:1:2:KILL",
     "apply.weight:1:2:RAISE:7",
     "alone.metrics:0:2:RAISE",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_runs import run_with_fault
 from launch_runs import flags, make_inputs, read_json, train_here
 from ranks import run_ranks
 from save_runs import job, read_all, start_alone
@@ -17,7 +18,7 @@ from tiny import ds_settings
 from hdpissa.engine.checkpoint_format import CheckpointReader
 
 
-@pytest.mark.parametrize("action", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("action", ["ENOSPC", "EIO"] if os.environ.get("FAULTS") == "long" else ["ENOSPC"])
 def test_every_call_of_a_save_fails_once(tmp_path, action):
     """On each rank, at every write, fsync and rename: the same failed save everywhere, nothing left, nothing lost."""
     config = ds_settings(slices=2)
@@ -82,21 +83,40 @@ def test_a_disk_that_is_full(tmp_path):
 
 
 def test_a_run_that_cannot_save_goes_on_or_stops(tmp_path):
-    """Checkpoints go where a file is in the way: a warning and a finished run, or its end with --stop_on_save_error."""
+    """The disk is full in every save: a warning and a finished run, or its end with --stop_on_save_error."""
     inputs = make_inputs(tmp_path / "inputs")
     for stop, code in ((False, 0), (True, 2)):
         output = tmp_path / f"out-{stop}"
-        output.mkdir()
-        (output / "latest").mkdir()  # cannot be replaced by a file
-        chosen = {
-            **inputs,
-            "output_dir": str(output),
-            "max_steps": 3,
-            "save_steps": 2,
-            "max_length": 64,
-            "prompt_template": "none",
-        }
-        chosen |= {"stop_on_save_error": True} if stop else {}
-        results = run_ranks(2, train_here, flags(chosen), str(tmp_path / "cache"))
-        assert [r["code"] for r in results] == [code, code], results
+        chosen = {**inputs, "output_dir": str(output), "max_steps": 3, "save_steps": 2, "max_length": 64}
+        chosen |= {"prompt_template": "none", **({"stop_on_save_error": True} if stop else {})}
+        ends = run_with_fault(2, flags(chosen), str(tmp_path / "cache"), "save.write:0:*:ENOSPC")
+        assert [end.code for end in ends] == [code, code], ends
         assert read_json(output / "run_state.json")["state"] == ("failed" if stop else "finished")
+        assert not list(output.glob("checkpoint-*"))
+
+
+def test_a_run_that_is_asked_to_stop_and_cannot_save_says_so(tmp_path):
+    """SIGTERM in the second step, every save fails: not "saved", and the state says why."""
+    inputs, output = make_inputs(tmp_path / "inputs"), tmp_path / "out"
+    chosen = {**inputs, "output_dir": str(output), "max_steps": 9, "max_length": 64, "prompt_template": "none"}
+    results = run_ranks(2, stop_on_a_full_disk, flags(chosen), str(tmp_path / "cache"))
+    assert [r["code"] for r in results] == [143, 143], results
+    state = read_json(output / "run_state.json")
+    assert (state["state"], state["step"]) == ("preempted", 2)
+    assert "asked to stop after step 2, and not saved" in state["message"]
+    assert "No space left on device" in state["message"]
+
+
+def stop_on_a_full_disk(argv, cache):
+    import signal
+
+    from engine_runs import in_step
+
+    from hdpissa.engine import disk
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    disk.write_file = full
+    in_step(1, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    return train_here(argv, cache)
