@@ -147,7 +147,8 @@ def main() -> None:
         f"forward + backward, {args.rounds} rounds in rotating order, one thread of a CPU that {native} bf16 "
         f"instructions. Limits: ours / frozen at most 1.15, and less than lora / frozen."
     )
-    timing.write(f"cpu_layers_{args.dtype}", rows, COLUMNS, note)
+    part = "" if args.layers is None else f"_{args.layers}_layers"
+    timing.write(f"cpu_layers_{args.dtype}{part}", rows, COLUMNS, note)
 
 
 if __name__ == "__main__":
