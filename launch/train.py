@@ -146,7 +146,7 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
         with pulse.alone("folder"):
             (folder / "run.json").unlink(missing_ok=True)
             keep_rows(folder / "metrics.jsonl", start)
-            if start == 0:  # of a run that this one replaces
+            if start == 0 and args.overwrite_output_dir:
                 folders.discard(folder)
     recorder = Recorder(
         folder,

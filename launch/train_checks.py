@@ -70,9 +70,10 @@ def check_output_dir(args: Any) -> None:
         raise ConfigError(f"--output_dir {folder}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"--output_dir {folder}: {there} must be writable; give another folder")
-    if (folder / "run.json").exists() and not args.overwrite_output_dir and not goes_on(args, folder):
+    used = next((name for name in ("run.json", "checkpoint-*/checkpoint.json") if any(folder.glob(name))), None)
+    if used and not args.overwrite_output_dir and not goes_on(args, folder):
         raise ConfigError(
-            f"--output_dir {folder} holds another run (run.json); give another folder, --overwrite_output_dir, or "
+            f"--output_dir {folder} holds another run ({used}); give another folder, --overwrite_output_dir, or "
             f"--resume_from_checkpoint auto to go on with it"
         )
 
