@@ -24,7 +24,7 @@ from hdpissa.launch import train_arguments
 from hdpissa.launch.train_checkpoints import (
     PREEMPTED,
     Checkpoints,
-    changed_arguments,
+    describe_start,
     find_checkpoint,
     stopping_on_signals,
 )
@@ -248,7 +248,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds, resume_from=reader, progress=tell_progress(recorder))
     start = engine.global_steps
-    recorder.say(describe_start(args, engine, reader))
+    recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
@@ -295,17 +295,10 @@ def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
         if job.plan.rank == 0:
             with pulse.alone("tokenizer"):
                 job.tokenizer.save_pretrained(folder)
+    for format in folders.keys() - set(formats):
+        if (Path(args.output_dir) / folders[format]).exists():
+            recorder.say(f"warning: {args.output_dir}/{folders[format]}/ is an earlier run's, not this one's")
     return [f"{folders[format]}/" for format in formats]
-
-
-def describe_start(args: Any, engine: Any, reader: Any) -> str:
-    """Where the slices came from, and where the run goes on."""
-    residual = f"residual {engine.init_report.residual:.1e}"
-    if reader is None:
-        done = "read from the cache" if engine.init_report.cached else "computed"
-        return f"slices of all {len(engine.targets)} weights {done}, {residual}"
-    other = changed_arguments(reader, args)
-    return f"resumed {reader.folder} after step {engine.global_steps}" + (f"; changed since: {other}" if other else "")
 
 
 def main(argv: list[str] | None = None) -> bool:

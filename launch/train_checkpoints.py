@@ -41,9 +41,25 @@ def find_checkpoint(args: Any, job: Job) -> Any:
     if automatic and not _anywhere(folders.candidates(path) if path.is_dir() else []):
         return None
     reader = checkpoint.open_checkpoint(path, fall_back=automatic)
+    compare_slices(reader, job)
     if not args.ignore_data_skip:
         compare_data(reader, describe_data(args, job))
     return reader
+
+
+def compare_slices(reader: Any, job: Job) -> None:
+    """Raises CheckpointError for another S: "auto" is the number of processes, which may have changed."""
+    from hdpissa.engine.checkpoint_format import CheckpointError
+
+    there, plan = reader.manifest.slices, job.plan
+    if there != plan.slices:
+        remedy = f'set "slices": {there} in the JSON'
+        if there > plan.world_size:
+            remedy += f", and gradient_accumulation_steps to a multiple of {there // plan.world_size}"
+        raise CheckpointError(
+            f"{reader.folder} does not fit this run: hd_pissa.slices is {there} in the checkpoint, {plan.slices} here "
+            f"with {plan.world_size} processes; {remedy}, such that a slice's micro-batches per step stay the same"
+        )
 
 
 def _anywhere(found: list[Path]) -> bool:
@@ -113,6 +129,19 @@ def changed_arguments(reader: Any, args: Any) -> str:
     quiet = {"resume_from_checkpoint", "overwrite_output_dir", "local_rank", "output_dir", "ds_config"}
     other = [f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v]
     return ", ".join(other)
+
+
+def describe_start(args: Any, engine: Any, reader: Any, total_steps: int) -> str:
+    """Where the slices came from, and where the run goes on."""
+    residual = f"residual {engine.init_report.residual:.1e}"
+    if reader is None:
+        done = "read from the cache" if engine.init_report.cached else "computed"
+        return f"slices of all {len(engine.targets)} weights {done}, {residual}"
+    other = changed_arguments(reader, args)
+    text = f"resumed {reader.folder} after step {engine.global_steps}" + (f"; changed since: {other}" if other else "")
+    return (
+        text if engine.global_steps < total_steps else f"{text}; all {total_steps} steps are done, nothing is trained"
+    )
 
 
 # --- saving ----------------------------------------------------------------------------------------
