@@ -9,7 +9,7 @@ deepspeed --quiet --num_accelerators 2 --master_port "${MASTER_PORT:-29541}" lau
     --model_name_or_path "$model" \
     --dataset_name "$output/data/train.jsonl" \
     --eval_dataset_name "$output/data/eval.jsonl" \
-    --output_dir "$output/run" --overwrite_output_dir \
+    --output_dir "$output/run" --overwrite_output_dir --save_strategy no \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 2 \
     --learning_rate 4e-4 --num_train_epochs 1 --max_length 256 --max_new_tokens 32 \
     --sample_prompt "Tom has 14 apples. He buys 3 bags with 6 apples each and gives away 5. How many apples does Tom have?"
