@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22  # entries of M converted at a time where it is not of the working dtype: 32 MiB of float64
+GRAM_BLOCKS = 4  # of M Mᵀ's columns, each computed from the diagonal down: 5/8 of the products
 BLOCK = (16, 32)  # vectors a step adds: half of the triplets wanted, within these limits
 PROBES, PROBE_STEPS = 16, 8
 MAY_FAIL = 1e-9  # probability that `bound` is too low
@@ -52,11 +53,14 @@ def times_t(Y_bl: Tensor, M_sl: Tensor) -> Tensor:
 
 
 def gram(M_sl: Tensor) -> Tensor:
-    """M Mᵀ (s × s) in float64, summed over pieces of M's columns."""
-    out = M_sl.new_zeros(len(M_sl), len(M_sl), dtype=torch.float64)
+    """M Mᵀ (s × s) in float64, summed over pieces of M's columns; of the half above the diagonal most is left out."""
+    s = len(M_sl)
+    out = M_sl.new_zeros(s, s, dtype=torch.float64)
+    step = max(1, math.ceil(s / GRAM_BLOCKS))
     for _, part in row_chunks(M_sl.t(), torch.float64):
-        out.addmm_(part.t(), part)
-    return out
+        for start in range(0, s, step):
+            out[start:, start : start + step].addmm_(part.t()[start:], part[:, start : start + step])
+    return out.tril() + out.tril(-1).t()
 
 
 def orthonormal(Z_bs: Tensor, generator: torch.Generator) -> Tensor:

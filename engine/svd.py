@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import krylov
+from . import eigen, krylov
 from .precision import full_fp32
 
 WORTH = 3  # gram is exact, and `seconds` of randomized up to 2 times too low: it must be this much cheaper for `auto`
@@ -93,8 +93,10 @@ def _by_lapack(W: Tensor, k: int) -> Triplets:
 
 def _by_gram(W: Tensor, k: int) -> Triplets:
     """Eigenvectors of the smaller of W Wᵀ and Wᵀ W; the other side follows by one product."""
+    if W.numel() <= krylov.CHUNK:
+        W = W.double()  # once; of larger ones no full copy is made
     M = _wide(W)
-    X = torch.linalg.eigh(krylov.gram(M)).eigenvectors[:, -k:].flip(1).t()
+    X = eigen.leading(krylov.gram(M), k)
     Y = krylov.times(X, M)
     sigma = torch.linalg.vector_norm(Y, dim=1)
     return _sided(W, X, sigma, Y / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[:, None], "gram")
