@@ -89,22 +89,31 @@ def write(
     note: str = "",
     *,
     folder: Path = RESULTS,
+    identity: Sequence[str] = (),
+    configuration: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
 ) -> Path:
     """Writes <name>.json and <name>.md, prints the table, and returns the Markdown file.
 
     Args:
-        rows: column → value; a row may lack columns.
+        rows: column → value; a row may lack columns. `samples`, where a row has it, is column → the raw values of which
+            that column is a summary: compare.py takes the noise from them.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
+        identity: the columns that tell one row from another, for compare.py.
+        configuration: what the whole run was started with.
+        pictures: files in the same folder, shown below the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
-    content = {"name": name, "note": note, "environment": where, "rows": [dict(row) for row in rows]}
+    content = {"name": name, "note": note, "environment": where, "configuration": dict(configuration or {})}
+    content |= {"identity": list(identity), "rows": [dict(row) for row in rows]}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = markdown(rows, columns)
     tail = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
     target = folder / f"{name}.md"
-    target.write_text("\n\n".join(filter(None, [f"# {name}", note, table, tail])) + "\n")
+    shown = "\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
+    target.write_text("\n\n".join(filter(None, [f"# {name}", note, table, shown, tail])) + "\n")
     print(table, flush=True)
     return target
 
