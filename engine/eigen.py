@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 384  # below, a float64 eigendecomposition is as fast
-ENOUGH = 1e-10  # ‖G x − λ x‖ / λ of every vector; slices are kept in float32
+ENOUGH = 1e-9  # ‖G x − λ x‖ / λ of every vector; slices are kept in float32
+PASSES = 2
 MIXED = 0.1  # a first-order step beyond this is none: the two values are too close together
 
 
@@ -44,17 +45,19 @@ def _refined(G: Tensor, k: int, m: int) -> Tensor | None:
         values, vectors = (x.double() for x in torch.linalg.eigh(G.float()))
     except torch.linalg.LinAlgError:
         return None
-    X, rest = vectors[:, -m:], vectors[:, :-m]
-    step = rest.t() @ (G @ X - X * values[-m:]) / (values[-m:] - values[:-m, None])
-    X = X + rest @ torch.where(step.abs() < MIXED, step, 0.0)
-
-    L, failed = torch.linalg.cholesky_ex(X.t() @ X)
-    if failed:
-        return None
-    Q = torch.linalg.solve_triangular(L, X.t(), upper=False)  # rows
-    image = Q @ G
-    theta, V = torch.linalg.eigh(Q @ image.t())
-    theta, V = theta[-k:].flip(0), V[:, -k:].flip(1).t()
-    Q, image = V @ Q, V @ image
-    residuals = torch.linalg.vector_norm(image - theta[:, None] * Q, dim=1)
-    return Q if bool((residuals <= ENOUGH * theta).all()) else None
+    theta, X, rest = values[-m:], vectors[:, -m:].t(), vectors[:, :-m]
+    image = X @ G
+    for _ in range(PASSES):
+        step = (image - theta[:, None] * X) @ rest / (theta[:, None] - values[:-m])
+        X = X + torch.where(step.abs() < MIXED, step, 0.0) @ rest.t()
+        L, failed = torch.linalg.cholesky_ex(X @ X.t())
+        if failed:
+            return None
+        X = torch.linalg.solve_triangular(L, X, upper=False)
+        image = X @ G
+        theta, V = torch.linalg.eigh(X @ image.t())
+        X, image = V.t() @ X, V.t() @ image
+        residuals = torch.linalg.vector_norm(image - theta[:, None] * X, dim=1)
+        if (residuals <= ENOUGH * theta)[-k:].all():
+            return X[-k:].flip(0)
+    return None
