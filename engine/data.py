@@ -180,7 +180,10 @@ def _check_column(rows: datasets.Dataset, field: str) -> None:
     names = rows.column_names
     if field not in names:
         similar = difflib.get_close_matches(field, names, n=len(names), cutoff=0.0)
-        raise ConfigError(f"column {field!r} is not in the dataset; its columns are {', '.join(similar)}")
+        raise ConfigError(
+            f"column {field!r} is not in the dataset; its columns are {', '.join(similar)}; set --prompt_field and "
+            f"--response_field to two of them"
+        )
     if not isinstance(rows.features[field], datasets.Value):
         raise ConfigError(f"column {field!r} holds {rows.features[field]}; name a column of plain text")
 

@@ -315,10 +315,13 @@ class HDPissaEngine:
         if format == "hf" and rank is not None:
             raise ConfigError(f"export rank is {rank} with format 'hf': only an adapter has a rank; leave it out")
         self.check_weights()
+        step = self.global_steps
         if format == "hf":
-            return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype)
+            return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype, step=step)
         store, updates = self.optimizer.store, self.optimizer.updates
-        return peft_export.export_peft(self.module, store, Path(folder), dtype=dtype, rank=rank, updates=updates)
+        return peft_export.export_peft(
+            self.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates
+        )
 
     def check_weights(self) -> None:
         """Raises RuntimeError on all ranks when a step had results that were not finite; collective.

@@ -23,13 +23,14 @@ from .targets import Target
 
 
 def export_hf(
-    model: nn.Module, targets: Sequence[Target], plan: SlicePlan, folder: Path, *, dtype: str
+    model: nn.Module, targets: Sequence[Target], plan: SlicePlan, folder: Path, *, dtype: str, step: int
 ) -> ExportReport:
     """Writes safetensors, index, config.json and generation_config.json, and verifies them; collective.
 
     Args:
         dtype: "bf16", "fp32" or "auto" (the compute dtype). Under bf16 compute "fp32" gives the exact
             master of every target; what is not a target has only its bf16 value.
+        step: for the report.
 
     Raises:
         ConfigError: unknown dtype; or, on all ranks, rank 0 cannot write there.
@@ -41,7 +42,7 @@ def export_hf(
     for name, entries in files.items():
         outbox.write(name, entries)
     outbox.guard(lambda: _save_configs(model, outbox.partial, out))
-    return publish_hf(outbox, files, out)
+    return publish_hf(outbox, files, out, step)
 
 
 def _resolve(dtype: str, compute: torch.dtype) -> torch.dtype:

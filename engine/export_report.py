@@ -37,6 +37,7 @@ class ExportReport:
         r: of an adapter, components per weight (the most frequent number).
         residual: of an adapter, measured from the written file; None where it could not be, and `unknown` says why.
         truncation: of an adapter cut to a smaller rank, what that left out, relative to the whole adapter.
+        step: optimizer steps that the weights have behind them, skipped ones included.
     """
 
     format: str
@@ -47,6 +48,7 @@ class ExportReport:
     residual: Residual | None = None
     unknown: str = ""
     truncation: float | None = None
+    step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is infinite or not a number becomes null."""

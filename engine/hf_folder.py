@@ -36,10 +36,10 @@ def plan_files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": some for i, some in enumerate(files, 1)}
 
 
-def publish_hf(outbox: Outbox, files: dict[str, list[Entry]], dtype: torch.dtype) -> ExportReport:
+def publish_hf(outbox: Outbox, files: dict[str, list[Entry]], dtype: torch.dtype, step: int) -> ExportReport:
     """Adds index and report to what has been written, and gives the files their places; collective."""
     nbytes = sum(e.nbytes for entries in files.values() for e in entries)
-    report = ExportReport("hf", str(outbox.folder), dtype_name(dtype), nbytes)
+    report = ExportReport("hf", str(outbox.folder), dtype_name(dtype), nbytes, step=step)
     outbox.guard(lambda: _write_index(outbox.partial, files))
     outbox.publish(report, SINGLE if SINGLE in files else INDEX, STALE)
     return report

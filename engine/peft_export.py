@@ -31,14 +31,21 @@ from .targets import Target
 
 
 def export_peft(
-    model: nn.Module, store: FactorStore, folder: Path, *, dtype: str = "auto", rank: int | None = None, updates: int
+    model: nn.Module,
+    store: FactorStore,
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    rank: int | None = None,
+    step: int,
+    updates: int,
 ) -> ExportReport:
     """Writes adapter_model.safetensors and adapter_config.json, verified, with the measured residual; collective.
 
     Args:
         dtype: "fp32", "bf16", or "auto": fp32.
         rank: None for the whole adapter (2·r·S components per weight), else cut to at most this many.
-        updates: steps that have changed W.
+        step: for the report. updates: steps that have changed W.
 
     Raises:
         ConfigError: unknown dtype, a rank below 1, a weight that is also an embedding; or, on all ranks, rank 0 cannot
@@ -53,7 +60,7 @@ def export_peft(
             raise
         file.outbox.fail(error)
         residual, unknown = None, ""
-    return file.publish([n for n, _ in model.named_modules()], _origin(model), residual, unknown)
+    return file.publish([n for n, _ in model.named_modules()], _origin(model), step, residual, unknown)
 
 
 def _origin(model: nn.Module) -> str:

@@ -145,11 +145,14 @@ class AdapterFile:
         """Where the tensors are until `publish`; on rank 0."""
         return self.outbox.partial / WEIGHTS
 
-    def publish(self, modules: Iterable[str], base: str, residual: Residual | None, unknown: str) -> ExportReport:
+    def publish(
+        self, modules: Iterable[str], base: str, step: int, residual: Residual | None, unknown: str
+    ) -> ExportReport:
         """Writes the rest, and gives the files their places; collective.
 
         Args:
-            modules, base: for `adapter_config`. residual, unknown: as measured, or why it was not.
+            modules, base: for `adapter_config`. step: for the report.
+            residual, unknown: as measured, or why it was not.
         """
         config = adapter_config(self.adapted, modules, base)
         self.outbox.guard(lambda: (self.outbox.partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n"))
@@ -162,6 +165,7 @@ class AdapterFile:
             residual=residual,
             unknown=unknown,
             truncation=self.cut.tail.relative if self.cut else None,
+            step=step,
         )
         self.outbox.publish(report, CONFIG, FILES)
         return report

@@ -14,6 +14,7 @@ Also used by one process without any process group (`World()`), so nothing here 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -134,6 +135,7 @@ class Outbox:
         self.folder, self.partial, self.world = folder, folder / PARTIAL, world
         self.records: dict[str, disk.FileRecord] = {}
         self._problem: str | None = None
+        self._new = not folder.exists()
         self.guard(lambda: self._prepare(nbytes))
         self.agree()
 
@@ -201,6 +203,9 @@ class Outbox:
             if self.world.rank == 0:
                 for folder in (self.partial, self.folder / REPLACED):
                     shutil.rmtree(folder, ignore_errors=True)
+                if self._new:
+                    with contextlib.suppress(OSError):  # it was not there, or is no longer empty
+                        self.folder.rmdir()
             raise ConfigError(text.decode())
 
     def publish(self, report: ExportReport, entry_point: str, stale: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -41,6 +43,16 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
         raise ConfigError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}
+
+
+def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Runs a script's `main`: 0, or 2 with a user's mistake as one line."""
+    try:
+        main(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _refuse(message: str) -> NoReturn:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import command_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +28,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises ConfigError for what does not fit together."""
     parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint-N folder, or a run's folder: its latest one")
-    parser.add_argument("--format", required=True, choices=("hf", "peft"), help="Hugging Face folder or LoRA adapter")
+    parser.add_argument(
+        "--format",
+        default="hf",
+        choices=("hf", "peft"),
+        help="hf: a Hugging Face folder (default); peft: a LoRA adapter",
+    )
     parser.add_argument("--output_dir", required=True, help="folder to write; an earlier export in it is replaced")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: the run's compute dtype; peft: fp32"
@@ -56,15 +62,5 @@ def main(argv: list[str] | None = None) -> None:
     print(export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model))
 
 
-def run(argv: list[str] | None = None) -> int:
-    """`main` with a user's mistakes as one line and exit code 2."""
-    try:
-        main(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(command_line.exit_code(main))

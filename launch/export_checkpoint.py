@@ -36,6 +36,7 @@ from hdpissa.kernels.reference import split_fp32
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of the base: configuration, tokenizer, code
+OF_MODEL = {"config.json", "generation_config.json", REPORT}
 MAX_COPIED_BYTES = 100 * 2**20
 BLOCK_ELEMENTS = 2 * 2**20  # of W, when sums are applied
 
@@ -191,7 +192,7 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
         outbox.write(file, some)
     outbox.guard(lambda: _copy_small_files(base.folder, outbox.partial, out))  # type: ignore[arg-type]
     outbox.agree()
-    return publish_hf(outbox, files, out)
+    return publish_hf(outbox, files, out, reader.manifest.step)
 
 
 def _one_block(numel: int, part: Callable[[int, int], Tensor]) -> Iterator[Block]:
@@ -246,6 +247,14 @@ def _copy_small_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    """What `AutoTokenizer` reads, so that the adapter's folder can stand for the model; nothing of the model itself."""
+    for path in sorted(base.iterdir()):
+        of_model = path.name.endswith(".index.json") or path.name in OF_MODEL or path.suffix == ".py"
+        if path.suffix in COPIED and not of_model and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
+            shutil.copyfile(path, folder / path.name)
+
+
 # --- an adapter ------------------------------------------------------------------------------------
 
 
@@ -254,10 +263,15 @@ def _export_peft(
 ) -> ExportReport:
     plan = SlicePlan(reader.manifest.slices, 1, 0)
     stacks = [_stack(reader, t, plan) for t in reader.manifest.targets]
+    whole = max(stack.adapted.r for stack in stacks)
+    if rank is not None and rank > whole:
+        raise ConfigError(f"--rank is {rank}: the whole adapter has rank {whole}; give a smaller one or leave it out")
     file = AdapterFile(stacks, folder, World(), dtype=dtype, rank=rank)
     residual, unknown = _measure(reader, base, file)
+    if base.folder is not None:
+        file.outbox.guard(lambda: _copy_tokenizer(base.folder, file.outbox.partial))  # type: ignore[arg-type]
     modules = {name.rsplit(".", n)[0] for name in reader.manifest.base.checksums for n in range(1, name.count(".") + 1)}
-    return file.publish(modules, base.name, residual, unknown)
+    return file.publish(modules, base.name, reader.manifest.step, residual, unknown)
 
 
 def _stack(reader: CheckpointReader, t: TargetSpec, plan: SlicePlan) -> Stack:

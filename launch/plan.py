@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import plan_arguments
+from hdpissa.launch import command_line, plan_arguments
 
 MOST_GPUS = 1024
 
@@ -72,16 +72,6 @@ def main(argv: list[str] | None = None) -> None:
         console.print(plan_explain.explain(run), markup=False)
 
 
-def run(argv: list[str] | None = None) -> int:
-    """`main` with a user's mistakes as one line and exit code 2."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        main(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(command_line.exit_code(main))

@@ -19,7 +19,7 @@ from tiny import ds_settings, tiny_batch, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hdpissa.engine import adapter, disk, faults, hf_folder, streams
-from hdpissa.launch import export, export_checkpoint
+from hdpissa.launch import command_line, export, export_checkpoint
 
 EXPORTS = [
     ("hf-fp32", {"format": "hf", "dtype": "fp32"}),
@@ -51,7 +51,9 @@ def saved(tmp_path_factory):
 
 def run_export(checkpoint, output, *arguments):
     """Exit code of the command, in this process."""
-    return export.run(["--checkpoint", str(checkpoint), "--output_dir", str(output), *map(str, arguments)])
+    return command_line.exit_code(
+        export.main, ["--checkpoint", str(checkpoint), "--output_dir", str(output), *map(str, arguments)]
+    )
 
 
 def whole_folder(folder):
@@ -108,6 +110,10 @@ def test_an_adapter_from_either_kind_is_the_engines(tmp_path, saved, kind, capsy
     theirs, ours = (load_file(f / adapter.WEIGHTS) for f in (run["folder"] / "peft", tmp_path))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    reports = [json.loads((f / "hdpissa_export.json").read_text()) for f in (run["folder"] / "peft", tmp_path)]
+    assert [report["step"] for report in reports] == [4, 4]
+    assert (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / "config.json").exists()  # of the model: transformers would take the folder for one
     configs = [json.loads((f / adapter.CONFIG).read_text()) for f in (run["folder"] / "peft", tmp_path)]
     assert configs[0] == configs[1]
     report = json.loads((tmp_path / streams.REPORT).read_text())
@@ -163,7 +169,7 @@ def copy(tmp_path, saved):
 
 
 def refused(capsys, copy, *arguments, kind="full", format="hf", words):
-    """One line that says so, exit code 2, nothing published."""
+    """One line that says so, exit code 2, and not even an empty folder."""
     capsys.readouterr()
     code = run_export(copy / kind, copy / "out", "--format", format, *arguments)
     said = capsys.readouterr()
@@ -171,7 +177,7 @@ def refused(capsys, copy, *arguments, kind="full", format="hf", words):
     assert len(said.err.splitlines()) == 1, said.err
     for word in words:
         assert word in said.err
-    assert not [p for p in (copy / "out").rglob("*") if p.is_file()]
+    assert not (copy / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["weights-00001-of-00002", "slice-00003", "factors-00000", "rng-00000"])
@@ -240,6 +246,7 @@ def test_bases_that_cannot_be_read(copy, capsys, how):
         (["--format", "gguf"], ["gguf", "--help"]),
         (["--format", "hf", "--rank", "4"], ["--rank is 4", "only an adapter"]),
         (["--format", "peft", "--rank", "0"], ["--rank is 0", "at least 1"]),
+        (["--format", "peft", "--rank", "4000"], ["--rank is 4000", "the whole adapter has rank 16"]),
         (["--format", "hf", "--dtype", "fp16"], ["fp16"]),
         (["--format", "hf", "--checkpoint", "/nowhere"], ["/nowhere", "checkpoint.json"]),
     ],

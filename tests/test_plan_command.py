@@ -8,7 +8,7 @@ import pytest
 from plan_runs import write_configs
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import plan, plan_hardware
+from hdpissa.launch import command_line, plan, plan_hardware
 from hdpissa.launch.plan_hardware import GPUS
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
-    code = plan.run([str(word) for word in words])
+    code = command_line.exit_code(plan.main, [str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, err
 
