@@ -1,12 +1,12 @@
 """How much memory does an export need beside what the run holds anyway, and how much the one from a checkpoint?
 
-    deepspeed --num_accelerators 2 benchmarks/export_memory.py --gigabytes 3 --folder /tmp/big            from the run
-    python benchmarks/export_memory.py --folder /tmp/big --offline                                from its checkpoints
+    python benchmarks/export_memory.py [--gigabytes 3] [--ranks 2] [--model_folder KEPT]
 
-The model is load_memory.py's: a Llama of random bf16 weights, written once into --folder. Its slices are random, too,
-and the run's change of W is made up (running sums, applied to the weights), because no figure here depends on them.
-The first command also saves a checkpoint of each kind for the second. What is measured is the peak of anonymous memory
-over what was there before the export, per rank. The bound: one shard of one tensor in fp32, and 300 MB.
+The model is load_memory.py's: a Llama of random bf16 weights. Its slices are random, too, and the run's change of W is
+made up (running sums, applied to the weights), because no figure here depends on them. Measured are all exports of the
+running engine, and those of launch/export.py from a checkpoint of each kind, by one process. The figure is the peak of
+anonymous memory over what was there before the export, of the rank that needs most. The bound: one shard of one tensor
+in fp32 (from a checkpoint the whole tensor), and 300 MB.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 
-from hdpissa.benchmarks.load_memory import Peak, anonymous_bytes, write_model
+from hdpissa.benchmarks import ranks, timing
+from hdpissa.benchmarks.load_memory import write_model
+from hdpissa.benchmarks.memory import Peak, anonymous_bytes
 from hdpissa.engine.base_files import BaseFiles
 from hdpissa.engine.checkpoint_format import Kind
 
 ALLOWANCE_BYTES = 300e6
 SLICES, R, CUT = 8, 8, 16
 KINDS: tuple[Kind, ...] = ("full", "small")
+COLUMNS = ("from", "export", "ranks", "peak MB", "bound MB", "seconds")
 
 
 def exports() -> list[dict[str, Any]]:
@@ -45,33 +48,30 @@ def measured(action: Callable[..., object], *args: Any, **options: Any) -> tuple
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, start = anonymous_bytes(), time.perf_counter()
     with Peak() as peak:
-        said = action(*args, **options)
-    if said is not None and int(os.environ.get("RANK", "0")) == 0:
-        print(said)
+        action(*args, **options)
     return peak.bytes - before, time.perf_counter() - start
 
 
-def show(name: str, rows: list[tuple[int, float]], bound: float) -> None:
-    peaks = ", ".join(f"{peak / 1e6:.0f}" for peak, _ in rows)
-    word = "within" if max(peak for peak, _ in rows) <= bound else "ABOVE"
-    print(f"{name}: peak {peaks} MB more than before, {word} {bound / 1e6:.0f} MB; {rows[0][1]:.1f} s", flush=True)
+def row(source: str, options: dict[str, Any], found: list[tuple[int, float]], bound: float) -> dict[str, Any]:
+    """A row of the table: megabytes of the rank that needs most, seconds of the slowest."""
+    line = {"from": source, "export": " ".join(map(str, options.values())), "ranks": len(found)}
+    line |= {"peak MB": max(peak for peak, _ in found) / 1e6, "bound MB": bound / 1e6}
+    return line | {"of each rank MB": [peak / 1e6 for peak, _ in found], "seconds": max(took for _, took in found)}
 
 
-def from_the_run(folder: Path, gigabytes: float) -> None:
-    """Measures every export of a running engine, and saves its checkpoints."""
+def from_the_run(folder: Path) -> list[dict[str, Any]]:
+    """A rank's part: measures every export of a running engine, and saves its checkpoints."""
     import torch.distributed as dist
 
     from hdpissa.benchmarks import plain_engine
     from hdpissa.engine import decompose, initialize, load_pretrained, zero3
 
     zero3.init_distributed()
-    if dist.get_rank() == 0:
-        write_model(folder, gigabytes)
-    dist.barrier()
+    count = dist.get_world_size()
     decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": max(1, SLICES // dist.get_world_size()),
+        "gradient_accumulation_steps": max(1, SLICES // count),
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": True},
         "hd_pissa": {"r": R, "slices": SLICES},
@@ -81,52 +81,61 @@ def from_the_run(folder: Path, gigabytes: float) -> None:
     store.delta_sum.normal_(std=1e-4)
     engine.optimizer.apply_sums()
     engine.optimizer.updates = 1
-    sizes = [zero3.full_numel(p) for p in engine.module.parameters()]
-    bound = 4 * max(sizes) / dist.get_world_size() + ALLOWANCE_BYTES
-    held = f"{anonymous_bytes() / 1e6:.0f} MB held by rank 0"
-    print_first = print if dist.get_rank() == 0 else lambda *text: None
-    print_first(f"model {2 * sum(sizes) / 1e9:.2f} GB in bf16, {dist.get_world_size()} ranks, {held}")
+    bound = 4 * max(zero3.full_numel(p) for p in engine.module.parameters()) / count + ALLOWANCE_BYTES
+    rows = []
     for options in exports():
-        row = measured(engine.export, folder / "export", **options)
-        rows: list = [None] * dist.get_world_size()
-        dist.all_gather_object(rows, row)
+        found: list[Any] = [None] * count
+        dist.all_gather_object(found, measured(engine.export, folder / "export", **options))
+        rows.append(row("run", options, found, bound))
+        dist.barrier()
         if dist.get_rank() == 0:
-            show(str(options), rows, bound)
             shutil.rmtree(folder / "export")
         dist.barrier()
     for kind in KINDS:
         engine.save_checkpoint(folder / f"checkpoints-{kind}", kind=kind)
     zero3.shut_down()
+    return rows
 
 
-def from_checkpoints(folder: Path) -> None:
+def from_checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Measures launch/export.py on both kinds; one process, one shard: the whole tensor."""
     from hdpissa.launch import export, export_checkpoint  # noqa: F401  (what the command imports is no peak)
 
     with BaseFiles(str(folder)) as base:
         largest = max(torch.Size(base.slice(name).get_shape()).numel() for name in base.source)
     bound = 4 * largest + ALLOWANCE_BYTES
-    print(f"{anonymous_bytes() / 1e6:.0f} MB held by the process before")
+    rows = []
     for kind in KINDS:
         for options in exports():
             argv = ["--checkpoint", str(folder / f"checkpoints-{kind}"), "--output_dir", str(folder / "export")]
             argv += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-            show(f"{kind} {options}", [measured(export.main, argv)], bound)
+            rows.append(row(f"{kind} checkpoint", options, [measured(export.main, argv)], bound))
             shutil.rmtree(folder / "export")
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--folder", required=True, help="where the model is, or will be written")
-    parser.add_argument("--offline", action="store_true", help="from the checkpoints of the first command")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
+    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.offline:
-        from_checkpoints(Path(args.folder))
-    else:
-        from_the_run(Path(args.folder), args.gigabytes)
+    if args.out:
+        ranks.answer(args.out, from_the_run(Path(args.model_folder)))
+        return
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(args.model_folder or own)
+        write_model(folder, args.gigabytes)
+        rows = [*ranks.launch(__file__, args.ranks, "--model_folder", folder), *from_checkpoints(folder)]
+        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) / 1e9
+    within = sum(line["peak MB"] <= line["bound MB"] for line in rows)
+    worst = max(line["peak MB"] for line in rows)
+    note = f"A model of {size:.2f} GB in bf16. {within} of {len(rows)} exports stay within their bound."
+    headline = f"{size:.1f} GB model: at most {worst:.0f} MB, {within} of {len(rows)} exports within their bound"
+    timing.write("export_memory", rows, COLUMNS, note, identity=("from", "export", "ranks"), headline=headline)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,33 @@
 """How much memory does a rank need to load a model of several GB, and how long does it take?
 
-    deepspeed --num_accelerators 4 benchmarks/load_memory.py --gigabytes 3 --folder /tmp/big            own rows
-    deepspeed --num_accelerators 4 benchmarks/load_memory.py --gigabytes 3 --folder /tmp/big --whole    rank 0 reads all
+    python benchmarks/load_memory.py [--gigabytes 3] [--ranks 2 4] [--model_folder KEPT]
 
-The model is a Llama of random bf16 weights in several safetensors files, written once into --folder. What is measured
-is the peak of anonymous memory (pages of mapped files are the system's to drop), sampled every 5 ms. The bound is
-the model's bytes over the ranks, the largest tensor, and 600 MB for the process itself.
+The model is a Llama of random bf16 weights in several safetensors files. It is loaded under ZeRO-3 in two ways: each
+rank reads the rows of its own shards, as this project does, or rank 0 reads everything and broadcasts, which is
+transformers' own path. What is measured is the peak of anonymous memory, sampled every 5 ms. The bound is the model's
+bytes over the ranks, the largest tensor, and 600 MB for the process itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import threading
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hdpissa.benchmarks import ranks, timing
+from hdpissa.benchmarks.memory import Peak
+
 LAYER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4}
 VOCABULARY = 32_000
 PROCESS_BYTES = 600e6
+COLUMNS = ("ranks", "path", "model MB", "largest tensor MB", "peak MB", "bound MB", "seconds")
+OWN, WHOLE = "own rows", "rank 0 reads all"
 
 
 def write_model(folder: Path, gigabytes: float) -> None:
@@ -37,62 +43,63 @@ def write_model(folder: Path, gigabytes: float) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
 
 
-def anonymous_bytes() -> int:
-    """This process's anonymous memory now."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-
-class Peak:
-    """The largest `anonymous_bytes` while the block runs."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._stop = anonymous_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--folder", required=True, help="where the model is, or will be written")
-    parser.add_argument("--whole", action="store_true", help="transformers' own path: rank 0 reads everything")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    args = parser.parse_args()
-
+def load(folder: str, path: str) -> dict[str, Any]:
+    """A rank's part: the row, on all ranks."""
     from transformers import AutoModelForCausalLM
 
     from hdpissa.engine import sharded_load, zero3
 
     zero3.init_distributed()
-    folder = Path(args.folder)
-    if dist.get_rank() == 0:
-        write_model(folder, args.gigabytes)
-    dist.barrier()
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+    dist.barrier()
     start = time.perf_counter()
-    with Peak() as peak, nullcontext() if args.whole else sharded_load.reading_own_rows():
-        model = zero3.load_pretrained(str(folder), config, loader=AutoModelForCausalLM)
-    seconds = time.perf_counter() - start
+    with Peak() as peak, sharded_load.reading_own_rows() if path == OWN else nullcontext():
+        model = zero3.load_pretrained(folder, config, loader=AutoModelForCausalLM)
+    took = time.perf_counter() - start
     sizes = [2 * zero3.full_numel(p) for p in model.parameters()]
-    bound = sum(sizes) / dist.get_world_size() + max(sizes) + PROCESS_BYTES
-    rows: list = [None] * dist.get_world_size()
-    dist.all_gather_object(rows, (peak.bytes, seconds))
-    if dist.get_rank() == 0:
-        print(f"model {sum(sizes) / 1e6:.0f} MB, largest tensor {max(sizes) / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB")
-        for rank, (measured, took) in enumerate(rows):
-            print(f"rank {rank}: peak {measured / 1e6:.0f} MB anonymous, {took:.1f} s")
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (peak.bytes / 1e6, took))
+    row = {
+        "ranks": dist.get_world_size(),
+        "path": path,
+        "model MB": sum(sizes) / 1e6,
+        "largest tensor MB": max(sizes) / 1e6,
+        "peak MB": max(megabytes for megabytes, _ in found),
+        "peak of each rank MB": [megabytes for megabytes, _ in found],
+        "bound MB": (sum(sizes) / dist.get_world_size() + max(sizes) + PROCESS_BYTES) / 1e6,
+        "seconds": max(seconds for _, seconds in found),
+    }
     zero3.shut_down()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
+    parser.add_argument("--path", choices=(OWN, WHOLE), help="set by the script itself, for the ranks")
+    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    args = parser.parse_args()
+    if args.out:
+        ranks.answer(args.out, load(args.model_folder, args.path))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as own:
+        folder = args.model_folder or own
+        write_model(Path(folder), args.gigabytes)
+        for count in args.ranks:
+            for path in (OWN, WHOLE):
+                rows.append(ranks.launch(__file__, count, "--model_folder", folder, "--path", path))
+                print(rows[-1], flush=True)
+    within = all(row["peak MB"] <= row["bound MB"] for row in rows if row["path"] == OWN)
+    headline = (
+        f"{rows[0]['model MB'] / 1e3:.1f} GB on {rows[0]['ranks']} ranks: {rows[0]['peak MB']:.0f} MB and "
+        f"{rows[0]['seconds']:.1f} s by own rows, {rows[1]['peak MB']:.0f} MB and {rows[1]['seconds']:.1f} s by rank 0"
+    )
+    note = f"Peak of the rank that needs most. By own rows it is {'within' if within else 'ABOVE'} the bound."
+    timing.write("load_memory", rows, COLUMNS, note, identity=("ranks", "path"), headline=headline)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """How benchmarks time a GPU, what its ceilings are, and where results go.
 
-`write` leaves <name>.json and <name>.md in `benchmarks/results/`: the rows, a sentence on how to read them, and
-the environment they were measured in.
+`write` leaves <name>.json and <name>.md in `benchmarks/results/`, or in the folder that HDPISSA_RESULTS names: the
+rows, a sentence on how to read them, and the environment they were measured in.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("HDPISSA_RESULTS") or Path(__file__).parent / "results")
 
 
 def need_gpu() -> torch.device:
@@ -92,6 +93,7 @@ def write(
     identity: Sequence[str] = (),
     configuration: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
+    headline: str = "",
 ) -> Path:
     """Writes <name>.json and <name>.md, prints the table, and returns the Markdown file.
 
@@ -103,11 +105,12 @@ def write(
         identity: the columns that tell one row from another, for compare.py.
         configuration: what the whole run was started with.
         pictures: files in the same folder, shown below the table.
+        headline: what was found, in one line; suite.py prints it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
     content = {"name": name, "note": note, "environment": where, "configuration": dict(configuration or {})}
-    content |= {"identity": list(identity), "rows": [dict(row) for row in rows]}
+    content |= {"headline": headline, "identity": list(identity), "rows": [dict(row) for row in rows]}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = markdown(rows, columns)
     tail = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
@@ -120,7 +123,7 @@ def write(
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A Markdown table; floats with four significant digits."""
-    lines = [list(columns), ["---"] * len(columns)]
+    lines: list[list[str]] = [list(columns), ["---"] * len(columns)]
     lines += [[_cell(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

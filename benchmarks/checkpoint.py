@@ -1,6 +1,6 @@
 """How large is a checkpoint, and how long does training pause for it: full and small, at once and in the background?
 
-    deepspeed --num_accelerators 2 benchmarks/checkpoint_cost.py --model M [--slices 8] [--r 16] [--cache_dir C]
+    python benchmarks/checkpoint.py [--model M] [--ranks 2] [--slices 8] [--r 16]
 
 fp32 compute, one optimizer step on random tokens before, so that no moment is zero. Each kind is saved at once, at
 once again, and in the background; the first is not counted, because it also writes the slices' fixed factors. Beside
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timing
 import torch
 import torch.distributed as dist
+
+from hdpissa.benchmarks import ranks, timing
 
 COLUMNS = ["kind", "files MB", "of them fixed factors MB", "pause at once s", "pause in background s", "in all s"]
 
@@ -61,25 +62,19 @@ def row(engine: Any, kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    parser.add_argument("--slices", type=int, default=8)
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--cache_dir", help="of the slices")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    args = parser.parse_args()
-
+def measure(model: str, r: int, slices: int) -> dict[str, Any]:
+    """A rank's part: rows and note."""
     from hdpissa.engine import initialize, load_pretrained, zero3
 
     zero3.init_distributed()
+    count = dist.get_world_size()
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": max(1, args.slices // dist.get_world_size()),
+        "gradient_accumulation_steps": max(1, slices // count),
         "zero_optimization": {"stage": 3},
-        "hd_pissa": {"r": args.r, "slices": args.slices, "init": {"cache_dir": args.cache_dir}},
+        "hd_pissa": {"r": r, "slices": slices},
     }
-    engine = initialize(model=load_pretrained(args.model, config), config=config)
+    engine = initialize(model=load_pretrained(model, config), config=config)
     ids = torch.randint(0, engine.module.config.vocab_size, (1, 16), device=zero3.device())
     one_step(engine, {"input_ids": ids, "labels": ids})
     place: list[Any] = [tempfile.mkdtemp() if engine.plan.rank == 0 else None]
@@ -89,14 +84,39 @@ def main() -> None:
     finally:
         if engine.plan.rank == 0:
             shutil.rmtree(place[0])
-    if engine.plan.rank == 0:
-        share = rows[1]["files MB"] / rows[0]["files MB"]
-        note = (
-            f"{Path(args.model).name}, S = {args.slices}, r = {args.r}, {dist.get_world_size()} ranks on one host, "
-            f"fp32 compute. A small checkpoint has {share:.1%} of a full one's bytes."
-        )
-        timing.write("checkpoint_cost", rows, COLUMNS, note)
     zero3.shut_down()
+    return {
+        "rows": rows,
+        "note": f"{Path(model).name}, S = {slices}, r = {r}, {count} ranks on one host, fp32 compute.",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder or hub name; default: the demo's SmolLM2-135M")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--slices", type=int, default=8)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    args = parser.parse_args()
+    if args.out:
+        ranks.answer(args.out, measure(args.model, args.r, args.slices))
+        return
+    if args.model is None:
+        from hdpissa.launch.demo_model import ensure_demo_model
+
+        args.model = ensure_demo_model()
+    arguments = ("--model", args.model, "--r", args.r, "--slices", args.slices)
+    found = ranks.launch(__file__, args.ranks, *arguments)
+    full, small = rows = found["rows"]
+    share = small["files MB"] / full["files MB"]
+    note = f"{found['note']} A small checkpoint has {share:.1%} of a full one's bytes."
+    headline = (
+        f"full {full['files MB']:.0f} MB, small {small['files MB']:.0f} MB; training pauses "
+        f"{full['pause at once s']:.2f} s, in the background {full['pause in background s']:.2f} s"
+    )
+    timing.write("checkpoint", rows, COLUMNS, note, identity=("kind",), headline=headline)
 
 
 if __name__ == "__main__":
