@@ -201,17 +201,21 @@ def note(args: argparse.Namespace) -> str:
     )
     rest = "" if gpu else f" This machine has {os.cpu_count()} cores: with more processes than cores nothing scales."
     shortest = max(2, args.max_length // 4)
-    return (
+    parts = [
         f"{method_models.name_of(args.model, args.layers)}, {args.dtype} (reference: fp32), {args.micro_batch} rows × "
         f"{args.accumulation} micro-batches per process, rows of {shortest} to {args.max_length} tokens, "
-        f"r = {args.r}, {slices}; {args.rounds} rounds of {args.steps} steps after {args.warmup}, a run of its "
-        f"own through the deepspeed launcher each. tokens/s counts real tokens, without padding. CPU s: of all "
-        f"processes in a step. / frozen and reference / it: medians over rounds. efficiency: tokens/s per device over "
-        f"those of the fewest devices, each with the same work. MB received: of a process in a step, the most of any, "
-        f"counted at torch.distributed: {formula()}. Phases: forward and backward with the gathers that they wait for, "
-        f"exchange = in collectives of the optimizer step (and waiting there for slower processes), apply = the rest of it. peak MB: the largest process, "
-        f"{memory}. {throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{rest}"
-    )
+        f"r = {args.r}, {slices}; {args.rounds} rounds of {args.steps} steps after {args.warmup}, a run of its own "
+        f"through the deepspeed launcher each.",
+        "tokens/s counts real tokens, without padding. CPU s: of all processes in a step. / frozen and reference / it: "
+        "medians over rounds. efficiency: tokens/s per device over those of the fewest devices, each with the same "
+        "work.",
+        f"MB received: of a process in a step, the most of any, counted at torch.distributed: {formula()}.",
+        "Phases: forward and backward with the gathers that they wait for, exchange = in collectives of the optimizer "
+        "step, and waiting there for slower processes, apply = the rest of it.",
+        f"peak MB: the largest process, {memory}.",
+        f"{throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{rest}",
+    ]
+    return " ".join(parts)
 
 
 def formula() -> str:

@@ -59,9 +59,25 @@ def take_step(method: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
     method.step()
     zero3.fence()
     figures: dict[str, Any] = {"step_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-    figures |= {"sent": method.wire.sent, "calls": method.wire.calls, "received": method.bytes_on_wire()}
+    figures |= {"sent": method.wire.sent, "calls": method.wire.calls, "received": method.wire.received}
     figures |= {"phases": method.phases(), "loss": sum(loss.item() for loss in losses) / len(losses)}
     return figures
+
+
+def count_flops(method: Any, batches: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """FLOP of one more step on this rank, by torch's counter: of its passes and of the optimizer, by operation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as passes:
+        for batch in batches:
+            method.micro_step(batch)
+    with FlopCounterMode(display=False) as update:
+        method.step()
+    counters = {"passes": passes, "update": update}
+    return {
+        part: {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
+        for part, counter in counters.items()
+    }
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,9 +97,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     work = throughput_work.work(setting, max_length=job["max_length"], vocabulary=vocabulary, rank=rank)
     restart_peak()
     steps = [take_step(method, work.batches) for _ in range(job["warmup"] + job["steps"])][job["warmup"] :]
+    peak, moved = peak_bytes(), dict(method.wire.by_name)
     return {
         "steps": steps,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
+        "sent_by_name": moved,
+        "flops": count_flops(method, work.batches) if job.get("count_flops") else {},
         "build_s": built,
         "lengths": work.lengths,
         "padded_tokens": work.padded,
