@@ -26,11 +26,6 @@ from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 from hdpissa.launch.train_checks import check_vocabulary, read_model_config, read_tokenizer
 
 
-def many(default: list, text: str) -> dict[str, Any]:
-    """Keywords of a dataclass's `field`: an option that takes several values."""
-    return {"default_factory": lambda: list(default), "metadata": {"help": text}}
-
-
 @dataclass
 class TaskArguments:
     """What the scripts' command lines have in common; names as in launch/train.py."""

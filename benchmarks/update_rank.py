@@ -47,13 +47,15 @@ MERGES = 2  # times that a weight is rounded beside once per step: merging adapt
 class Arguments(task.TaskArguments):
     """Measures the rank of the change that each method makes to the weights."""
 
-    methods: list[str] = field(**task.many(list(NAMES), f"of {', '.join(NAMES)}"))
-    slices: list[int] = field(**task.many([1, 2, 4, 8], "HD-PiSSA's numbers of slices"))
+    methods: list[str] = field(default_factory=lambda: list(NAMES), metadata={"help": f"of {', '.join(NAMES)}"})
+    slices: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "HD-PiSSA's numbers of slices"})
     r: int = option(16, "rank of an adapter, and of a slice")
-    steps: list[int] = field(**task.many([1, 3], "optimizer steps after which ΔW is measured"))
+    steps: list[int] = field(
+        default_factory=lambda: [1, 3], metadata={"help": "optimizer steps after which ΔW is measured"}
+    )
     lr: float = option(2e-4, "learning rate of all methods, constant: ΔW has to stand out of the rounding of W")
     layers: list[int] = field(
-        **task.many([], "decoder layers to look at; default the first, the middle and the last one")
+        default_factory=list, metadata={"help": "decoder layers; default the first, the middle and the last one"}
     )
     seed: int = option(0, "of the order of the data, and of LoRA's A")
     name: str = option("update_rank", "name of the result files")
@@ -121,7 +123,7 @@ def describe(delta: Tensor, bound: int, noise: float) -> tuple[dict[str, Any], T
     largest = float(sigma[0])
     figures = {
         "above 1e-3": count_above(sigma, THRESHOLD),
-        "numerical rank": numerical_rank(sigma, *delta.shape, noise),
+        "numerical rank": numerical_rank(sigma, delta.shape[0], delta.shape[1], noise),
         "effective rank": effective_rank(sigma),
         "bound": bound,
         "past": float(sigma[bound]) / largest if bound < len(sigma) and largest else None,
@@ -268,10 +270,10 @@ def note_of(args: Arguments, rows: Sequence[Mapping[str, Any]]) -> str:
         f"{args.accumulation} micro-batches, learning rate {args.lr:g} for all: the rank of ΔW, medians over the "
         f"matrices of a group. {claim(rows)} LoRA's first step changes only B, because B is 0; later ones A, too, and "
         f"ΔW = B A keeps rank r. W is held in fp32, so each entry of ΔW carries W's own rounding (by the eps of "
-        f"float64 {_full(rows)} of the {sum(len(row['per matrix']) for row in rows)} changes have full rank): 'rounding' "
-        f"is the level that the numerical rank has to exceed, 'σ past the bound' the largest singular value that the bound "
-        f"forbids, both at most in the group. HD-PiSSA's later steps exceed the bound by their second-order terms. "
-        f"Ratios are of the counts above 1e-3."
+        f"float64 {_full(rows)} of the {sum(len(row['per matrix']) for row in rows)} changes have full rank): "
+        f"'rounding' is the level that the numerical rank has to exceed, 'σ past the bound' the largest singular "
+        f"value that the bound forbids, both at most in the group. HD-PiSSA's later steps exceed the bound by their "
+        f"second-order terms. Ratios are of the counts above 1e-3."
     )
 
 
@@ -327,9 +329,16 @@ def main() -> int:
     del configuration["folder"], configuration["name"]
     if args.dataset_name:
         configuration["dataset_name"] = Path(args.dataset_name).name
-    note = note_of(args, rows)
-    how = {"identity": IDENTITY, "configuration": configuration, "pictures": [picture]}
-    timing.write(args.name, rows, COLUMNS, note, folder=folder, **how)
+    timing.write(
+        args.name,
+        rows,
+        COLUMNS,
+        note_of(args, rows),
+        folder=folder,
+        identity=IDENTITY,
+        configuration=configuration,
+        pictures=[picture],
+    )
     print(claim(rows))
     zero3.shut_down()
     return 0
