@@ -6,6 +6,8 @@ largest number of slices in the comparison; a method without slices takes the sa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ class TaskArguments:
     prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
     max_length: int = option(256, "tokens of prompt and answer together; longer rows are cut")
     train_rows: int = option(1024, "rows to train on at most, the first ones; 0: all of a file")
-    eval_rows: int = option(32, "rows held out, the last ones of the file")
+    eval_rows: int = option(32, "rows held out of training, the last ones (before those of a test)")
     micro_batch: int = option(1, "rows of a micro-batch")
     accumulation: int = option(8, "micro-batches of an optimizer step, for every method")
 
@@ -85,13 +87,18 @@ def refuse_slices(slices: list[int], accumulation: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on and rows held out, tokenised; `held_out_rows` are the latter as text."""
+    """Rows to train on, rows to choose by, rows to test with (None without a test), tokenised.
+
+    `test_rows` are the last ones as text; `digest` is the SHA-256 of all rows' text.
+    """
 
     train: TokenizedRows
     held_out: TokenizedRows
-    held_out_rows: datasets.Dataset
+    test: TokenizedRows | None
+    test_rows: datasets.Dataset | None
     tokenizer: Any
     template: PromptTemplate
+    digest: str
 
     def order(self, args: TaskArguments, *, slices: int, seed: int) -> Order:
         """The order of one run."""
@@ -120,8 +127,11 @@ class Order:
             yield self.data.batch(step, slice_id, micro_batch)
 
 
-def make_task(args: TaskArguments) -> Task:
+def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str | None = None) -> Task:
     """Reads and tokenises.
+
+    Args:
+        test_rows: how many; of `test_dataset_name` the first ones, without it the last ones of the training file.
 
     Raises:
         ConfigError: no such model, file or column, or too few rows.
@@ -130,7 +140,12 @@ def make_task(args: TaskArguments) -> Task:
     model = SimpleNamespace(model_name_or_path=args.model_name_or_path, trust_remote_code=False)
     config, template = read_model_config(model), resolve_template(args.prompt_template)
     tokenizer = read_tokenizer(model)
-    rows, held_out_rows = _rows(args)
+    if args.dataset_name is None:
+        args.prompt_field, args.response_field = "instruction", "response"
+    parts = split(args, 0 if test_dataset_name else test_rows)
+    if test_dataset_name:
+        test = load_rows(test_dataset_name, split=args.dataset_split)
+        parts = [*parts[:2], test.select(range(min(test_rows, len(test))))]
 
     def encode(part: datasets.Dataset) -> TokenizedRows:
         return tokenize_rows(
@@ -142,24 +157,29 @@ def make_task(args: TaskArguments) -> Task:
             max_length=args.max_length,
         )
 
-    train, held_out = encode(rows), encode(held_out_rows)
+    train, held_out = encode(parts[0]), encode(parts[1])
     check_vocabulary(train, held_out, config)
-    return Task(train, held_out, held_out_rows, tokenizer, template)
+    test_rows_found = parts[2] if len(parts[2]) else None
+    test_encoded = encode(parts[2]) if test_rows_found else None
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps([part[field][:] for field in (args.prompt_field, args.response_field)]).encode())
+    return Task(train, held_out, test_encoded, test_rows_found, tokenizer, template, digest.hexdigest())
 
 
-def _rows(args: TaskArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(rows to train on, held-out rows)."""
+def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
+    """[rows to train on, rows to choose by, rows to test with], the latter two from the end of the file."""
+    held_out = args.eval_rows + test_rows
     if args.dataset_name is None:
         try:
-            generated = demo_data.generate(args.train_rows + args.eval_rows, seed=0)
+            rows = datasets.Dataset.from_list(demo_data.generate(args.train_rows + held_out, seed=0))
         except ValueError as error:
-            raise ConfigError(f"--train_rows {args.train_rows}, --eval_rows {args.eval_rows}: {error}") from None
-        rows = datasets.Dataset.from_list(generated)
-        args.prompt_field, args.response_field = "instruction", "response"
+            raise ConfigError(f"--train_rows {args.train_rows} and {held_out} rows held out: {error}") from None
     else:
         rows = load_rows(args.dataset_name, split=args.dataset_split)
-    left = len(rows) - args.eval_rows
+    left = len(rows) - held_out
     if left < 1:
-        raise ConfigError(f"--eval_rows {args.eval_rows} of {len(rows)} rows leave none to train on; lower it")
+        raise ConfigError(f"{held_out} rows held out of {len(rows)} leave none to train on; lower --eval_rows")
     count = min(left, args.train_rows or left)
-    return rows.select(range(count)), rows.select(range(left, len(rows)))
+    cuts = (range(count), range(left, left + args.eval_rows), range(left + args.eval_rows, len(rows)))
+    return [rows.select(cut) for cut in cuts]
