@@ -1,6 +1,6 @@
-"""The cost of the published algorithm, step by step as it is described, in fp32: what our step is compared with.
+"""The published algorithm, step by step as it is described, in fp32: what our step is compared with.
 
-Our own writing of what the published code does, for timing only:
+Our own writing of what the published code does:
 
 * a layer adds x (B A)ᵀ to x Wᵀ: a dense O × I product and a second full product per forward, both again in backward
   for dx, and a dense O × I gradient that becomes grad A = Bᵀ G and grad B = G Aᵀ. The side path is scaled
@@ -8,17 +8,21 @@ Our own writing of what the published code does, for timing only:
 * Adam layer by layer in Python;
 * three dense O × I products per slice and layer, ΔB A, B ΔA and ΔB ΔA, added up and taken off W.
 
-One process works off all S slices one after another. What the reference's processes send to each other is left out.
+With several processes each holds all of W, sends its slices' ΔA, ΔB, A and B of every layer to all others (`Share`),
+and computes everybody's products. One process alone works off all S slices one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 SCALE = 1e-16
+
+Share = Callable[[Tensor], Tensor]  # own slices' matrices (S' × …) → those of all processes (S × …)
+Factors = Callable[[nn.Linear], tuple[Tensor, Tensor]]  # a Linear → its own slices' A (S' × R × I) and B (S' × O × R)
 
 
 class DensePathLinear(nn.Linear):
@@ -35,22 +39,38 @@ class DensePathLinear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias) + nn.functional.linear(x, dense_OI)
 
 
-def install(model: nn.Module, suffixes: Sequence[str], *, r: int, slices: int) -> list[DensePathLinear]:
-    """Swaps the class of the Linears with these names, with random slices."""
+def random_factors(r: int, slices: int) -> Factors:
+    """Entries of the size that those of a real weight's slices have."""
+
+    def draw(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        O, I = linear.weight.shape
+        A = linear.weight.new_empty(slices, r, I).normal_(std=0.02)
+        return A, linear.weight.new_empty(slices, O, r).normal_(std=0.02)
+
+    return draw
+
+
+def install(model: nn.Module, suffixes: Sequence[str], compute: Factors) -> list[DensePathLinear]:
+    """Freezes the model, and gives the Linears with these names their class and the slices that `compute` finds."""
     model.requires_grad_(False)
     layers = []
+    for module in linears(model, suffixes):
+        A_SRI, B_SOR = compute(module)
+        module.__class__ = DensePathLinear
+        assert isinstance(module, DensePathLinear)
+        module.A_SRI, module.B_SOR = ([nn.Parameter(part) for part in parts] for parts in (A_SRI, B_SOR))
+        module.moments = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in factors(module)}
+        module.active = 0
+        layers.append(module)
+    return layers
+
+
+def linears(model: nn.Module, suffixes: Sequence[str]) -> Iterator[nn.Linear]:
+    """Those with these names, in model order."""
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in suffixes:
             assert isinstance(module, nn.Linear)
-            module.__class__ = DensePathLinear
-            assert isinstance(module, DensePathLinear)
-            O, I = module.weight.shape
-            module.A_SRI = [nn.Parameter(module.weight.new_empty(r, I).normal_(std=0.02)) for _ in range(slices)]
-            module.B_SOR = [nn.Parameter(module.weight.new_empty(O, r).normal_(std=0.02)) for _ in range(slices)]
-            module.moments = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in factors(module)}
-            module.active = 0
-            layers.append(module)
-    return layers
+            yield module
 
 
 def factors(layer: DensePathLinear) -> list[nn.Parameter]:
@@ -64,13 +84,20 @@ def activate(layers: Sequence[DensePathLinear], slice_id: int) -> None:
         layer.active = slice_id
 
 
+def alone(own: Tensor) -> Tensor:
+    """What a single process shares."""
+    return own
+
+
 @torch.no_grad()
-def step(layers: Sequence[DensePathLinear], *, number: int, lr: float = 2e-5) -> None:
+def step(layers: Sequence[DensePathLinear], *, number: int, lr: float = 2e-5, share: Share = alone) -> None:
     """One optimizer step of all slices, layer by layer; `number` counts from 1."""
     for layer in layers:
+        own_dA, own_dB = ([_adam(layer, p, number, lr) for p in parts] for parts in (layer.A_SRI, layer.B_SOR))
+        own = (own_dA, own_dB, layer.A_SRI, layer.B_SOR)
+        every_slice = [share(torch.stack(list(part))) for part in own]
         change_OI = torch.zeros_like(layer.weight)
-        for A, B in zip(layer.A_SRI, layer.B_SOR, strict=True):
-            dA, dB = (_adam(layer, p, number, lr) for p in (A, B))
+        for dA, dB, A, B in zip(*every_slice, strict=True):
             change_OI += dB @ A + B @ dA - dB @ dA
         layer.weight -= change_OI
 

@@ -106,7 +106,12 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
-    content = {"name": name, "note": note, "environment": where, "configuration": dict(configuration or {})}
+    content: dict[str, Any] = {
+        "name": name,
+        "note": note,
+        "environment": where,
+        "configuration": dict(configuration or {}),
+    }
     content |= {"identity": list(identity), "rows": [dict(row) for row in rows]}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     table = markdown(rows, columns)

@@ -135,7 +135,7 @@ def lora(work: Work, device: torch.device) -> Callable[[], None]:
 
 def reference(work: Work, device: torch.device) -> Callable[[], None]:
     model = llama(work, device, torch.float32)
-    layers = reference_step.install(model, DEFAULT_TARGETS, r=work.r, slices=work.slices)
+    layers = reference_step.install(model, DEFAULT_TARGETS, reference_step.random_factors(work.r, work.slices))
     taken = 0
 
     def step() -> None:

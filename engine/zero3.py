@@ -341,6 +341,15 @@ def shard_getter(param: nn.Parameter) -> Callable[[], Tensor]:
     return lambda: shard_view(param)
 
 
+def whole_value(param: nn.Parameter) -> Tensor:
+    """The whole parameter in fp32 on every rank: of one that DeepSpeed trains its exact copy, else W as it is gathered;
+    collective."""
+    if param.requires_grad:
+        return deepspeed.utils.safe_get_full_fp32_param(param).detach().view(full_shape(param))
+    with deepspeed.zero.GatheredParameters([param]):
+        return param.data.float().clone()
+
+
 def release_gathered(engine: Any) -> None:
     """Drops every gathered copy; raises when a module still holds one. No communication.
 
