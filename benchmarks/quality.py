@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import quality_report, quality_run, task, timing
+from hdpissa.benchmarks import apart, quality_report, quality_run, task, timing
 from hdpissa.benchmarks.quality_run import Job, Training
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.command_line import option
@@ -218,17 +217,15 @@ def sweep(args: Arguments, arms: Mapping[str, Arm]) -> str:
 
 def run_job(job: Job) -> str:
     """One run in a process of its own; returns what went wrong, in one line, or nothing."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(json.dumps(asdict(job)))
-        file.flush()
-        command = [sys.executable, quality_run.__file__, file.name]
-        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if ended.returncode == 0:
+    try:
+        apart.call(quality_run.run_and_write, job)
         return ""
-    lines = [line for line in ended.stderr.splitlines() if line.strip()]
-    problem = (lines or [f"exit code {ended.returncode}"])[-1].strip()
+    except Exception as error:  # whatever it is, the others still run
+        lines = str(error).splitlines() or [""]
+        problem = f"{type(error).__name__}: {lines[0]}"
+        trace = "".join(traceback.format_exception(error))
     record = {
-        "run_info": {"experiment_name": job.experiment, "error_msg": "\n".join(lines[-30:])},
+        "run_info": {"experiment_name": job.experiment, "error_msg": trace},
         "train_info": {"status": "failed", "metrics": []},
         "hdpissa": {"arm": job.arm, "lr": job.lr, "seed": job.seed, "configuration": job.configuration},
     }

@@ -123,9 +123,9 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
             finite = [point for point in tried if math.isfinite(point[1])]
             if finite:
                 sweeps.semilogx(*zip(*finite, strict=True), **style)
-        curves.set(xlabel="optimizer step", ylabel="validation loss (nats per answer token)")
+        curves.set(xlabel="optimizer step", ylabel="validation loss (nats / answer token)")
         curves.set_title("at each arm's best learning rate; band: ± standard deviation over seeds", fontsize=9)
-        sweeps.set(xlabel="learning rate", ylabel="validation loss after the last step (nats per answer token)")
+        sweeps.set(xlabel="learning rate", ylabel="validation loss at the end (nats / token)")
         sweeps.set_title("the sweeps", fontsize=9)
         for ax in (curves, sweeps):
             ax.legend(fontsize=8)

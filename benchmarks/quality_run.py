@@ -1,6 +1,4 @@
-"""One run of `quality.py`, in a process of its own, so that its memory is its own: trains, tests, writes its record.
-
-    python benchmarks/quality_run.py JOB.json     (quality.py writes the job and starts this)
+"""One run of `quality.py`, which starts it in a process of its own: trains, tests, writes its record.
 
 The record has the fields of PEFT's method comparison (huggingface/peft, method_comparison/MetaMathQA: run_info,
 train_info, meta_info), so that both can be laid side by side, and in `hdpissa` what that schema has no place for. On a
@@ -16,7 +14,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -387,12 +384,10 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def main() -> int:
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+def run_and_write(job: Job) -> None:
+    """The whole life of a run's process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     write_whole(Path(job.record), json.dumps(run(job), indent=1) + "\n")
     zero3.shut_down()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(task.run(main))

@@ -2,7 +2,7 @@
 
     python benchmarks/update_rank.py [--model M] [--dataset_name F] [--slices 1 2 4 8] [--steps 1 3] [--methods ...]
 
-Every method takes the same optimizer steps on the same micro-batches in the same order, in one process. Then
+Every method takes the same optimizer steps on the same micro-batches in the same order, each in one process. Then
 ΔW = W_after − W_before of seven Linears in the first, the middle and the last decoder layer is decomposed in float64.
 W is the weight in effect, adapters merged. Three ranks are counted:
 
@@ -17,11 +17,10 @@ and beside them the bound that each method's algebra sets: r for LoRA (ΔW = B A
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdpissa.benchmarks import methods, plots, task, timing
+from hdpissa.benchmarks import apart, methods, plots, task, timing
 from hdpissa.engine import zero3
 from hdpissa.engine.config import DEFAULT_TARGETS
 from hdpissa.engine.errors import ConfigError
@@ -82,6 +81,9 @@ class Variant:
         """The rank that ΔW of an m × n matrix cannot exceed by the method's algebra."""
         most = {"lora": self.r, "pissa": 2 * self.r, "hd_pissa": 2 * self.r * self.slices}
         return min(rows, cols, most.get(self.method, min(rows, cols)))
+
+
+Group = tuple[Variant, int, int]  # with the steps and min(m, n)
 
 
 # --- the three ranks --------------------------------------------------------------------------------------------------
@@ -163,8 +165,12 @@ def choose_weights(names: Sequence[str], layers: Sequence[int]) -> list[str]:
     return [name for layer in chosen for name in numbered[layer]]
 
 
-def measure(variant: Variant, args: Arguments, order: task.Order) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    """Trains a variant; yields (steps taken, weight's name, W before, ΔW), both in float64, for the weights chosen."""
+def measure(variant: Variant, args: Arguments) -> dict[Group, list[tuple[dict[str, Any], Tensor]]]:
+    """Trains a variant and describes its ΔW after each of --steps: (figures, σ / σ_1) of every chosen weight."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    order = task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)
     setting = methods.Setting(
         model=args.model_name_or_path,
         r=args.r,
@@ -177,31 +183,19 @@ def measure(variant: Variant, args: Arguments, order: task.Order) -> Iterator[tu
     method = methods.build(variant.method, setting)
     before = {name: w.double() for name, w in method.weights()}
     before = {name: before[name] for name in choose_weights(list(before), args.layers)}
+    found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
     for step in range(max(args.steps)):
         for batch in order.micro_batches(step):
             method.micro_step(batch)
         method.step(args.lr)
-        if step + 1 in args.steps:
-            yield from ((step + 1, n, before[n], w.double() - before[n]) for n, w in method.weights() if n in before)
-
-
-Group = tuple[Variant, int, int]  # with the steps and min(m, n)
-
-
-def measure_all(args: Arguments, order: task.Order) -> tuple[dict[Group, list[dict]], dict[Group, list[Tensor]]]:
-    """(the ranks of every matrix, its σ / σ_1), by group."""
-    figures: dict[Group, list[dict]] = {}
-    spectra: dict[Group, list[Tensor]] = {}
-    for variant in variants(args):
-        for steps, name, W, delta in measure(variant, args, order):
-            noise = noise_level(W, steps + MERGES)
-            found, sigma = describe(delta, variant.bound(*delta.shape), noise)
-            group = (variant, steps, min(delta.shape))
-            figures.setdefault(group, []).append({"weight": name, "shape": list(delta.shape), **found})
-            spectra.setdefault(group, []).append(sigma / sigma[0])
-        print(f"measured: {variant.label}", flush=True)
-        gc.collect()  # a method's model and its hooks refer to each other
-    return figures, spectra
+        for name, after in method.weights() if step + 1 in args.steps else ():
+            if name in before:
+                W, delta = before[name], after.double() - before[name]
+                figures, sigma = describe(delta, variant.bound(*W.shape), noise_level(W, step + 1 + MERGES))
+                row = {"weight": name, "shape": list(W.shape), **figures}
+                found.setdefault((variant, step + 1, min(W.shape)), []).append((row, sigma / sigma[0]))
+    zero3.shut_down()
+    return found
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
@@ -301,7 +295,7 @@ def draw(spectra: Mapping[Group, list[Tensor]], target: Path, *, r: int) -> None
             ax.axhline(THRESHOLD, color="#999999", linewidth=0.8)
             ax.set(xlabel="index i of the singular value", ylabel="σ_i / σ_1 of ΔW", ylim=(1e-8, 3))
             ax.set_title(f"after {steps} step{'s' if steps > 1 else ''}, min(m, n) = {wide}", fontsize=10)
-            ax.legend(fontsize=7, loc="upper right")
+            ax.legend(fontsize=7)
 
 
 def check(args: Arguments) -> None:
@@ -320,9 +314,13 @@ def check(args: Arguments) -> None:
 def main() -> int:
     args = task.parse(Arguments)
     check(args)
-    order = task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)
-    figures, spectra = measure_all(args, order)
-    rows = rows_of(figures)
+    task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)  # refuses before anything is trained
+    found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
+    for variant in variants(args):
+        found |= apart.call(measure, variant, args)
+        print(f"measured: {variant.label}", flush=True)
+    rows = rows_of({group: [figures for figures, _ in matrices] for group, matrices in found.items()})
+    spectra = {group: [sigma for _, sigma in matrices] for group, matrices in found.items()}
     folder, picture = Path(args.folder), f"{args.name}.png"
     draw(spectra, folder / picture, r=args.r)
     configuration = {**asdict(args), "model_name_or_path": Path(args.model_name_or_path).name}
@@ -340,7 +338,6 @@ def main() -> int:
         pictures=[picture],
     )
     print(claim(rows))
-    zero3.shut_down()
     return 0
 
 
