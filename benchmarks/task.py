@@ -182,4 +182,4 @@ def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
         raise ConfigError(f"{held_out} rows held out of {len(rows)} leave none to train on; lower --eval_rows")
     count = min(left, args.train_rows or left)
     cuts = (range(count), range(left, left + args.eval_rows), range(left + args.eval_rows, len(rows)))
-    return [rows.select(cut) for cut in cuts]
+    return [rows.select(cut if len(cut) else []) for cut in cuts]  # an empty range past the end is an error there

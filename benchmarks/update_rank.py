@@ -7,8 +7,8 @@ Every method takes the same optimizer steps on the same micro-batches in the sam
 W is the weight in effect, adapters merged. Three ranks are counted:
 
     above 1e-3      singular values above a thousandth of the largest
-    numerical rank  those above what the rounding of W to fp32 can make (`noise_level`), and above NumPy's
-                    max(m, n) · eps · σ_1
+    numerical rank  those above NumPy's max(m, n) · eps · σ_1, eps of fp32, and above what the rounding of W to fp32
+                    leaves in ΔW (`noise_level`)
     effective rank  exp of the entropy of σ / Σσ (Roy and Vetterli, EUSIPCO 2007): how many directions share the change
 
 and beside them the bound that each method's algebra sets: r for LoRA (ΔW = B A), 2·r for PiSSA (ΔW = B A − B_0 A_0),
@@ -37,7 +37,7 @@ from hdpissa.launch.command_line import option
 NAMES = ("lora", "pissa", "hd_pissa", "full")
 RANKS = ("above 1e-3", "numerical rank", "effective rank")
 IDENTITY = ("method", "r", "S", "steps", "min(m, n)")
-COLUMNS = (*IDENTITY, "matrices", "bound", *RANKS, "σ past the bound / σ_1", "rounding / σ_1", "/ LoRA", "/ PiSSA")
+COLUMNS = (*IDENTITY, "matrices", "bound", *RANKS, "σ past the bound / σ_1", "floor / σ_1", "/ LoRA", "/ PiSSA")
 THRESHOLD = 1e-3
 MERGES = 2  # times that a weight is rounded beside once per step: merging adapters, before and after
 
@@ -90,14 +90,16 @@ Group = tuple[Variant, int, int]  # with the steps and min(m, n)
 
 
 def count_above(sigma: Tensor, threshold: float) -> int:
-    """Singular values (descending, at least one) above `threshold` times the largest; 0 of a zero matrix."""
+    """Singular values (descending, at least one, not all 0) above `threshold` times the largest."""
     return int((sigma > threshold * sigma[0]).sum())
 
 
-def numerical_rank(sigma: Tensor, rows: int, cols: int, noise: float) -> int:
-    """Singular values above `noise` and above max(m, n) · eps · σ_1 (`numpy.linalg.matrix_rank`), eps of fp32."""
-    floor = max(rows, cols) * torch.finfo(torch.float32).eps * float(sigma[0])
-    return int((sigma > max(floor, noise)).sum())
+def floor_of(sigma: Tensor, W: Tensor, roundings: int) -> float:
+    """What a singular value of ΔW has to exceed to count in the numerical rank, relative to the largest (not 0).
+
+    The larger of max(m, n) · eps (`numpy.linalg.matrix_rank`), eps of fp32, and of what rounding W leaves.
+    """
+    return max(max(W.shape) * torch.finfo(torch.float32).eps, noise_level(W, roundings) / float(sigma[0]))
 
 
 def noise_level(W: Tensor, roundings: int) -> float:
@@ -114,22 +116,28 @@ def noise_level(W: Tensor, roundings: int) -> float:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp(−Σ p ln p) with p = σ / Σσ: k for k equal singular values. 0 of a zero matrix."""
-    p = sigma / sigma.sum()
-    return float(torch.exp(torch.special.entr(p).sum())) if bool(sigma[0] > 0) else 0.0
+    """exp(−Σ p ln p) with p = σ / Σσ: k for k equal singular values."""
+    return float(torch.exp(torch.special.entr(sigma / sigma.sum()).sum()))
 
 
-def describe(delta: Tensor, bound: int, noise: float) -> tuple[dict[str, Any], Tensor]:
-    """(the ranks of a change of shape (m, n), its singular values in float64)."""
+def describe(delta: Tensor, W: Tensor, *, bound: int, roundings: int) -> tuple[dict[str, Any], Tensor]:
+    """(the ranks of a change of W, both of shape (m, n), its singular values in float64).
+
+    Raises:
+        RuntimeError: nothing has changed.
+    """
     sigma = torch.linalg.svdvals(delta.double())
     largest = float(sigma[0])
+    if not largest > 0:
+        raise RuntimeError("training has not changed a weight: is the learning rate too small for fp32?")
+    floor = floor_of(sigma, W, roundings)
     figures = {
         "above 1e-3": count_above(sigma, THRESHOLD),
-        "numerical rank": numerical_rank(sigma, delta.shape[0], delta.shape[1], noise),
+        "numerical rank": count_above(sigma, floor),
         "effective rank": effective_rank(sigma),
         "bound": bound,
-        "past": float(sigma[bound]) / largest if bound < len(sigma) and largest else None,
-        "rounding": noise / largest if largest else None,
+        "past": float(sigma[bound]) / largest if bound < len(sigma) else None,
+        "floor": floor,
         "by the eps of float64": count_above(sigma, max(delta.shape) * torch.finfo(torch.float64).eps),
     }
     return figures, sigma
@@ -191,7 +199,7 @@ def measure(variant: Variant, args: Arguments) -> dict[Group, list[tuple[dict[st
         for name, after in method.weights() if step + 1 in args.steps else ():
             if name in before:
                 W, delta = before[name], after.double() - before[name]
-                figures, sigma = describe(delta, variant.bound(*W.shape), noise_level(W, step + 1 + MERGES))
+                figures, sigma = describe(delta, W, bound=variant.bound(*W.shape), roundings=step + 1 + MERGES)
                 row = {"weight": name, "shape": list(W.shape), **figures}
                 found.setdefault((variant, step + 1, min(W.shape)), []).append((row, sigma / sigma[0]))
     zero3.shut_down()
@@ -211,21 +219,24 @@ def rows_of(figures: Mapping[Group, list[dict]]) -> list[dict[str, Any]]:
             row["r"] = ""
         for name in RANKS:
             row[name] = statistics.median(m[name] for m in matrices)
-        for name, column in (("past", "σ past the bound / σ_1"), ("rounding", "rounding / σ_1")):
+        for name, column in (("past", "σ past the bound / σ_1"), ("floor", "floor / σ_1")):
             row[column] = max((m[name] for m in matrices if m[name] is not None), default="")
         row["samples"] = {name: [m[name] for m in matrices] for name in RANKS}
-        row["per matrix"] = matrices
+        row["weights"] = [f"{m['weight']} {m['shape']}" for m in matrices]
+        row["of full rank by the eps of float64"] = sum(m["by the eps of float64"] == narrow for m in matrices)
         rows.append(row)
     for row in rows:
         for other, column in (("lora", "/ LoRA"), ("pissa", "/ PiSSA")):
-            base = next((b for b in rows if b["method"] == other and _same_place(b, row)), None)
+            base = _like(rows, other, row)
             if base:
                 row[column] = row["above 1e-3"] / base["above 1e-3"]
     return rows
 
 
-def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[name] == other[name] for name in ("steps", "min(m, n)"))
+def _like(rows: Sequence[Mapping[str, Any]], method: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The method's row for the same matrices after the same steps; empty where there is none."""
+    place = ("steps", "min(m, n)")
+    return next((b for b in rows if b["method"] == method and all(b[name] == row[name] for name in place)), {})
 
 
 def claim(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -245,7 +256,8 @@ def claim(rows: Sequence[Mapping[str, Any]]) -> str:
     if "/ LoRA" in most:
         words.append(
             f"that is {most['/ LoRA']:.3g} times LoRA's {most['above 1e-3'] / most['/ LoRA']:g} (the bounds say "
-            f"{2 * S}; the paper's 16 is this ratio at S = 8)"
+            f"{2 * S}; the paper's 16 is this ratio at S = 8), by the effective rank "
+            f"{most['effective rank'] / _like(rows, 'lora', most)['effective rank']:.3g} times"
         )
     if "/ PiSSA" in most:
         words.append(
@@ -259,20 +271,17 @@ def note_of(args: Arguments, rows: Sequence[Mapping[str, Any]]) -> str:
     """How to read the table."""
     data = args.dataset_name or "generated arithmetic problems"
     tokens = args.micro_batch * args.accumulation
+    full = sum(row["of full rank by the eps of float64"] for row in rows)
     return (
         f"{Path(args.model_name_or_path).name}, fp32, {tokens} rows of {Path(data).name} per step in "
         f"{args.accumulation} micro-batches, learning rate {args.lr:g} for all: the rank of ΔW, medians over the "
         f"matrices of a group. {claim(rows)} LoRA's first step changes only B, because B is 0; later ones A, too, and "
         f"ΔW = B A keeps rank r. W is held in fp32, so each entry of ΔW carries W's own rounding (by the eps of "
-        f"float64 {_full(rows)} of the {sum(len(row['per matrix']) for row in rows)} changes have full rank): "
-        f"'rounding' is the level that the numerical rank has to exceed, 'σ past the bound' the largest singular "
-        f"value that the bound forbids, both at most in the group. HD-PiSSA's later steps exceed the bound by their "
-        f"second-order terms. Ratios are of the counts above 1e-3."
+        f"float64 {full} of the {sum(row['matrices'] for row in rows)} changes have full rank): "
+        f"what counts in the numerical rank exceeds 'floor', and 'σ past the bound' is the largest singular value that "
+        f"the bound does not allow, both the group's largest. In later steps HD-PiSSA's are its second-order terms, "
+        f"elsewhere they are rounding. Ratios are of the counts above 1e-3."
     )
-
-
-def _full(rows: Sequence[Mapping[str, Any]]) -> int:
-    return sum(m["by the eps of float64"] == min(m["shape"]) for row in rows for m in row["per matrix"])
 
 
 def draw(spectra: Mapping[Group, list[Tensor]], target: Path, *, r: int) -> None:
@@ -295,7 +304,7 @@ def draw(spectra: Mapping[Group, list[Tensor]], target: Path, *, r: int) -> None
             ax.axhline(THRESHOLD, color="#999999", linewidth=0.8)
             ax.set(xlabel="index i of the singular value", ylabel="σ_i / σ_1 of ΔW", ylim=(1e-8, 3))
             ax.set_title(f"after {steps} step{'s' if steps > 1 else ''}, min(m, n) = {wide}", fontsize=10)
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, loc="center right")
 
 
 def check(args: Arguments) -> None:
