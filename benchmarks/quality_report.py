@@ -1,0 +1,192 @@
+"""What the runs of `quality.py` show: a row per arm with mean and spread over seeds, a row per learning rate, pictures.
+
+An arm's best learning rate is the one of least validation loss with the sweep's seed; loss and answers of the test are
+of other rows than those it was chosen by.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hdpissa.benchmarks import plots, timing
+
+IDENTITY = ("arm",)
+FIGURES = {
+    "valid loss": "valid loss",
+    "test loss": "test loss",
+    "exact match": "test accuracy",
+}
+COLUMNS = (
+    *("arm", "learning rate", "seeds", "valid loss", "± valid", "test loss", "± test", "exact match", "± match"),
+    *("train s", "whole run s", "peak memory GB", "trained numbers", "remark"),
+)
+SPREADS = {"valid loss": "± valid", "test loss": "± test", "exact match": "± match"}
+SWEEP_COLUMNS = ("arm", "learning rate", "valid loss", "test loss", "exact match", "train s")
+
+
+def last(record: Mapping[str, Any], key: str) -> float:
+    """A metric at the end of a run; NaN where it has none, as a run that diverged."""
+    value = record["train_info"]["metrics"][-1].get(key)
+    return math.nan if value is None else float(value)
+
+
+def by_arm(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of each arm, arms in the order of the comparison."""
+    order = ("base", "lora", "pissa", "hd_pissa", "full")
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (order.index(r["hdpissa"]["method"] or "base"), r["hdpissa"]["r"])):
+        found.setdefault(record["hdpissa"]["arm"], []).append(record)
+    return found
+
+
+def best_of(records: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
+    """The runs with the best learning rate of the sweep, in the order of their seeds; none if all diverged."""
+    losses = {r["hdpissa"]["lr"]: last(r, "valid loss") for r in records if r["hdpissa"]["seed"] == seed}
+    finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        return []
+    best = min(finite, key=lambda lr: finite[lr])
+    return sorted((r for r in records if r["hdpissa"]["lr"] == best), key=lambda r: r["hdpissa"]["seed"])
+
+
+def summary(arm: str, records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """An arm's row: means over seeds, sample standard deviations where there are two or more."""
+    runs = best_of(records, seed)
+    if not runs:
+        return {"arm": arm, "remark": "no learning rate gave a finite loss"}
+    values = {column: [last(run, key) for run in runs] for column, key in FIGURES.items()}
+    values["train s"] = [run["train_info"]["train_time"] for run in runs]
+    values["whole run s"] = [run["run_info"]["total_time"] for run in runs]
+    values["peak memory GB"] = [run["train_info"]["accelerator_memory_max"] / 1e9 for run in runs]
+    rate = runs[0]["hdpissa"]["lr"]
+    row: dict[str, Any] = {"arm": arm, "learning rate": rate if rate else "", "seeds": len(runs)}
+    row |= {column: statistics.fmean(found) for column, found in values.items()}
+    if len(runs) > 1:
+        row |= {spread: statistics.stdev(values[column]) for column, spread in SPREADS.items()}
+    row["trained numbers"] = runs[0]["train_info"]["num_trainable_params"]
+    row["remark"] = remark(records, rate, seed)
+    return row | {"samples": values}
+
+
+def remark(records: Sequence[Mapping[str, Any]], best: float, seed: int) -> str:
+    """Where the best rate is the least or the largest that was tried, a better one may lie beyond it."""
+    tried = sorted({r["hdpissa"]["lr"] for r in records if r["hdpissa"]["seed"] == seed})
+    if not best:
+        return "untrained"
+    if len(tried) == 1:
+        return "only one learning rate tried"
+    if best in (tried[0], tried[-1]):
+        return f"best of {len(tried)} rates is the {'largest' if best == tried[-1] else 'least'}"
+    return f"best of {len(tried)} rates"
+
+
+def sweep_rows(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> list[dict[str, Any]]:
+    """Every run of the sweeps."""
+    rows = []
+    for arm, runs in records.items():
+        for run in sorted(runs, key=lambda r: r["hdpissa"]["lr"]):
+            if run["hdpissa"]["seed"] == seed and run["hdpissa"]["lr"]:
+                row = {"arm": arm, "learning rate": run["hdpissa"]["lr"], "train s": run["train_info"]["train_time"]}
+                rows.append(row | {column: last(run, key) for column, key in FIGURES.items()})
+    return rows
+
+
+def curve(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
+    """(steps, mean validation loss over the runs, its standard deviation or 0) of runs with the same steps."""
+    points: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run["train_info"]["metrics"]:
+            if "valid loss" in row and "test accuracy" not in row:
+                points.setdefault(row["step"], []).append(row["valid loss"])
+    steps = sorted(points)
+    spread = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in steps]
+    return steps, [statistics.fmean(points[s]) for s in steps], spread
+
+
+def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: Path) -> None:
+    """Learning curves at each arm's best rate, with the standard deviation over seeds, and the sweeps beside them."""
+    with plots.picture(target, columns=2, width=6) as (curves, sweeps):
+        for arm, runs in records.items():
+            if arm == "base":
+                continue
+            style = look(runs[0]["hdpissa"], arm, records)
+            if best := best_of(runs, seed):
+                steps, mean, spread = curve(best)
+                curves.plot(steps, mean, **style)
+                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+                curves.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            tried = [(row["learning rate"], row["valid loss"]) for row in sweep_rows({arm: runs}, seed)]
+            finite = [point for point in tried if math.isfinite(point[1])]
+            if finite:
+                sweeps.semilogx(*zip(*finite, strict=True), **style)
+        curves.set(xlabel="optimizer step", ylabel="validation loss (nats / answer token)")
+        curves.set_title("at each arm's best learning rate; band: ± standard deviation over seeds", fontsize=9)
+        sweeps.set(xlabel="learning rate", ylabel="validation loss at the end (nats / token)")
+        sweeps.set_title("the sweeps", fontsize=9)
+        for ax in (curves, sweeps):
+            ax.legend(fontsize=8)
+
+
+def look(run: Mapping[str, Any], arm: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The style of a method; its wider arm is dashed."""
+    least = min(r["hdpissa"]["r"] for runs in records.values() for r in runs if r["hdpissa"]["method"] == run["method"])
+    name = plots.LABELS[run["method"]]
+    rank = f" r = {run['r']}" if run["r"] else ""
+    slices = f" S = {run['slices']}," if run["slices"] else ""
+    return {
+        **plots.line(run["method"]),
+        "label": f"{name}{slices}{rank}",
+        "linestyle": "-" if run["r"] == least else "--",
+    }
+
+
+def note_of(records: Iterable[Mapping[str, Any]], missing: Sequence[str]) -> str:
+    """How to read the table, from what the runs' records say of themselves."""
+    some = next(iter(records))
+    how, rows = some["hdpissa"]["configuration"], some["hdpissa"]["rows"]
+    batch = how["micro_batch"] * how["accumulation"]
+    length = f"{how['steps']} steps" if how["steps"] else f"{how['num_train_epochs']:g} epoch(s)"
+    words = (
+        f"{how['model_name_or_path']}, {how['dtype']}, {length} of {batch} rows of "
+        f"{how['dataset_name'] or 'generated arithmetic problems'} ({rows['train']} rows to train on, at most "
+        f"{how['max_length']} tokens, {rows['truncated']} of them cut), cosine schedule: the same micro-batches in the "
+        f"same order for all. The learning rate is each arm's best of its own sweep by the validation loss "
+        f"({how['eval_rows']} rows); loss per answer token and exact match of the test are of {how['test_rows']} other "
+        f"rows. ± is the standard deviation over seeds, which vary order and initialisation. Exact match: the number "
+        f"after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems its own "
+        f"sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its start."
+    )
+    if missing:
+        words += f" Incomplete: {len(missing)} run(s) missing, {missing[0]} the first."
+    return words
+
+
+def report(
+    records: Mapping[str, Mapping[str, Any]], seed: int, missing: Sequence[str], *, name: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Writes <name> and <name>_rates (JSON, Markdown) and <name>.png; returns the rows."""
+    arms = by_arm(records.values())
+    rows = [summary(arm, runs, seed) for arm, runs in arms.items()]
+    some = next(iter(records.values()))["hdpissa"]["configuration"]
+    pictures = []
+    if any(arm != "base" for arm in arms):
+        draw(arms, seed, folder / f"{name}.png")
+        pictures = [f"{name}.png"]
+    note = note_of(records.values(), missing)
+    details = sweep_rows(arms, seed)
+    sweeps = f"All learning rates of the comparison in {name}.md, with the first seed, {seed}."
+    timing.write(
+        f"{name}_rates",
+        details,
+        SWEEP_COLUMNS,
+        sweeps,
+        folder=folder,
+        identity=("arm", "learning rate"),
+        configuration=some,
+    )
+    timing.write(name, rows, COLUMNS, note, folder=folder, identity=IDENTITY, configuration=some, pictures=pictures)
+    return rows

@@ -1,0 +1,185 @@
+"""The task that methods are compared on: rows of a file or the arithmetic generator, one order for all methods.
+
+Reading, masking and order are the training script's own (`engine.data`, `engine.batches`). The order is that of the
+largest number of slices in the comparison; a method without slices takes the same micro-batches one after another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+from torch import Tensor
+
+from hdpissa.engine.batches import SliceBatches
+from hdpissa.engine.data import TokenizedRows, load_rows, tokenize_rows
+from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.prompts import PromptTemplate, resolve_template
+from hdpissa.engine.slicing import SlicePlan
+from hdpissa.launch import demo_data
+from hdpissa.launch.command_line import make_parser, option, read
+from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
+from hdpissa.launch.train_checks import check_vocabulary, read_model_config, read_tokenizer
+
+
+@dataclass
+class TaskArguments:
+    """What the scripts' command lines have in common; names as in launch/train.py."""
+
+    model_name_or_path: str = option("", "Hugging Face folder or hub name; default SmolLM2-135M", aliases=["--model"])
+    dataset_name: str | None = option(
+        None, "jsonl, json, csv or parquet file, folder or hub name; default: arithmetic word problems, generated here"
+    )
+    dataset_split: str = option("train", "split of it")
+    prompt_field: str = option("instruction", "column with the prompt")
+    response_field: str = option("response", "column with the answer; its result stands after ####, as in GSM8K")
+    prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
+    max_length: int = option(256, "tokens of prompt and answer together; longer rows are cut")
+    train_rows: int = option(1024, "rows to train on at most, the first ones; 0: all of a file")
+    eval_rows: int = option(32, "rows held out of training, the last ones (before those of a test)")
+    micro_batch: int = option(1, "rows of a micro-batch")
+    accumulation: int = option(8, "micro-batches of an optimizer step, for every method")
+
+
+def parse(arguments: type, argv: list[str] | None = None) -> Any:
+    """The dataclass filled from a command line, the model's folder in its place; ConfigError for bad input."""
+    values, _ = read(make_parser(arguments), sys.argv[1:] if argv is None else argv)
+    args = arguments(**values)
+    for name in ("max_length", "eval_rows", "micro_batch", "accumulation"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1; raise it")
+    if args.train_rows < 0 or (args.train_rows == 0 and args.dataset_name is None):
+        raise ConfigError(f"--train_rows is {args.train_rows}: must be at least 1, or 0 for all of a file; raise it")
+    if not args.model_name_or_path:
+        try:
+            args.model_name_or_path = ensure_demo_model()
+        except DemoModelError as error:
+            raise ConfigError(f"--model is missing, and the demo model cannot be had: {error}") from None
+    return args
+
+
+def run(main: Callable[[], int]) -> int:
+    """`main` with a user's mistakes as one line and exit code 2."""
+    try:
+        return main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def refuse_slices(slices: list[int], accumulation: int) -> None:
+    """Refuses what cannot be worked off in one process."""
+    for number in slices:
+        if number < 1 or accumulation % number:
+            raise ConfigError(
+                f"--slices {number} with --accumulation {accumulation}: each slice needs its own micro-batches, so the "
+                f"latter must be a multiple of the former; change one"
+            )
+        if max(slices) % number:
+            raise ConfigError(f"--slices {number} does not divide {max(slices)}, the largest; give powers of two")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, rows to choose by, rows to test with (None without a test), tokenised.
+
+    `test_rows` are the last ones as text; `digest` is the SHA-256 of all rows' text.
+    """
+
+    train: TokenizedRows
+    held_out: TokenizedRows
+    test: TokenizedRows | None
+    test_rows: datasets.Dataset | None
+    tokenizer: Any
+    template: PromptTemplate
+    digest: str
+
+    def order(self, args: TaskArguments, *, slices: int, seed: int) -> Order:
+        """The order of one run."""
+        plan = SlicePlan(slices, world_size=1, rank=0)
+        data = SliceBatches(
+            self.train.dataset,
+            slices=slices,
+            micro_batches_per_slice=plan.micro_batches_per_slice(args.accumulation),
+            micro_batch_size=args.micro_batch,
+            seed=seed,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return Order(data, plan.schedule(args.accumulation))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Micro-batches by step; all methods get the same ones."""
+
+    data: SliceBatches
+    schedule: list[tuple[int, int]]
+
+    def micro_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Those of one optimizer step, counted from 0, the first slice's before the second's."""
+        for slice_id, micro_batch in self.schedule:
+            yield self.data.batch(step, slice_id, micro_batch)
+
+
+def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str | None = None) -> Task:
+    """Reads and tokenises.
+
+    Args:
+        test_rows: how many; of `test_dataset_name` the first ones, without it the last ones of the training file.
+
+    Raises:
+        ConfigError: no such model, file or column, or too few rows.
+    """
+    datasets.disable_progress_bars()
+    model = SimpleNamespace(model_name_or_path=args.model_name_or_path, trust_remote_code=False)
+    config, template = read_model_config(model), resolve_template(args.prompt_template)
+    tokenizer = read_tokenizer(model)
+    if args.dataset_name is None:
+        args.prompt_field, args.response_field = "instruction", "response"
+    parts = split(args, 0 if test_dataset_name else test_rows)
+    if test_dataset_name:
+        test = load_rows(test_dataset_name, split=args.dataset_split)
+        parts = [*parts[:2], test.select(range(min(test_rows, len(test))))]
+
+    def encode(part: datasets.Dataset) -> TokenizedRows:
+        return tokenize_rows(
+            part,
+            tokenizer,
+            prompt_field=args.prompt_field,
+            response_field=args.response_field,
+            template=template,
+            max_length=args.max_length,
+        )
+
+    train, held_out = encode(parts[0]), encode(parts[1])
+    check_vocabulary(train, held_out, config)
+    test_rows_found = parts[2] if len(parts[2]) else None
+    test_encoded = encode(parts[2]) if test_rows_found else None
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps([part[field][:] for field in (args.prompt_field, args.response_field)]).encode())
+    return Task(train, held_out, test_encoded, test_rows_found, tokenizer, template, digest.hexdigest())
+
+
+def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
+    """[rows to train on, rows to choose by, rows to test with], the latter two from the end of the file."""
+    held_out = args.eval_rows + test_rows
+    if args.dataset_name is None:
+        try:
+            rows = datasets.Dataset.from_list(demo_data.generate(args.train_rows + held_out, seed=0))
+        except ValueError as error:
+            raise ConfigError(f"--train_rows {args.train_rows} and {held_out} rows held out: {error}") from None
+    else:
+        rows = load_rows(args.dataset_name, split=args.dataset_split)
+    left = len(rows) - held_out
+    if left < 1:
+        raise ConfigError(f"{held_out} rows held out of {len(rows)} leave none to train on; lower --eval_rows")
+    count = min(left, args.train_rows or left)
+    cuts = (range(count), range(left, left + args.eval_rows), range(left + args.eval_rows, len(rows)))
+    return [rows.select(cut if len(cut) else []) for cut in cuts]  # an empty range past the end is an error there
