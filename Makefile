@@ -37,10 +37,9 @@ faults: $(READY)
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT="$(OUTPUT)" sh launch/demo.sh
 
-# What can be measured on any machine: what the compilers make of the kernels, and the layers' CPU time.
+# Every benchmark that needs no GPU, in a small form: under ten minutes on two cores, one table in the end.
 bench: $(READY)
-	$(BIN)/python benchmarks/aot_table.py
-	$(BIN)/python benchmarks/cpu_layers.py --dtype fp32
+	$(BIN)/python benchmarks/suite.py
 
 # Needs a GPU; on a bare machine no virtual environment either (benchmarks/README.md). PHASES="tests bench" runs a part.
 gpu:

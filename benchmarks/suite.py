@@ -1,0 +1,116 @@
+"""All benchmarks that need no GPU, each in a small form, and what each of them found: `make bench`.
+
+    python benchmarks/suite.py [--folder outputs/bench] [NAME ...]
+
+Under ten minutes on two cores. The results lie in --folder, as JSON, Markdown and pictures, and can be compared with
+those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are of full size, and
+the command of each is in benchmarks/README.md. A script that fails is named, and the others still run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdpissa.launch.demo_model import ensure_demo_model
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """A script in its small form.
+
+    Attributes:
+        result: name of the result file. limit: seconds.
+    """
+
+    result: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    limit: int = 240
+
+
+STEPS = (
+    Step("aot", "aot_table.py"),
+    Step("cpu_layers_fp32_2_layers", "cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
+    Step("init", "init.py", ("--layers", "2")),
+    Step("svd_methods", "svd_methods.py", ("--largest", "1024", "--ranks", "128")),
+    Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "2")),
+    Step("load_memory", "load_memory.py", ("--gigabytes", "0.4", "--ranks", "2")),
+    Step("export_memory", "export_memory.py", ("--gigabytes", "0.4")),
+    Step("checkpoint", "checkpoint.py", ("--slices", "2")),
+    Step("throughput_tiny_fp32", "throughput.py"),
+    Step("projection", "projection.py"),
+    Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
+    Step("quality", "quality.py", ("--steps", "2", "--seeds", "0")),
+)
+
+
+def run(step: Step, environment: dict[str, str], log: Path) -> tuple[str, float]:
+    """Runs a script with its output in `log`; ("", seconds), or what went wrong."""
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / step.script), *step.arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that ranks end with it
+        )
+        try:
+            code = process.wait(step.limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"stopped after {step.limit} s; see {log}", time.monotonic() - start
+    return "" if code == 0 else f"exit code {code}; see {log}", time.monotonic() - start
+
+
+def found(step: Step, folder: Path) -> str:
+    """The headline of a result, or the first sentence of its note."""
+    content: dict[str, Any] = json.loads((folder / f"{step.result}.json").read_text())
+    return content.get("headline") or content["note"].split(". ")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(s.script[:-3] for s in STEPS)}")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="where the results go")
+    args = parser.parse_args(argv)
+    known = {step.script[:-3]: step for step in STEPS}
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        print(f"suite.py: no benchmark {unknown[0]} here; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    args.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "HDPISSA_RESULTS": str(args.folder.resolve())}
+    ensure_demo_model()  # here, so that no benchmark's time has it
+    table = Table("benchmark", "s", "found", title=f"Small forms; results in {args.folder}")
+    failed = False
+    begin = time.monotonic()
+    for step in [known[name] for name in args.names] or STEPS:
+        print(f"{step.script} {' '.join(step.arguments)}", flush=True)
+        problem, seconds = run(step, environment, args.folder / f"{step.script[:-3]}.log")
+        failed |= bool(problem)
+        table.add_row(step.script[:-3], f"{seconds:.0f}", problem or found(step, args.folder))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    print(f"{time.monotonic() - begin:.0f} s in all")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
