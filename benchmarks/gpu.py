@@ -6,6 +6,7 @@
     bench         the kernels' benchmarks (bench_*.py)
     linear        layers of two Llamas against frozen Linears and LoRA (linear_layers.py)
     step          a whole optimizer step of a 7B model (whole_step.py)
+    throughput    whole steps of four models through the launcher, all methods, on one GPU (throughput.py)
 
 GPU_PHASES names phases, too ("tests bench"). Every phase has a time limit, and goes on when an earlier one has failed;
 the exit code is 1 if one has. Results are in `benchmarks/results/`. Where OUT names a folder, one JSON, one Markdown
@@ -64,10 +65,13 @@ def commands(phase: str) -> list[tuple[list[str], int]]:
         return [script(p.name, 90) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))]
     if phase == "linear":
         return [script("linear_layers.py", 180)]
+    if phase == "throughput":
+        models = ("smollm2-135m", "0.5b", "1.5b", "llama-2-7b")
+        return [script("throughput.py", 600, "--num_accelerators", "1", "--model", model) for model in models]
     return [script("whole_step.py", 300, "--random_slices")]
 
 
-PHASES = ("environment", "tests", "sanitizer", "bench", "linear", "step")
+PHASES = ("environment", "tests", "sanitizer", "bench", "linear", "step", "throughput")
 
 
 def prepare(folder: Path) -> dict[str, str]:
@@ -75,15 +79,17 @@ def prepare(folder: Path) -> dict[str, str]:
     (folder / "source").mkdir()
     (folder / "source" / "hdpissa").symlink_to(ROOT)
     paths = [folder / "source"]
+    scripts: dict[str, str] = {}
     wheels = sorted(map(str, (ROOT / ".whl").glob("*.whl")))
     if wheels:
         options = ["-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
         install = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"), *wheels]
         subprocess.run(install, check=True)
         paths.append(folder / "site")
+        scripts = {"PATH": f"{folder / 'site' / 'bin'}{os.pathsep}{os.environ['PATH']}"}  # the deepspeed launcher
     paths += [Path(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     fewer_warnings = {"PYTHONWARNINGS": "ignore::FutureWarning"}
-    return {**os.environ, **fewer_warnings, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return {**os.environ, **fewer_warnings, **scripts, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def missing(env: dict[str, str]) -> str:

@@ -196,7 +196,9 @@ DATA = [
     argument("folder without data", ("DIR/bare", "holds no .jsonl"), dataset_name="DIR/bare"),
     argument("broken data file", ("DIR/broken.jsonl", "cannot be read"), dataset_name="DIR/broken.jsonl"),
     argument("empty data file", ("DIR/empty.jsonl", "empty"), dataset_name="DIR/empty.jsonl"),
-    argument("wrong column", ("'prompt'", "its columns are response, instruction", "--prompt_field"), prompt_field="prompt"),
+    argument(
+        "wrong column", ("'prompt'", "its columns are response, instruction", "--prompt_field"), prompt_field="prompt"
+    ),
     argument("a row without answer", ("row 1", "'response'", "drop the row"), dataset_name="DIR/hole.jsonl"),
     argument("no room for an answer", ("max_length 2 leaves no answer", "raise it"), max_length=2),
     argument("no room for anything", ("max_length is 1", "at least 2"), max_length=1),
