@@ -26,6 +26,9 @@ def make_parser(arguments: type) -> argparse.ArgumentParser:
 
     parser = HfArgumentParser([arguments], allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign, assignment]
+    for action in parser._actions:
+        if action.default in ("", None):  # required, or off: "(default: )" says nothing, and this prints as nothing
+            action.help = f"{action.help}%(default).0s"
     return parser
 
 

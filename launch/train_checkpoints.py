@@ -123,12 +123,14 @@ def _plain(value: Any) -> Any:
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
-def changed_arguments(reader: Any, args: Any) -> str:
-    """The arguments that are not the checkpoint's, for people; empty where there are none."""
+SCHEDULE = {"learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_ratio", "warmup_steps"}
+
+
+def changed_arguments(reader: Any, args: Any) -> dict[str, str]:
+    """The arguments that are not the checkpoint's → how they changed, for people."""
     there, here = reader.manifest.client_state.get("arguments", {}), asdict(args)
     quiet = {"resume_from_checkpoint", "overwrite_output_dir", "local_rank", "output_dir", "ds_config"}
-    other = [f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v]
-    return ", ".join(other)
+    return {k: f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v}
 
 
 def describe_start(args: Any, engine: Any, reader: Any, total_steps: int) -> str:
@@ -138,7 +140,11 @@ def describe_start(args: Any, engine: Any, reader: Any, total_steps: int) -> str
         done = "read from the cache" if engine.init_report.cached else "computed"
         return f"slices of all {len(engine.targets)} weights {done}, {residual}"
     other = changed_arguments(reader, args)
-    text = f"resumed {reader.folder} after step {engine.global_steps}" + (f"; changed since: {other}" if other else "")
+    text = f"resumed {reader.folder} after step {engine.global_steps}"
+    if other:
+        text += f"; changed since: {', '.join(other.values())}"
+    if SCHEDULE & other.keys():
+        text += f"; so the schedule of learning rates is a new one, of {total_steps} steps"
     return (
         text if engine.global_steps < total_steps else f"{text}; all {total_steps} steps are done, nothing is trained"
     )

@@ -67,6 +67,7 @@ def test_the_interval_holds_the_true_ratio():
 
 def test_figures_without_samples_are_not_judged(tmp_path, capsys):
     old, new = result(tmp_path, "old", NOISY, bytes=100), result(tmp_path, "new", NOISY, bytes=110)
+    capsys.readouterr()
     assert compare.main([str(old.parent), str(new.parent)]) == 0
     said = capsys.readouterr().out
     assert "| bytes | 100 | 110 | 1.1 |  | differs; noise unknown |" in said

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import pytest
 import yaml
 from launch_runs import flags
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import train_arguments
+from hdpissa.launch import command_line, train_arguments, train_checkpoints
 
 STEPS = 8
 
@@ -75,3 +78,25 @@ def test_yaml_words(tmp_path):
     path.write_text(yaml.safe_dump({**required, "save_strategy": False, "resume_from_checkpoint": True}))
     args, _ = train_arguments.parse(["--config", str(path)])
     assert (args.save_strategy, args.resume_from_checkpoint) == ("no", "auto")
+
+
+@pytest.mark.parametrize(("changes", "anew"), [({"max_steps": 12}, True), ({"logging_steps": 5}, False), ({}, False)])
+def test_resuming_tells_what_changed_and_a_new_schedule(inputs, tmp_path, changes, anew):
+    """Other steps in all stretch the learning rates, which is easily overlooked."""
+    before, now = (
+        train_arguments.parse(flags(arguments(inputs, tmp_path / "out", **some)))[0] for some in ({}, changes)
+    )
+    manifest = SimpleNamespace(client_state={"arguments": asdict(before)})
+    engine = SimpleNamespace(global_steps=4, init_report=SimpleNamespace(residual=1e-9))
+    reader = SimpleNamespace(folder="checkpoint-4", manifest=manifest)
+    text = train_checkpoints.describe_start(now, engine, reader, total_steps=now.max_steps)
+    assert ("changed since" in text) == bool(changes)
+    assert all(f"{name} " in text for name in changes)
+    assert ("a new one, of 12 steps" in text) == anew
+
+
+def test_help_does_not_show_empty_defaults():
+    text = command_line.make_parser(train_arguments.TrainArguments).format_help()
+    assert "(default: instruction)" in text
+    assert "(default: )" not in text
+    assert "(default: None)" not in text
