@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import adapt, base_files, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
@@ -23,7 +24,7 @@ from .factors import FactorStore
 from .optimizer import SliceOptimizer
 from .settings import check_kernels, make_plan, make_rule, resolve_config
 from .shards import make_shard
-from .slice_cache import SliceCache
+from .slice_cache import SliceCache, identity
 from .slicing import SlicePlan
 from .targets import Target
 
@@ -36,7 +37,7 @@ def initialize(
     *,
     lr: float | None = None,
     resume_from: CheckpointReader | str | Path | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> HDPissaEngine:
     """Makes an engine out of a model and a DeepSpeed config; collective.
 
@@ -48,7 +49,7 @@ def initialize(
         lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
         resume_from: a checkpoint, or a folder of them whose latest counts; its factors and state are taken, and
             nothing is decomposed. `engine.load_checkpoint` does the same later, after a decomposition.
-        progress: called with each target's name when its slices are ready.
+        progress: called with each target's name when its slices are ready, how many are, and of how many.
 
     Raises:
         ConfigError: anything in the config or the model that a user can mend, in one line.
@@ -103,9 +104,13 @@ def initialize(
 def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
     if hd.init.cache_dir is None:
         return None
-    origin = base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values()
+    # Rank 0's word counts: other hosts may have copies of the files, with times of their own.
+    told: list[Any] = [None]
+    if store.plan.rank == 0:
+        told[0] = identity(base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values())
+    dist.broadcast_object_list(told, 0)
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
-    return SliceCache(hd.init.cache_dir, store.targets, origin=list(origin), how=how)
+    return SliceCache(hd.init.cache_dir, store.targets, origin=told[0], how=how)
 
 
 def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:

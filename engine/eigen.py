@@ -15,6 +15,7 @@ from torch import Tensor
 SMALLEST = 384  # below, a float64 eigendecomposition is as fast
 ENOUGH = 1e-9  # ‖G x − λ x‖ / λ of every vector; slices are kept in float32
 PASSES = 2
+EDGE = 32 * torch.finfo(torch.float32).eps  # of ‖G‖: how far a float32 eigenvalue may be off
 MIXED = 0.1  # a first-order step beyond this is none: the two values are too close together
 
 
@@ -38,7 +39,7 @@ def leading(G_ss: Tensor, k: int) -> Tensor:
 def _refined(G: Tensor, k: int, m: int) -> Tensor | None:
     """Float32 vectors made right in float64; None: not right enough."""
     size = torch.linalg.vector_norm(G)
-    if not size > 0:
+    if not 0 < size < torch.inf:
         return None
     G = G / size  # float32 has less room for exponents
     try:
@@ -57,6 +58,10 @@ def _refined(G: Tensor, k: int, m: int) -> Tensor | None:
         image = X @ G
         theta, V = torch.linalg.eigh(X @ image.t())
         X, image = V.t() @ X, V.t() @ image
+        # Residuals tell eigenvectors, not that they are the largest: what is left out must not reach the k-th. Where
+        # values are tied there, float32's order is its rounding's.
+        if theta[-k] <= values[-m - 1] + EDGE:
+            return None
         residuals = torch.linalg.vector_norm(image - theta[:, None] * X, dim=1)
         if (residuals <= ENOUGH * theta)[-k:].all():
             return X[-k:].flip(0)

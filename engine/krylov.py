@@ -130,7 +130,7 @@ class Subspace:
         """(θ, Y, residuals) of the k largest Ritz values; Y is m × k, in the basis Q."""
         theta, Y = torch.linalg.eigh(self.H)
         theta, Y = theta[-k:].flip(0), Y[:, -k:].flip(1)
-        left = self.coupling.t() @ Y[-len(self.coupling) :]
+        left = self.coupling.t() @ Y[len(Y) - len(self.coupling) :]  # none where the space is full
         return theta, Y, torch.linalg.vector_norm(left, dim=0)
 
     def _outside(self, Z: Tensor) -> Tensor:

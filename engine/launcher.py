@@ -52,6 +52,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     elif _slurm_tasks(env) > 1:
         launch = _from_slurm(env)
     else:
+        _refuse_other_mpi(env)
         launch = Launch("no launcher", 0, 1, 0, 1)
     for name, ours in (("RANK", launch.rank), ("WORLD_SIZE", launch.world_size)):
         if name in env and _number(env, name) != ours:
@@ -66,7 +67,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 def speaking_rank(environment: Mapping[str, str]) -> str:
     """The rank as some launcher gives it, "0" where none does; for messages about an environment that is refused."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK", "MV2_COMM_WORLD_RANK")
     return next((environment[name] for name in names if environment.get(name)), "0")
 
 
@@ -126,6 +127,16 @@ def _from_open_mpi(env: Mapping[str, str]) -> Launch:
     local, here = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK"), _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
     first = "127.0.0.1" if here == world else first_host(env.get("SLURM_JOB_NODELIST", "")) or None
     return Launch("Open MPI", rank, world, local, here, *_master(env, first, 29500))
+
+
+def _refuse_other_mpi(env: Mapping[str, str]) -> None:
+    """MPICH, Intel MPI, MVAPICH: without this, each of their processes would take itself for a run of its own."""
+    for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if _number(env, name, 1) > 1:
+            raise ConfigError(
+                f"environment: {name} is {env[name]}, of an mpirun other than Open MPI's; set RANK, WORLD_SIZE, "
+                f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT on every process, or use deepspeed, torchrun or srun"
+            )
 
 
 # --- srun ------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import pulse
 from .errors import StopError
 
+MANY = 50  # weights; fewer are decomposed before anybody wonders
+
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
@@ -91,6 +93,30 @@ class Recorder:
             disable=quiet or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("step", total=total_steps, figures="")
+        self._slices = Progress(
+            TextColumn("slices of weights"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[name]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=self._progress.disable,
+            transient=True,
+        )
+        self._sliced = self._slices.add_task("slices", name="")
+
+    def slices(self, name: str, done: int, total: int) -> None:
+        """How far the decomposition is: a bar with the time left, or ten lines where there is no terminal."""
+        if done == 1:
+            self._begin = time.perf_counter()
+            self._slices.reset(self._sliced, total=total)
+            self._slices.start()
+        self._slices.update(self._sliced, completed=done, name=name)
+        if done == total:
+            self._slices.stop()
+        elif not self._console.is_terminal and total >= MANY and done * 10 // total > (done - 1) * 10 // total:
+            left = (time.perf_counter() - self._begin) * (total - done) / max(1, done - 1)
+            self.say(f"slices of {done:>4}/{total} weights  left {_clock(left)}")
 
     def start(self) -> None:
         """Starts the clock of the first step and the bar."""
@@ -190,7 +216,8 @@ class Recorder:
         write_json(path, _state("failed", self.steps_done, message), rank=self.rank)
 
     def close(self) -> None:
-        """Ends the bar and closes the file."""
+        """Ends the bars and closes the file."""
+        self._slices.stop()
         self._progress.stop()
         if self._file is not None:
             self._file.close()

@@ -15,20 +15,23 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import pulse, zero3
+from .base_files import open_tensors
+from .errors import ConfigError
 from .slicing import ShardRange
 
 logger = logging.getLogger(__name__)
 
 # Elements read at a time: bounds what a rank holds beside its shards, whatever the size of a tensor.
 PIECE_ELEMENTS = 2**25
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
 
 @contextmanager
@@ -42,7 +45,10 @@ def reading_own_rows() -> Iterator[None]:
     def load(model: nn.Module, state_dict: dict | None, checkpoint_files: list[str] | None, *rest: Any, **more: Any):
         building.close()
         with ExitStack() as stack:
-            source = _open(stack, checkpoint_files) if state_dict is None else {}
+            source, damage = _open(stack, checkpoint_files) if state_dict is None else ({}, None)
+            damage = _agree(damage)
+            if damage is not None:
+                raise ConfigError(damage)
             needed, tied = _parameters_and_buffers(model)
             obstacle = _agree(_obstacle(needed, tied, source))
             if obstacle is None:
@@ -60,12 +66,18 @@ def reading_own_rows() -> Iterator[None]:
         PreTrainedModel._load_pretrained_model = original
 
 
-def _open(stack: ExitStack, files: Sequence[str] | None) -> dict[str, Any]:
-    """Tensor name → the open safetensors file that holds it; empty when a file is of another kind."""
+def _open(stack: ExitStack, files: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+    """Tensor name → the open safetensors file that holds it, none when a file is of another kind; what is damaged."""
     if not files or not all(file.endswith(".safetensors") for file in files):
-        return {}
-    handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-    return {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (no dict)
+        return {}, None
+    source = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(open_tensors(Path(file)))
+        except ConfigError as error:
+            return {}, str(error)
+        source |= dict.fromkeys(handle.keys(), handle)
+    return source, None
 
 
 def _parameters_and_buffers(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
@@ -85,9 +97,12 @@ def _obstacle(needed: dict[str, Tensor], tied: set[str], source: dict[str, Any])
             if name in tied:
                 continue
             return f"the files hold no {name}"
-        shape = source[name].get_slice(name).get_shape()
+        stored = source[name].get_slice(name)
+        shape, dtype = stored.get_shape(), stored.get_dtype()
         if list(shape) != list(_shape(tensor)):
             return f"{name} is {tuple(shape)} in the files and {tuple(_shape(tensor))} in the model"
+        if tensor.is_floating_point() and dtype not in FLOATS:
+            return f"{name} is of dtype {dtype} in the files, quantised it seems"
     return None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .targets import Target
 
+Identity = tuple[str, int, int]
 VERSION = 1  # of the format; another one is another key
 
 
@@ -32,17 +33,18 @@ class SliceCache:
     Args:
         root: `hd_pissa.init.cache_dir`; made when first written to.
         targets: in order; files are numbered by it.
-        origin: the checkpoint's safetensors files, empty for a model that came from elsewhere.
+        origin: `identity` of the checkpoint's safetensors files, the same on all ranks, though each host may have a
+            copy of its own; empty for a model that came from elsewhere.
         how: everything else that the slices depend on, JSON-serialisable.
     """
 
     EMPTY = "nothing is kept for this model and these settings"
 
-    def __init__(self, root: str | Path, targets: Sequence[Target], *, origin: Sequence[str], how: dict[str, Any]):
+    def __init__(self, root: str | Path, targets: Sequence[Target], *, origin: Sequence[Identity], how: dict[str, Any]):
         self.targets = list(targets)
         key = {
             "version": VERSION,
-            "origin": [_identity(Path(path)) for path in sorted(set(origin))],
+            "origin": list(origin),
             "targets": [(t.name, t.rows, t.cols, t.r) for t in self.targets],
             **how,
         }
@@ -72,8 +74,11 @@ class SliceCache:
     def finish(self, residual: float, worst: str) -> None:
         """Declares the cache complete; call when all targets are written."""
         partial = self._index.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"residual": residual, "worst": worst, "targets": len(self.targets)}))
-        os.replace(partial, self._index)
+        try:
+            partial.write_text(json.dumps({"residual": residual, "worst": worst, "targets": len(self.targets)}))
+            os.replace(partial, self._index)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def reached(self) -> tuple[float, str]:
         """(largest residual, its target) when the slices were computed."""
@@ -99,6 +104,7 @@ class SliceCache:
         return A, B
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return path.name, status.st_size, status.st_mtime_ns
+def identity(files: Iterable[str]) -> list[Identity]:
+    """Name, size and time of change of each file."""
+    found = [(path, path.stat()) for path in map(Path, sorted(set(files)))]
+    return [(path.name, status.st_size, status.st_mtime_ns) for path, status in found]

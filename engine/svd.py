@@ -1,12 +1,12 @@
 """W → its top singular triplets → the factors of each slice. Pure: one matrix in, tensors out.
 
-`gram` takes the eigenvectors of the smaller Gram matrix in float64: for leading triplets squaring the condition
-number is harmless (σ to 1e-13 measured on trained weights) and it is faster than a full SVD. `randomized` is the
-block Krylov method of krylov.py, for matrices whose Gram matrix is too large for a dense eigensolver. `full` is
-LAPACK's SVD in float64. `auto` is gram, or randomized where that is much cheaper by `seconds`; where a method
-misses the tolerance the next one in the order randomized, gram, full takes over. The randomized
-`svd_lowrank(q = rank)` that PEFT offers is not among them: at the ranks used here its subspace stands at right
-angles to the true one.
+`gram` takes the eigenvectors of the smaller Gram matrix, right in float64 (eigen.py): for leading triplets squaring
+the condition number is harmless (σ to 1e-13 measured on trained weights) and it is faster than a full SVD.
+`randomized` is the block Krylov method of krylov.py, for matrices whose Gram matrix is too large for a dense
+eigensolver. `full` is LAPACK's SVD in float64. `auto` is gram, or randomized where that is much cheaper by `seconds`;
+where a method misses the tolerance the next one in the order randomized, gram, full takes over. The randomized
+`svd_lowrank(q = rank)` that PEFT offers is not among them: at the ranks used here its subspace stands at right angles
+to the true one.
 """
 
 from __future__ import annotations

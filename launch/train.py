@@ -9,7 +9,6 @@ Also under torchrun, srun and mpirun, on one host or many (launch/nodes/), and a
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
@@ -160,18 +159,6 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     return recorder
 
 
-def tell_progress(recorder: Any) -> Any:
-    """Reports every fiftieth weight that has been decomposed: at 70B that takes its time."""
-    done = itertools.count(1)
-
-    def tell(name: str) -> None:
-        number = next(done)
-        if number % 50 == 0:
-            recorder.say(f"slices of {number} weights computed (last: {name})")
-
-    return tell
-
-
 def make_evaluator(args: Any, job: Job) -> Any:
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import Evaluator
@@ -246,7 +233,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         # renamed in transformers 5; the old name warns
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    engine = initialize(model=model, config=job.ds, resume_from=reader, progress=tell_progress(recorder))
+    engine = initialize(model=model, config=job.ds, resume_from=reader, progress=recorder.slices)
     start = engine.global_steps
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -9,10 +10,16 @@ import torch.distributed as dist
 from tiny import build, ds_settings
 
 
+def note(names, name, done, total):
+    assert done == len(names) + 1 <= total
+    names.append(name)
+
+
 def slices(several, *, model=None, source=None, scale=1.0, accumulation=1, **hd_pissa):
     """Initialises once per entry of `several` (its `init` section); what each gave, with the messages logged.
 
     Args:
+        source: a folder; {rank} in it is the rank.
         scale: the weights are multiplied by it, as another model of the same shapes.
     """
     from hdpissa.engine import initialize, load_pretrained
@@ -28,12 +35,12 @@ def slices(several, *, model=None, source=None, scale=1.0, accumulation=1, **hd_
         messages.clear()
         names: list[str] = []
         settings = ds_settings(accumulation=accumulation, init=init, **hd_pissa)
-        net = load_pretrained(source, settings) if source else build(model)
+        net = load_pretrained(source.format(rank=dist.get_rank()), settings) if source else build(model)
         if scale != 1.0:
             with torch.no_grad():
                 for p in net.parameters():
                     p.mul_(scale)
-        engine = initialize(model=net, config=settings, progress=names.append)
+        engine = initialize(model=net, config=settings, progress=functools.partial(note, names))
         store = engine.optimizer.store
         found.append({
             "A": {n: t.clone() for n, t in store.A.items()},

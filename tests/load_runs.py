@@ -54,6 +54,18 @@ def load(settings, folder, *, count_reads=False):
     }
 
 
+def refused(settings, folder):
+    """The message of the refusal; {rank} in `folder` is the rank."""
+    from hdpissa.engine import ConfigError, load_pretrained, zero3
+
+    zero3.init_distributed()
+    try:
+        load_pretrained(folder.format(rank=dist.get_rank()), settings)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def load_and_generate(settings, folder):
     """Greedy tokens of the loaded model, which needs its configs as much as its weights."""
     from hdpissa.engine import initialize, load_pretrained

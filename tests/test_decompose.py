@@ -120,8 +120,8 @@ def test_a_stale_cache_is_noticed(tmp_path):
     """Weights that were never in a file have nothing in the key that tells them apart: the product does."""
     init = {"cache_dir": str(tmp_path)}
     run_ranks(2, slices, [init], **COUNTS[2])
-    other = run_ranks(2, slices, [init], scale=1.001, **COUNTS[2])
-    plain = run_ranks(2, slices, [{}], scale=1.001, **COUNTS[2])
+    other = run_ranks(2, slices, [init], scale=1.0001, **COUNTS[2])
+    plain = run_ranks(2, slices, [{}], scale=1.0001, **COUNTS[2])
     assert "not those of these weights" in other[0][0]["messages"][0]
     assert all(same(o[0], p[0]) for o, p in zip(other, plain, strict=True))
 
@@ -138,6 +138,16 @@ def test_checkpoints_and_settings_have_keys_of_their_own(tmp_path):
     run_ranks(1, slices, several[:1], source=str(copied), slices=1)
     assert len(list(cache.iterdir())) == 4
     assert all(json.loads((folder / "index.json").read_text())["targets"] == 14 for folder in cache.iterdir())
+
+
+def test_hosts_with_copies_of_the_model_share_a_cache(tmp_path):
+    """Each host's files have times of their own; rank 0's name the cache, and the second start reads it."""
+    tiny_llama().save_pretrained(tmp_path / "0")
+    shutil.copytree(tmp_path / "0", tmp_path / "1", copy_function=shutil.copy)
+    init = {"cache_dir": str(tmp_path / "cache"), "placement": "round_robin"}
+    ranks = run_ranks(2, slices, [init, init], source=f"{tmp_path}/{{rank}}", **COUNTS[2])
+    assert all(second["report"].cached for _, second in ranks)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_in_words(tmp_path):

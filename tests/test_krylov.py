@@ -49,6 +49,23 @@ def test_randomized_on_hard_spectra(name, shape, dtype):
     assert found.bound < 1.1
 
 
+@pytest.mark.parametrize(("rows", "cols", "k"), [(64, 84, 24), (64, 84, 60), (40, 96, 16), (128, 512, 112)])
+@pytest.mark.parametrize("spectrum", ["three values", "low rank"])
+def test_a_space_that_fills_up(rows, cols, k, spectrum):
+    """Nothing is left to grow into: what is there is the answer, or says that it is not."""
+    values = [5.0] * (rows // 3) + [3.0] * (rows // 3) + [1.0] * (rows - 2 * (rows // 3))
+    W = with_spectrum(rows, cols, values if spectrum == "three values" else values[: rows // 3]).float()
+    if spectrum == "low rank" and k > rows // 3:  # triplets of rounding: refused in words, where auto goes on to gram
+        with pytest.raises(ValueError, match="'randomized' reached a residual"):
+            top_triplets(W, k, method="randomized")
+        assert top_triplets(W, k).residual <= 1e-4
+        return
+    found = top_triplets(W, k, method="randomized")
+    truth = lapack(W)[1][:k]
+    assert found.method == "randomized"
+    assert (found.sigma - truth).abs().max() <= 1e-5 * truth[0]
+
+
 def test_randomized_goes_below_float32s_rounding():
     """A tolerance that float32 products cannot reach is met by growing on in float64."""
     W = with_spectrum(N, 380, FLAT).float()

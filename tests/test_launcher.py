@@ -110,6 +110,16 @@ def test_half_set_environments_are_one_line(environment, words):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("names", [("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")])
+def test_other_mpirun_are_refused(names):
+    """Else each of their processes would be a run of its own, all writing into one folder; alone they are fine."""
+    with pytest.raises(ConfigError, match=rf"{names[1]} is 2.*set RANK, WORLD_SIZE"):
+        read_launch(dict(zip(names, "12", strict=True)))
+    assert read_launch(dict(zip(names, "01", strict=True))).world_size == 1
+    assert read_launch(TORCHRUN | dict(zip(names, "12", strict=True))) == read_launch(TORCHRUN)
+    assert speaking_rank(dict(zip(names, "12", strict=True))) == "1"
+
+
 HOSTS = {
     "node1": "node1",
     "node1,node2": "node1",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from load_runs import load, load_and_generate
+from load_runs import load, load_and_generate, refused
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import ds_settings, tiny_llama
@@ -84,6 +84,29 @@ def test_other_formats_are_left_to_transformers(tmp_path):
     rank = run_ranks(2, load, SETTINGS, str(tmp_path))[0]
     assert "the checkpoint is not in safetensors files" in rank["warnings"][0]
     assert all(torch.equal(rank["values"][n], p.detach()) for n, p in net.named_parameters())
+
+
+def test_integers_are_left_to_transformers(tmp_path):
+    """Weights that somebody has quantised are not numbers to copy."""
+    net = tiny_llama()
+    net.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = (100 * state[name]).to(torch.int8)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    rank = run_ranks(2, load, SETTINGS, str(tmp_path))[0]
+    assert f"{name} is of dtype I8 in the files" in rank["warnings"][0]
+
+
+def test_a_truncated_file_is_told_on_every_rank(tmp_path):
+    """Also where only one host's copy is damaged."""
+    for rank in range(2):
+        tiny_llama().save_pretrained(tmp_path / str(rank))
+    file = tmp_path / "1" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    for message in run_ranks(2, refused, SETTINGS, f"{tmp_path}/{{rank}}"):
+        assert f"{file}: no sound safetensors file" in message
+        assert "get it again" in message
 
 
 def test_shapes_are_compared(tmp_path):
