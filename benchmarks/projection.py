@@ -4,8 +4,8 @@
 
 First a tiny model takes real steps with the engine at each number of processes, through the real launcher. Bytes are
 counted at torch.distributed (wire.py), FLOP by torch's flop_counter, and both are compared with the plan of the very
-same run: they must agree exactly, and exit code 1 says that they do not. Then the plan is drawn for clusters that nobody
-has measured: a projection.
+same run: they must agree exactly, and exit code 1 says that they do not. Then the plan is drawn for clusters that
+nobody has measured: a projection.
 
 Bytes do not depend on the machine, so this part is as true on a laptop as on a cluster. Seconds are modelled.
 """
@@ -160,11 +160,11 @@ def project(model: str, run: Run, counts: Sequence[int] = GPUS) -> list[dict[str
 
 
 LINES = {
-    "step s": ("forecast of the step", "black", "-"),
-    "compute s": ("compute (floor)", "#0072B2", "--"),
-    "gathers s": ("ZeRO-3's gathers, beside compute", "#E69F00", "--"),
-    "exchange s": ("exchange of the update", "#D55E00", ":"),
-    "apply s": ("applying the update", "#009E73", ":"),
+    "step s": ("forecast of the step", "black", "-o"),
+    "compute s": ("compute (floor)", "#0072B2", "--s"),
+    "gathers s": ("ZeRO-3's gathers, beside compute (floor)", "#E69F00", "--^"),
+    "exchange s": ("exchange of the update", "#D55E00", ":D"),
+    "apply s": ("applying the update", "#009E73", ":v"),
 }
 
 
@@ -175,7 +175,7 @@ def draw(rows: Sequence[Mapping[str, Any]], models: Sequence[str], target: Path)
             mine = [row for row in rows if row["model"] == model]
             counts = [row["GPUs"] for row in mine]
             for column, (label, colour, style) in LINES.items():
-                panel.plot(counts, [row[column] for row in mine], style, color=colour, label=label, marker="o", ms=4)
+                panel.plot(counts, [row[column] for row in mine], style, color=colour, label=label, ms=5)
             panel.set(xscale="log", yscale="log", xlabel="GPUs, and what binds", ylabel="seconds of an optimizer step")
             panel.set_xticks(counts, [f"{row['GPUs']}\n{row['binds'].replace(' ', chr(10))}" for row in mine], size=7)
             panel.minorticks_off()
@@ -230,8 +230,8 @@ def project_all(args: argparse.Namespace) -> None:
     note = (
         f"A projection by launch/plan.py, nothing here is measured. {args.gpu}, 8 in a node, r = {args.r}, bf16, "
         f"rows of {args.max_length} tokens, {args.micro_batch} × {args.accumulation} per GPU and step, activations "
-        f"recomputed; each GPU's work stays the same. bound s = max(compute, gathers) + update; step s is the forecast, "
-        f"the bound over {plan_step.EFFICIENCY}. binds: what would have to be faster. MFU: 4 FLOP per weight and token."
+        f"recomputed; each GPU's work stays the same. bound s = max(compute, gathers) + update; step s, the forecast, "
+        f"is the bound over {plan_step.EFFICIENCY}. binds: what would have to be faster. MFU: 4 per weight and token."
     )
     configuration = {key: value for key, value in vars(args).items() if key != "folder"}
     timing.write(

@@ -54,9 +54,9 @@ def test_the_reference_is_our_method(found):
 
 
 def test_rank_of_a_change(found):
-    """LoRA's stays within r, PiSSA's within 2 r, ours fills 2 r S."""
+    """LoRA's stays within r, PiSSA's within 2 r, ours fills 2 r S; its second-order term is below a hundredth."""
     name = "model.layers.0.mlp.gate_proj.weight"
-    ranks = {method: torch.linalg.matrix_rank(change(found[method], name), rtol=1e-3).item() for method in METHODS}
+    ranks = {method: torch.linalg.matrix_rank(change(found[method], name), rtol=1e-2).item() for method in METHODS}
     assert ranks["lora"] == R
     assert R < ranks["pissa"] <= 2 * R
     assert ranks["hd_pissa"] == ranks["reference"] == 2 * R * RANKS
