@@ -179,9 +179,9 @@ def test_the_plan_is_what_is_counted(tmp_path):
     done = start("projection.py", "--num_accelerators", 2, "--models", "tiny", "--r", 4, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "plan_counted.json").read_text())["rows"]
-    judged = [row for row in rows if "agrees" in row]
-    assert len(judged) == 5
-    assert all(row["agrees"] and row["counted"] > 0 for row in judged)
+    assert len(rows) == 6
+    assert all(row["agrees"] and row["counted"] > 0 for row in rows)
+    assert all(row["beside the plan"] == 0 for row in rows if "bytes of the" in row["what"] or "ZeRO" in row["what"])
     projected = json.loads((tmp_path / "projection.json").read_text())["rows"]
     assert [row["GPUs"] for row in projected] == list(projection.GPUS)
     assert projected[0]["efficiency"] == 1
