@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from hdpissa.benchmarks.method_base import Setting
 from hdpissa.engine import zero3
 from hdpissa.engine.errors import ConfigError
 
@@ -21,6 +21,7 @@ SHAPES = {
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, False),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, False),
 }
 # Standard deviation of a product's random weights times the root of its inputs; torch's own default is 0.58.
 SPREAD = 0.6
@@ -78,20 +79,19 @@ def cut_layers(config: Any, layers: int) -> None:
         config.layer_types = config.layer_types[:layers]
 
 
-def whole_model(model: str, *, dtype: torch.dtype, layers: int | None, seed: int) -> nn.Module:
+def whole_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
     """The model whole, on this process's device; the same numbers in every process."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # of a method built before: it would shard this one
-    if not is_shape(model):
-        config = config_of(model, layers)
-        net = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, attn_implementation="sdpa")
-        return net.to(zero3.device())
-    torch.manual_seed(seed)
+    config = config_of(setting.model, setting.layers)
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": setting.attention}
+    if not is_shape(setting.model):
+        return AutoModelForCausalLM.from_pretrained(setting.model, config=config, **how).to(zero3.device())
+    torch.manual_seed(setting.seed)
     with zero3.device():
-        config = copy.deepcopy(config_of(model, layers))
-        net = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        net = AutoModelForCausalLM.from_config(config, **how)
     with torch.no_grad():
         for p in net.parameters():  # the default is so small that nothing is learned, nor a slice's gradient seen
             if p.dim() == 2:
@@ -99,10 +99,10 @@ def whole_model(model: str, *, dtype: torch.dtype, layers: int | None, seed: int
     return net
 
 
-def prepare(net: nn.Module, *, checkpointing: bool, input_grads: bool) -> nn.Module:
+def prepare(net: nn.Module, setting: Setting, *, input_grads: bool) -> nn.Module:
     """No cache, training mode, and what the comparison asks of every method alike."""
     net.config.use_cache = False  # type: ignore[union-attr]
-    if checkpointing:
+    if setting.checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if input_grads:
         net.enable_input_require_grads()  # type: ignore[operator]

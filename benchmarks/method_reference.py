@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import method_models, reference_step
-from hdpissa.benchmarks.methods import Method, Setting
+from hdpissa.benchmarks.method_base import Method, Setting
 from hdpissa.engine import svd
 from hdpissa.engine.config import DEFAULT_TARGETS
 from hdpissa.engine.errors import ConfigError
@@ -37,10 +37,8 @@ class Reference(Method):
         if setting.lora_alpha not in (None, setting.r):
             raise ConfigError(f"reference with lora_alpha {setting.lora_alpha}: its Adam cancels it; leave it out")
         self._per_slice = self.plan.micro_batches_per_slice(setting.accumulation)
-        self.module = method_models.whole_model(
-            setting.model, dtype=torch.float32, layers=setting.layers, seed=setting.seed
-        )
-        method_models.prepare(self.module, checkpointing=setting.checkpointing, input_grads=False)
+        self.module = method_models.whole_model(setting, torch.float32)
+        method_models.prepare(self.module, setting, input_grads=False)
         compute = _random(setting.r, self.plan) if setting.random_slices else _decomposed(setting.r, self.plan)
         self.layers = reference_step.install(self.module, DEFAULT_TARGETS, compute)
         self._options: dict[str, Any] = {"lr": setting.lr}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import method_models, plain_engine
-from hdpissa.benchmarks.methods import DTYPES, Method, Setting
+from hdpissa.benchmarks.method_base import DTYPES, Method, Setting
 from hdpissa.engine import adapt, ds_config, zero3
 from hdpissa.engine.config import DEFAULT_TARGETS
 
@@ -27,7 +27,7 @@ def zero_config(setting: Setting) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": setting.micro_batch,
         "gradient_accumulation_steps": setting.accumulation,
         "bf16": {"enabled": setting.dtype == "bf16"},
-        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
+        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"} | setting.zero,
         "log_level": "warning",
     }
 
@@ -42,13 +42,12 @@ class Slices(Method):
         section = {"r": setting.r, "slices": "auto" if setting.slices is None else setting.slices}
         config = zero_config(setting) | {"hd_pissa": section | {"lora_alpha": setting.lora_alpha}}
         if method_models.is_shape(setting.model):
-            dtype, layers = DTYPES[setting.dtype], setting.layers
-            net = method_models.whole_model(setting.model, dtype=dtype, layers=layers, seed=setting.seed)
+            net = method_models.whole_model(setting, DTYPES[setting.dtype])
         else:
             method_models.config_of(setting.model, setting.layers)  # refuses a wrong name in one line
             fewer = {} if setting.layers is None else {"num_hidden_layers": setting.layers}
-            net = load_pretrained(setting.model, config, attn_implementation="sdpa", **fewer)
-        method_models.prepare(net, checkpointing=setting.checkpointing, input_grads=True)
+            net = load_pretrained(setting.model, config, attn_implementation=setting.attention, **fewer)
+        method_models.prepare(net, setting, input_grads=True)
         computed = decompose.compute_slices
         if setting.random_slices:
             decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
@@ -99,8 +98,8 @@ class Stock(Method):
         super().__init__(name, setting)
         # PiSSA takes its singular vectors from the numbers that the files have; sharding rounds them afterwards
         dtype = torch.float32 if name == "pissa" else DTYPES[setting.dtype]
-        net = method_models.whole_model(setting.model, dtype=dtype, layers=setting.layers, seed=setting.seed)
-        method_models.prepare(net, checkpointing=setting.checkpointing, input_grads=name != "full")
+        net = method_models.whole_model(setting, dtype)
+        method_models.prepare(net, setting, input_grads=name != "full")
         if name == "full":
             net.requires_grad_(True)
         elif name == "frozen":

@@ -17,6 +17,7 @@ Sent and received are equal in sum over the ranks; on one rank an all-to-all, a 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -145,7 +146,7 @@ class Wire:
     """The count of this process since it was made or `reset`; `Wire.of_process()` is the only one there is.
 
     Attributes:
-        sent, received, calls: bytes and collectives of this rank.
+        sent, received, calls: bytes and collectives of this rank. by_name: bytes sent by ProcessGroup's method.
         moments: (start, end) of each call and of each wait for one, while `timing` is on.
     """
 
@@ -170,6 +171,7 @@ class Wire:
     def reset(self) -> None:
         """Starts the count anew."""
         self.sent = self.received = self.calls = 0
+        self.by_name: Counter[str] = Counter()
 
     def _counted(self, name: str, original: Callable) -> Callable:
         timed, rule = self._timed(original), RULES[name]
@@ -179,6 +181,7 @@ class Wire:
             if group.size() > 1:
                 sent, received = rule(group, *args, **kwargs)
                 self.sent, self.received, self.calls = self.sent + sent, self.received + received, self.calls + 1
+                self.by_name[name] += sent
             return timed(group, *args, **kwargs)
 
         return collective

@@ -1,6 +1,6 @@
 """Trains exactly as a recording of the published reference did and prints the largest deviations.
 
-    python tests/golden.py --golden reference_2ranks.json --data gsm8k_train.jsonl [--model FOLDER]
+    python tests/golden.py --golden reference_2ranks.json --data gsm8k_train.jsonl [--model FOLDER] [--method reference]
 
 The recording holds the losses of ten optimizer steps and the total change of some layers' W. The run is the
 ordinary one: the deepspeed launcher, two processes, ZeRO-3, fp32. Exit code 1 when a loss deviates by more
@@ -10,6 +10,9 @@ untouched base, is further than 1e-3 of ‖ΔW‖ from the trained model, or mov
 The recording was made on a CPU with AVX-512, and torch's fp32 cross entropy depends on the vector width by
 more than the tolerance (golden_train.py says why). On another CPU the denominator of the softmax is therefore
 summed as AVX-512 does, in 16 lanes; `--lanes 0` leaves it to this CPU.
+
+`--method reference` runs, in place of the engine, the transcription of the published algorithm that benchmarks
+compare it with (golden_reference.py): losses and ‖ΔW‖ at the same tolerances.
 """
 
 from __future__ import annotations
@@ -59,6 +62,15 @@ def train(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> Non
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "GOLDEN_LANES": str(lanes),
     }
+    subprocess.run([str(part) for part in command], check=True, env=environment)
+
+
+def train_reference(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> None:
+    """The same run by the benchmarks' transcription of the published algorithm."""
+    script = ["--num_accelerators", ranks, "--master_port", 29617, ROOT / "tests/golden_reference.py"]
+    command = [Path(sys.executable).parent / "deepspeed", *script, "--model", model, "--data", data]
+    command += ["--lanes", lanes, "--output_dir", folder / "run"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
 
@@ -120,19 +132,24 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="the jsonl file whose first 80 rows were used")
     parser.add_argument("--model", help="SmolLM2-135M-Instruct in fp32; default: made by launch/demo_model.py")
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
+    parser.add_argument("--method", choices=("hd_pissa", "reference"), default="hd_pissa")
     native = 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
     parser.add_argument("--lanes", type=int, default=native, help="partial sums of the softmax; 0: this CPU's own")
     args = parser.parse_args()
     print(f"this CPU: {torch.backends.cpu.get_cpu_capability()}, softmax summed in {args.lanes or 'its own'} lanes")
+    if args.method == "reference" and args.ranks > 2:
+        parser.error(f"--ranks {args.ranks} --method reference: its two slices take at most 2 processes; give 1 or 2")
     model = args.model
     if model is None:
         from hdpissa.launch.demo_model import ensure_demo_model
 
         model = ensure_demo_model()
     with tempfile.TemporaryDirectory() as temporary:
-        train(model, args.data, Path(temporary), ranks=args.ranks, lanes=args.lanes)
+        runs = {"hd_pissa": train, "reference": train_reference}
+        runs[args.method](model, args.data, Path(temporary), ranks=args.ranks, lanes=args.lanes)
         holds = compare(json.loads(Path(args.golden).read_text()), Path(model), Path(temporary) / "run")
-        holds &= compare_adapter(Path(model), Path(temporary) / "run")
+        if args.method == "hd_pissa":
+            holds &= compare_adapter(Path(model), Path(temporary) / "run")
     return 0 if holds else 1
 
 

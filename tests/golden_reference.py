@@ -1,0 +1,75 @@
+"""The recorded run of golden.py with the benchmarks' transcription of the published algorithm in place of the engine.
+
+What our own step is timed against must be the published algorithm: on the same rows in the same order and with the
+same schedule it has to give the recorded losses and changes of W. Writes what golden.py compares: losses in
+metrics.jsonl, and the trained weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import golden_train
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from hdpissa.benchmarks.methods import Setting, build
+from hdpissa.engine import zero3
+from hdpissa.engine.batches import SliceBatches
+from hdpissa.engine.data import load_rows, tokenize_rows
+from hdpissa.engine.prompts import resolve_template
+
+SLICES, R, MICRO, PER_SLICE, LR, SEED = 2, 16, 2, 2, 2e-4, 42
+
+
+def read(model: str, data: str) -> SliceBatches:
+    """The recording's rows, slice by slice."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = load_rows(data, split="train[:80]")
+    fields = {"prompt_field": "question", "response_field": "answer", "template": resolve_template("alpaca")}
+    tokens = tokenize_rows(rows, tokenizer, max_length=256, **fields).dataset
+    pad = tokenizer.pad_token_id
+    counts = {"slices": SLICES, "micro_batches_per_slice": PER_SLICE, "micro_batch_size": MICRO}
+    return SliceBatches(tokens, **counts, seed=SEED, pad_token_id=pad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--lanes", type=int, default=0)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    args = parser.parse_args()
+    if args.lanes:
+        golden_train.install(args.lanes)
+    zero3.init_distributed()
+    data = read(args.model, args.data)
+    accumulation = SLICES * PER_SLICE // dist.get_world_size()
+    method = build("reference", Setting(args.model, r=R, slices=SLICES, micro_batch=MICRO, accumulation=accumulation))
+    losses = []
+    for step in range(data.steps_per_epoch):
+        schedule = method.plan.schedule(accumulation)
+        total = sum(method.micro_step(data.batch(step, i, j)) for i, j in schedule)
+        dist.all_reduce(total)
+        losses.append(total.item() / (SLICES * PER_SLICE))
+        method.step(lr=0.5 * LR * (1 + math.cos(math.pi * step / data.steps_per_epoch)))
+        if dist.get_rank() == 0:
+            print(f"step {step}  loss {losses[-1]:.7f}", flush=True)
+    if dist.get_rank() == 0:
+        (args.output_dir / "model").mkdir(parents=True)
+        rows = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
+        (args.output_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+        save_file(dict(method.weights()), args.output_dir / "model" / "model.safetensors")
+    zero3.part()
+    zero3.shut_down()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
