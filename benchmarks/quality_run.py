@@ -29,7 +29,8 @@ from hdpissa.engine import zero3
 from hdpissa.engine.batches import EvalBatches, count_target_tokens
 from hdpissa.launch.command_line import option
 
-MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss: merging rounds W once more, in bf16 to 8 bits
+# Of a loss, between training's forward pass and a plain model's in fp32: rounding of W, and of activations to 8 bits.
+MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 @dataclass
@@ -186,7 +187,10 @@ def trained_weights(method: methods.Method) -> dict[str, Tensor]:
 
 
 def plain_model(args: Training, weights: dict[str, Tensor]) -> nn.Module:
-    """The base model on this device with the weights in their places; no ZeRO-3, no adapters."""
+    """The base model on this device with the weights in their places; no ZeRO-3, no adapters.
+
+    fp32, whatever dtype was trained in: merged into a weight in bf16 most of an adapter's change would be rounded away.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -195,7 +199,7 @@ def plain_model(args: Training, weights: dict[str, Tensor]) -> nn.Module:
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"{len(unknown)} trained weights are not the base model's (first: {unknown[0]})")
-    return model.to(device=zero3.device(), dtype=methods.DTYPES[args.dtype]).eval()
+    return model.to(zero3.device()).eval()
 
 
 class Plain:

@@ -95,6 +95,7 @@ def record(arm: str, lr: float, seed: int, loss: float | None, **more) -> dict:
             "status": "success",
             "metrics": [{"step": 0, "valid loss": 9.0}, {"step": 2, "valid loss": loss}, last],
         },
+        "meta_info": {"dataset_info": {"task": {"sha": more.get("rows", "1234")}}},
         "hdpissa": {"arm": arm, "method": method, "r": 16, "slices": 0, "lr": lr, "seed": seed}
         | {"configuration": quality.configuration(arguments()), "rows": {"train": 3, "truncated": 0}},
     }
@@ -160,6 +161,11 @@ def test_runs_of_another_configuration_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"another configuration.*steps"):
         quality.read_records(arguments(output_dir=str(tmp_path), steps=21))
     assert quality.read_records(arguments(output_dir=str(tmp_path), steps=21), any_configuration=True)
+    with pytest.raises(ConfigError, match="other rows"):
+        quality.read_records(args, digest="5678")
+    (tmp_path / "c.json").write_text(json.dumps(record("full", 1e-4, 0, 2.0, rows="5678")))
+    with pytest.raises(ConfigError, match="other rows"):
+        quality.read_records(args)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
