@@ -311,9 +311,11 @@ def count_steps(args: Training, order: task.Order) -> int:
 
 
 def run_info(job: Job, args: Training, started: str, seconds: float) -> dict[str, Any]:
-    """PEFT's fields; what is not ours to say (its branch) is null."""
-    adapter = {"peft_type": "LORA", "r": job.r, "lora_alpha": job.r, "lora_dropout": 0.0}
-    adapter |= {"init_lora_weights": args.pissa_init if job.method == "pissa" else True}
+    """PEFT's fields; what is not ours to say (its branch) is null. Without a peft_config it means full fine-tuning."""
+    kind = {"hd_pissa": "HD_PISSA", None: "NONE"}.get(job.method, "LORA")
+    adapter = {"peft_type": kind, "r": job.r, "slices": job.slices, "lora_alpha": job.r, "lora_dropout": 0.0}
+    if kind == "LORA":
+        adapter |= {"init_lora_weights": args.pissa_init if job.method == "pissa" else True}
     return {
         "created_at": started,
         "total_time": seconds,
@@ -335,7 +337,7 @@ def run_info(job: Job, args: Training, started: str, seconds: float) -> dict[str
             "lr_scheduler": "cosine",
             "generation_kwargs": {"max_new_tokens": args.max_new_tokens, "do_sample": False},
         },
-        "peft_config": adapter if job.method in ("lora", "pissa") else None,
+        "peft_config": None if job.method == "full" else adapter,
         "error_msg": "",
     }
 
@@ -368,7 +370,7 @@ def meta_info(work: task.Task) -> dict[str, Any]:
     return {
         "model_info": {"sha": None, "created_at": None},
         "dataset_info": {"task": {"sha": work.digest, "created_at": None}},
-        "package_info": {f"{name}-version": version(name) for name in packages},
+        "package_info": {f"{name}-version": version(name) for name in packages} | {"bitsandbytes-version": None},
         "system_info": {
             "system": system.system,
             "release": system.release,
