@@ -26,8 +26,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import apart, quality_report, quality_run, task, timing
-from hdpissa.benchmarks.quality_run import Job, Training
+from hdpissa.benchmarks import apart, quality_record, quality_report, quality_run, task, timing
+from hdpissa.benchmarks.quality_record import Job, Training
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.command_line import option
 
@@ -133,7 +133,7 @@ def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
     """The rate with the least validation loss of the sweep; None before the sweep is complete, or if all diverged."""
     losses = {}
     for rate in arm.rates:
-        record = done.get(quality_run.experiment(arm.name, rate, seed))
+        record = done.get(quality_record.experiment(arm.name, rate, seed))
         if record is None:
             return None
         losses[rate] = quality_report.last(record, "valid loss")
@@ -143,7 +143,7 @@ def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
 
 def make_job(args: Arguments, arm: Arm | None, rate: float, seed: int) -> Job:
     name = arm.name if arm else "base"
-    experiment = quality_run.experiment(name, rate, seed)
+    experiment = quality_record.experiment(name, rate, seed)
     folder, file = Path(args.output_dir), experiment.replace("/", "--")
     common = {f.name: getattr(args, f.name) for f in fields(Training)}
     return Job(
@@ -239,7 +239,7 @@ def run_job(job: Job) -> str:
         "train_info": {"status": "failed", "metrics": []},
         "hdpissa": {"arm": job.arm, "lr": job.lr, "seed": job.seed, "configuration": job.configuration},
     }
-    quality_run.write_whole(Path(job.record), json.dumps(record, indent=1) + "\n")
+    quality_record.write_whole(Path(job.record), json.dumps(record, indent=1) + "\n")
     return f"failed: {problem}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import launch_runs
 import pytest
 
-from hdpissa.benchmarks import answers, quality, quality_report, quality_run, task
+from hdpissa.benchmarks import answers, quality, quality_record, quality_report, quality_run, task
 from hdpissa.benchmarks.quality import Arguments, make_arms
 from hdpissa.engine.errors import ConfigError
 
@@ -87,7 +87,7 @@ def record(arm: str, lr: float, seed: int, loss: float | None, **more) -> dict:
     method = arm.split("_r")[0] if arm != "base" else None
     last = {"step": 2, "valid loss": loss, "test loss": loss, "test accuracy": more.get("accuracy", 0.5)}
     return {
-        "run_info": {"experiment_name": quality_run.experiment(arm, lr, seed), "total_time": 9.0},
+        "run_info": {"experiment_name": quality_record.experiment(arm, lr, seed), "total_time": 9.0},
         "train_info": {
             "train_time": 5.0 + seed,
             "accelerator_memory_max": 2e9,
