@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -38,6 +37,32 @@ def train_one(name: str, setting: Setting, steps: int) -> dict[str, Any]:
     return found
 
 
-def same_with(setting: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The setting with other values."""
-    return dataclasses.asdict(dataclasses.replace(Setting(**setting), **changes))
+def collectives() -> dict[str, tuple[int, int]]:
+    """What `Wire` counts of each collective on three ranks: (sent, received) of this one."""
+    from hdpissa.benchmarks.wire import Wire
+    from hdpissa.engine import zero3
+
+    wire = Wire.of_process()
+    zero3.init_distributed()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    four, twelve = torch.ones(4), torch.ones(12)
+    rows = [1 + rank] * ranks  # sent to each; of rank q come 1 + q
+    uneven = torch.ones(ranks * (1 + rank), 2), torch.empty(sum(1 + q for q in range(ranks)), 2)
+    calls = {
+        "all_gather": lambda: dist.all_gather([torch.empty(4) for _ in range(ranks)], four),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(torch.empty(12), four),
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.empty(4), twelve),
+        "all_reduce": lambda: dist.all_reduce(four),
+        "all_to_all": lambda: dist.all_to_all_single(uneven[1], uneven[0], [1 + q for q in range(ranks)], rows),
+        "broadcast": lambda: dist.broadcast(four, 1),
+        "reduce": lambda: dist.reduce(four, 1),
+        "barrier": dist.barrier,
+    }
+    found = {}
+    for name, call in calls.items():
+        wire.reset()
+        with wire.timed():
+            call()
+        assert wire.seconds() >= 0
+        found[name] = (wire.sent, wire.received)
+    return found
