@@ -26,8 +26,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import apart, quality_report, quality_run, task, timing
-from hdpissa.benchmarks.quality_run import Job, Training
+from hdpissa.benchmarks import apart, quality_record, quality_report, quality_run, task, timing
+from hdpissa.benchmarks.quality_record import Job, Training
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.command_line import option
 
@@ -133,7 +133,7 @@ def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
     """The rate with the least validation loss of the sweep; None before the sweep is complete, or if all diverged."""
     losses = {}
     for rate in arm.rates:
-        record = done.get(quality_run.experiment(arm.name, rate, seed))
+        record = done.get(quality_record.experiment(arm.name, rate, seed))
         if record is None:
             return None
         losses[rate] = quality_report.last(record, "valid loss")
@@ -143,7 +143,7 @@ def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
 
 def make_job(args: Arguments, arm: Arm | None, rate: float, seed: int) -> Job:
     name = arm.name if arm else "base"
-    experiment = quality_run.experiment(name, rate, seed)
+    experiment = quality_record.experiment(name, rate, seed)
     folder, file = Path(args.output_dir), experiment.replace("/", "--")
     common = {f.name: getattr(args, f.name) for f in fields(Training)}
     return Job(
@@ -171,11 +171,14 @@ def configuration(args: Arguments) -> dict[str, Any]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def read_records(args: Arguments, *, any_configuration: bool = False) -> dict[str, dict]:
+def read_records(args: Arguments, *, digest: str | None = None, any_configuration: bool = False) -> dict[str, dict]:
     """experiment → record of a run that came to its end, or diverged.
 
+    Args:
+        digest: of the task's rows (`task.Task.digest`); None is any, the same for all records.
+
     Raises:
-        ConfigError: runs of another configuration are in the folder.
+        ConfigError: runs of another configuration, or on other rows, are in the folder.
     """
     found, expected = {}, None if any_configuration else configuration(args)
     for path in sorted(Path(args.output_dir).glob("*.json")):
@@ -191,15 +194,22 @@ def read_records(args: Arguments, *, any_configuration: bool = False) -> dict[st
                 f"--output_dir {args.output_dir} holds runs of another configuration ({path.name}: {', '.join(keys)}); "
                 f"give another folder"
             )
-        if status != "failed":
-            found[record["run_info"]["experiment_name"]] = record
+        if status == "failed":
+            continue
+        rows = record["meta_info"]["dataset_info"]["task"]["sha"]
+        if rows != (digest := digest or rows):
+            raise ConfigError(
+                f"--output_dir {args.output_dir} holds runs on other rows ({path.name}); give another folder, or the "
+                f"same data"
+            )
+        found[record["run_info"]["experiment_name"]] = record
     return found
 
 
-def sweep(args: Arguments, arms: Mapping[str, Arm]) -> str:
+def sweep(args: Arguments, arms: Mapping[str, Arm], digest: str) -> str:
     """Runs what is missing; returns why it ended."""
     begin, tried = time.monotonic(), set[str]()
-    done = read_records(args)
+    done = read_records(args, digest=digest)
     longest = max((record["run_info"]["total_time"] for record in done.values()), default=0.0)
     while job := next_job(args, arms, done, tried):
         spent = time.monotonic() - begin
@@ -209,7 +219,7 @@ def sweep(args: Arguments, arms: Mapping[str, Arm]) -> str:
         start = time.monotonic()
         problem = run_job(job)
         longest = max(longest, time.monotonic() - start)
-        done = read_records(args)
+        done = read_records(args, digest=digest)
         print(f"{job.experiment}: {problem or 'done'} ({time.monotonic() - start:.0f} s)", flush=True)
     failed = tried - done.keys()
     return f"{len(failed)} runs failed; the same command tries them again" if failed else "complete"
@@ -229,7 +239,7 @@ def run_job(job: Job) -> str:
         "train_info": {"status": "failed", "metrics": []},
         "hdpissa": {"arm": job.arm, "lr": job.lr, "seed": job.seed, "configuration": job.configuration},
     }
-    quality_run.write_whole(Path(job.record), json.dumps(record, indent=1) + "\n")
+    quality_record.write_whole(Path(job.record), json.dumps(record, indent=1) + "\n")
     return f"failed: {problem}"
 
 
@@ -258,7 +268,7 @@ def main() -> int:
     else:
         work = task.make_task(args, test_rows=args.test_rows, test_dataset_name=args.test_dataset_name)
         work.order(args, slices=args.slices, seed=args.seeds[0])  # refuses too few rows before any run
-        ending = sweep(args, arms)
+        ending = sweep(args, arms, work.digest)
         records = read_records(args)
     if not records:
         raise ConfigError(f"--output_dir {args.output_dir} holds no run that ended well; run without --report first")

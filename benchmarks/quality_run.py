@@ -1,10 +1,4 @@
-"""One run of `quality.py`, which starts it in a process of its own: trains, tests, writes its record.
-
-The record has the fields of PEFT's method comparison (huggingface/peft, method_comparison/MetaMathQA: run_info,
-train_info, meta_info), so that both can be laid side by side, and in `hdpissa` what that schema has no place for. On a
-CPU the memory fields are of the process's resident memory. `file_size` is null: nothing is saved. The status "diverged"
-is a loss that was not finite; such a run is over, and has no test.
-"""
+"""One run of `quality.py`, which starts it in a process of its own: trains, tests, writes its record."""
 
 from __future__ import annotations
 
@@ -12,11 +6,8 @@ import datetime as calendar
 import gc
 import json
 import math
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,70 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import answers, methods, task, timing
+from hdpissa.benchmarks.quality_record import (
+    Job,
+    Log,
+    Training,
+    mean,
+    meta_info,
+    run_info,
+    samples,
+    train_info,
+    write_whole,
+)
 from hdpissa.engine import zero3
 from hdpissa.engine.batches import EvalBatches, count_target_tokens
-from hdpissa.launch.command_line import option
 
-MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss: merging rounds W once more, in bf16 to 8 bits
-
-
-@dataclass
-class Training(task.TaskArguments):
-    """What all runs of a comparison have in common."""
-
-    dtype: str = option("fp32", "of compute: fp32 or bf16")
-    steps: int = option(20, "optimizer steps of a run; 0: as --num_train_epochs says")
-    num_train_epochs: float = option(1.0, "epochs, where --steps is 0")
-    warmup_ratio: float = option(0.03, "share of all steps, rounded down, that warm up; then a cosine down to 0")
-    r: int = option(16, "rank of an adapter, and of a slice")
-    slices: int = option(8, "HD-PiSSA's slices; the wide adapters have rank r times this")
-    pissa_init: str = option("pissa", "PEFT's initialisation for PiSSA: pissa (exact) or pissa_niter_16 (quick)")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward")
-    eval_steps: int = option(5, "optimizer steps between two validation losses")
-    eval_batch: int = option(8, "rows of a batch in validation and generation")
-    test_rows: int = option(32, "rows to test with: the last ones of the file, or the first ones of the test file")
-    test_dataset_name: str | None = option(None, "file or hub name with the rows to test with")
-    max_new_tokens: int = option(64, "length of a generated answer")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: a method with its rank, learning rate and seed; `method` None is the base model, untrained."""
-
-    arm: str
-    method: str | None
-    r: int
-    slices: int
-    lr: float
-    seed: int
-    arguments: dict[str, Any]
-    configuration: dict[str, Any]
-    record: str
-    answers: str
-
-    @property
-    def experiment(self) -> str:
-        return experiment(self.arm, self.lr, self.seed)
-
-
-def experiment(arm: str, lr: float, seed: int) -> str:
-    """PEFT's experiment_name: method/setting."""
-    return f"{arm}/lr_{lr:g}-seed_{seed}"
+# Of a loss, between training's forward pass and a plain model's in fp32: rounding of W, and of activations to 8 bits.
+MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Log:
-    """What a run leaves behind beside the model."""
-
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
-    train_time: float = 0.0
-    tokens: int = 0
-    diverged: bool = False
 
 
 def learning_rates(lr: float, steps: int, warmup_ratio: float) -> list[float]:
@@ -148,15 +94,6 @@ def train(method: methods.Method, job: Job, args: Training, work: task.Task, ord
     return log
 
 
-def samples(args: Training) -> int:
-    """Rows of an optimizer step."""
-    return args.micro_batch * args.accumulation
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def eval_batches(rows: Any, args: Training, tokenizer: Any) -> EvalBatches:
     return EvalBatches(
         rows.dataset, rank=0, world_size=1, batch_size=args.eval_batch, pad_token_id=tokenizer.pad_token_id
@@ -185,7 +122,10 @@ def trained_weights(method: methods.Method) -> dict[str, Tensor]:
 
 
 def plain_model(args: Training, weights: dict[str, Tensor]) -> nn.Module:
-    """The base model on this device with the weights in their places; no ZeRO-3, no adapters."""
+    """The base model on this device with the weights in their places; no ZeRO-3, no adapters.
+
+    fp32, whatever dtype was trained in: merged into a weight in bf16 most of an adapter's change would be rounded away.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -194,7 +134,7 @@ def plain_model(args: Training, weights: dict[str, Tensor]) -> nn.Module:
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"{len(unknown)} trained weights are not the base model's (first: {unknown[0]})")
-    return model.to(device=zero3.device(), dtype=methods.DTYPES[args.dtype]).eval()
+    return model.to(zero3.device()).eval()
 
 
 class Plain:
@@ -254,12 +194,12 @@ def run(job: Job) -> dict[str, Any]:
     steps = count_steps(args, order) if job.method else 0
     initial, log = memory_now(), Log()
     weights: dict[str, Tensor] = {}
-    building = peak = 0.0
+    peak, cpu = 0, [time.process_time()]
     if job.method:
-        before = time.perf_counter()
         method = methods.build(job.method, setting_of(job, args))
-        building = time.perf_counter() - before
+        cpu.append(time.process_time())
         log = train(method, job, args, work, order, steps)
+        cpu.append(time.process_time())
         peak = memory_peak()
         weights = trained_weights(method)
         del method
@@ -271,13 +211,15 @@ def run(job: Job) -> dict[str, Any]:
     else:
         last |= test_trained(model, job, args, work, log)
     log.metrics.append(last)
+    cpu.append(time.process_time())
+    phases = ("start", "build", "train", "test") if job.method else ("start", "test")
     return {
         "run_info": run_info(job, args, started, time.perf_counter() - begin),
         "train_info": train_info(job, log, model, weights, memory=(initial, peak)),
         "meta_info": meta_info(work),
         "hdpissa": {
             **{name: value for name, value in asdict(job).items() if name not in ("arguments", "record", "answers")},
-            "build_time": building,
+            "cpu_time": {name: after - before for name, before, after in zip(phases, [0.0, *cpu], cpu, strict=False)},
             "losses": log.losses,
             "rows": {"train": len(work.train.dataset), "truncated": work.train.truncated},
             "revision": timing.environment()["revision"],
@@ -303,85 +245,6 @@ def setting_of(job: Job, args: Training) -> methods.Setting:
 
 def count_steps(args: Training, order: task.Order) -> int:
     return args.steps or max(1, int(args.num_train_epochs * order.data.steps_per_epoch))
-
-
-def run_info(job: Job, args: Training, started: str, seconds: float) -> dict[str, Any]:
-    """PEFT's fields; what is not ours to say (its branch) is null."""
-    adapter = {"peft_type": "LORA", "r": job.r, "lora_alpha": job.r, "lora_dropout": 0.0}
-    adapter |= {"init_lora_weights": args.pissa_init if job.method == "pissa" else True}
-    return {
-        "created_at": started,
-        "total_time": seconds,
-        "experiment_name": job.experiment,
-        "peft_branch": None,
-        "train_config": {
-            "model_id": Path(args.model_name_or_path).name,
-            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[args.dtype],
-            "max_seq_length": args.max_length,
-            "batch_size": samples(args),
-            "batch_size_eval": args.eval_batch,
-            "max_steps": args.steps,
-            "eval_steps": args.eval_steps,
-            "query_template": args.prompt_template,
-            "seed": job.seed,
-            "grad_norm_clip": 0.0,
-            "optimizer_type": "HD-PiSSA" if job.method == "hd_pissa" else "AdamW",
-            "optimizer_kwargs": {"lr": job.lr, "weight_decay": 0.0},
-            "lr_scheduler": "cosine",
-            "generation_kwargs": {"max_new_tokens": args.max_new_tokens, "do_sample": False},
-        },
-        "peft_config": adapter if job.method in ("lora", "pissa") else None,
-        "error_msg": "",
-    }
-
-
-def train_info(
-    job: Job, log: Log, model: nn.Module, weights: dict[str, Tensor], *, memory: tuple[int, float]
-) -> dict[str, Any]:
-    """PEFT's fields; `num_trainable_params` of HD-PiSSA is the numbers in all slices' A and B."""
-    every = sum(p.numel() for p in model.parameters())
-    thin = max(1, job.slices) * job.r * sum(sum(w.shape) for w in weights.values())
-    initial, peak = memory
-    held = torch.tensor(log.memory or [0], dtype=torch.float64)
-    return {
-        "accelerator_memory_reserved_avg": int(held.mean()),
-        "accelerator_memory_max": int(max(0, peak - initial)),
-        "accelerator_memory_reserved_99th": int(held.quantile(0.99)),
-        "train_time": log.train_time,
-        "file_size": None,
-        "num_trainable_params": {"full": every, None: 0}.get(job.method, thin),
-        "num_total_params": every,
-        "status": "diverged" if log.diverged else "success",
-        "metrics": log.metrics,
-    }
-
-
-def meta_info(work: task.Task) -> dict[str, Any]:
-    packages = ("transformers", "peft", "datasets", "torch", "deepspeed")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    system = platform.uname()
-    return {
-        "model_info": {"sha": None, "created_at": None},
-        "dataset_info": {"task": {"sha": work.digest, "created_at": None}},
-        "package_info": {f"{name}-version": version(name) for name in packages},
-        "system_info": {
-            "system": system.system,
-            "release": system.release,
-            "version": system.version,
-            "machine": system.machine,
-            "processor": system.processor,
-            "accelerator": gpu or "N/A",
-        },
-        "pytorch_info": torch.__config__.show(),
-    }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def run_and_write(job: Job) -> None:
