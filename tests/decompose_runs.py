@@ -22,8 +22,9 @@ def slices(several, *, model=None, source=None, scale=1.0, accumulation=1, **hd_
         source: a folder; {rank} in it is the rank.
         scale: the weights are multiplied by it, as another model of the same shapes.
     """
-    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine import initialize, load_pretrained, zero3
 
+    zero3.init_distributed()
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
