@@ -13,6 +13,7 @@ from hdpissa.engine.metrics import peak_flops
 PHASES = ("forward", "backward", "exchange", "apply")
 COLUMNS = (
     "method", "ranks", "step s p50", "step s p90", "CPU s", "/ frozen", "CPU / frozen", "reference / it",
+    "CPU reference / it",
     "tokens/s", "tokens/s/device", "padded tokens/s", "efficiency", "MFU", "GFLOP/s/device",
     "peak MB", "MB received", *(f"{phase} %" for phase in PHASES), "remark",
 )  # fmt: skip
@@ -119,6 +120,7 @@ def table(
             found["CPU / frozen"] = ratio(rounds, runs[ranks, "frozen"], "cpu_s")
         if (ranks, "reference") in runs:
             found["reference / it"] = ratio(runs[ranks, "reference"], rounds, "step_s")
+            found["CPU reference / it"] = ratio(runs[ranks, "reference"], rounds, "cpu_s")
         rows.append(found)
     rows += [{"method": name, "ranks": ranks, "remark": why} for (ranks, name), why in failures.items()]
     return sorted(rows, key=lambda found: found["ranks"])

@@ -98,6 +98,7 @@ def test_ratios_are_taken_within_a_round():
     found = {(row["ranks"], row["method"]): row for row in rows}
     assert found[2, "hd_pissa"]["/ frozen"] == pytest.approx(1.2)
     assert found[2, "hd_pissa"]["reference / it"] == pytest.approx(5.0)
+    assert found[2, "hd_pissa"]["CPU reference / it"] == pytest.approx(1.0)
     assert found[2, "hd_pissa"]["efficiency"] == 1
     slower = found[4, "frozen"]["tokens/s/device"] / found[2, "frozen"]["tokens/s/device"]
     assert found[4, "frozen"]["efficiency"] == pytest.approx(slower)
