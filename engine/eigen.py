@@ -28,12 +28,18 @@ def leading(G_ss: Tensor, k: int) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the float64 eigendecomposition did not converge.
     """
-    m = k + max(16, k // 4)
-    if len(G_ss) >= SMALLEST and m <= len(G_ss) // 2:
+    m = kept(len(G_ss), k)
+    if m:
         found = _refined(G_ss, k, m)
         if found is not None:
             return found
     return torch.linalg.eigh(G_ss).eigenvectors[:, -k:].flip(1).t()
+
+
+def kept(s: int, k: int) -> int:
+    """How many float32 vectors of an s × s matrix are made right for k of them; 0: float64 is taken at once."""
+    m = k + max(16, k // 4)
+    return m if s >= SMALLEST and m <= s // 2 else 0
 
 
 def _refined(G: Tensor, k: int, m: int) -> Tensor | None:

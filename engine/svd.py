@@ -176,7 +176,10 @@ def seconds(method: str, rows: int, cols: int, k: int, rates: Rates) -> float:
     s, long = sorted((rows, cols))
     check = 6 * s * long * k / rates.gemm64
     if method == "gram":
-        return 2 * s * s * long / rates.gemm64 + s**3 / rates.eigh64 + s * rates.row + check
+        products = 2 * s * s * long * (krylov.GRAM_BLOCKS + 1) / (2 * krylov.GRAM_BLOCKS)
+        refined = eigen.kept(s, k)  # 12 s² of them: three products with G or the rest, three of half the size
+        turn = s**3 / rates.eigh32 + 12 * s * s * refined / rates.gemm64 if refined else s**3 / rates.eigh64
+        return products / rates.gemm64 + turn + s * rates.row + check
     m = krylov.basis_size(s, k)
     if m > s // 2:
         return math.inf  # most of the space is needed: no saving, and the basis would rather not fit
