@@ -20,7 +20,7 @@ from torch import Tensor
 from . import eigen, krylov
 from .precision import full_fp32
 
-WORTH = 3  # gram is exact, and `seconds` of randomized up to 2 times too low: it must be this much cheaper for `auto`
+WORTH = 2  # gram is exact, and `seconds` of randomized is too low where it is small: it must be this much cheaper
 ROUNDS = 4  # of the randomized method: a check that failed, then better triplets
 
 

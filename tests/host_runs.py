@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,43 @@ def start_script(script: str, hosts: tuple[Host, Host], folder: Path, runs: list
         line = host.run("env", *variables, str(NODES / script), *flags(run))
         started.append(start(line, folder.parent / "home", folder / f"{host.name}.log"))
     return started
+
+
+SSH = """#!{python}
+import subprocess, sys
+hosts = {hosts!r}
+words = sys.argv[1:]
+if words[0] == "-o":
+    words = words[2:]
+sys.exit(subprocess.call([*hosts[words[0]], "sh", "-c", " ".join(words[1:])]))
+"""
+PDSH = """#!{python}
+import subprocess, sys
+hosts = {hosts!r}
+at = sys.argv.index("-w")
+names, command = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
+running = [subprocess.Popen([*hosts[name], "sh", "-c", command.replace("%n", str(n))]) for n, name in enumerate(names)]
+sys.exit(max(process.wait() for process in running))
+"""
+
+
+def start_hostfile(hosts: tuple[Host, Host], folder: Path, run: dict[str, Any]) -> Any:
+    """launch/nodes/deepspeed.sh, started once; the launcher reaches both hosts by pdsh and ssh.
+
+    There is no ssh server here, so both are stand-ins that enter the host in question; what they are asked to run, and
+    how, is DeepSpeed's own.
+    """
+    (folder / "bin").mkdir()
+    ways = {host.address: host.run() for host in hosts}
+    for name, text in (("ssh", SSH), ("pdsh", PDSH)):
+        file = folder / "bin" / name
+        file.write_text(text.format(python=sys.executable, hosts=ways))
+        file.chmod(0o755)
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{host.address} slots={PER_HOST}\n" for host in hosts))
+    said = {"HOSTFILE": hostfile, "MASTER_PORT": free_port(), "PATH": f"{folder}/bin:{BIN}:{os.environ['PATH']}"}
+    line = ["env", *(f"{name}={value}" for name, value in said.items()), str(NODES / "deepspeed.sh"), *flags(run)]
+    return start(line, folder.parent / "home", folder / "log")
 
 
 def slurm_environment(hosts: tuple[Host, Host], rank: int) -> dict[str, str]:

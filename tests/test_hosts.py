@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from host_runs import NODES, PER_HOST, run_srun, start_script, timeouts_of_groups
+from host_runs import NODES, PER_HOST, run_srun, start_hostfile, start_script, timeouts_of_groups
 from hosts import obstacle, two_hosts
 from launch_runs import flags, make_inputs, read_json, read_metrics, train_here, wait_for
 from ranks import run_ranks
@@ -87,6 +87,17 @@ def test_srun(folder, inputs, hosts, one_host):
 def test_torchrun(launched, one_host):
     """Without GLOO_SOCKET_IFNAME, and with host names that nothing resolves."""
     assert_same_run(launched["torchrun"], one_host)
+
+
+@on_two_hosts
+def test_deepspeed_hostfile(folder, inputs, hosts, one_host):
+    """One command on one host; the launcher starts the other by pdsh, and finds rank 0's address by ssh."""
+    place = folder / "hostfile"
+    place.mkdir()
+    process = start_hostfile(hosts, place, arguments(inputs, place / "out"))
+    wait_all([process], 200)
+    assert process.returncode == 0, (place / "log").read_text()
+    assert_same_run(place / "out", one_host)
 
 
 # --- the real launchers, and a host that is cut off ------------------------------------------------
