@@ -298,13 +298,14 @@ def draw(spectra: Mapping[Group, list[Tensor]], target: Path, *, r: int) -> None
                 if variant.slices:
                     style["linestyle"] = dashes[sliced.index(variant.slices) % len(dashes)]
                 ax.semilogy(range(1, wide + 1), sigma.clamp(min=1e-12), **style)
-            for bound in sorted({v.bound(wide, wide) for v in chosen if v.method != "full"}):
+            for number, bound in enumerate(sorted({v.bound(wide, wide) for v in chosen if v.method != "full"})):
                 ax.axvline(bound, color="#999999", linewidth=0.8, linestyle=":")
-                ax.text(bound, 1.3, f"{bound}", fontsize=7, ha="center", color="#555555")
+                height = (1.3, 2.6)[number % 2]  # neighbours would touch
+                ax.text(bound, height, f"{bound}", fontsize=7, ha="center", color="#555555")
             ax.axhline(THRESHOLD, color="#999999", linewidth=0.8)
-            ax.set(xlabel="index i of the singular value", ylabel="σ_i / σ_1 of ΔW", ylim=(1e-8, 3))
+            ax.set(xlabel="index i of the singular value", ylabel="σ_i / σ_1 of ΔW", ylim=(1e-8, 6))
             ax.set_title(f"after {steps} step{'s' if steps > 1 else ''}, min(m, n) = {wide}", fontsize=10)
-            ax.legend(fontsize=7, loc="center right")
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
 
 
 def check(args: Arguments) -> None:
