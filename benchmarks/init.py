@@ -134,7 +134,7 @@ def main() -> int:
     overall = summary(rows)[-1]
     headline = f"full fp32 SVD / ours {overall['full / ours']:.2f}, largest error of σ {overall['σ error']:.1e}"
     identity = ("shape", "matrix")
-    kept = {"identity": identity, "configuration": configuration, "headline": headline}
+    kept: dict[str, Any] = {"identity": identity, "configuration": configuration, "headline": headline}
     timing.write("init", table, COLUMNS, note, folder=args.folder, **kept)
     return 0
 

@@ -226,7 +226,9 @@ def count_all(args: argparse.Namespace) -> bool:
         f"computed, counted, and what launch/plan.py says of the same run. Counted must be planned plus what is beside "
         f"the plan."
     )
-    timing.write("plan_counted", rows, CHECKED, note, folder=args.folder, identity=("ranks", "what"))
+    headline = f"{sum(row['agrees'] for row in rows)} of {len(rows)} counted figures agree with the plan"
+    keys = ("ranks", "what")
+    timing.write("plan_counted", rows, CHECKED, note, folder=args.folder, identity=keys, headline=headline)
     return all(row["agrees"] for row in rows)
 
 

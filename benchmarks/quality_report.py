@@ -188,5 +188,7 @@ def report(
         identity=("arm", "learning rate"),
         configuration=some,
     )
-    timing.write(name, rows, COLUMNS, note, folder=folder, identity=IDENTITY, configuration=some, pictures=pictures)
+    headline = f"{len(records)} runs, {len(missing)} missing; README of benchmarks/ has the command for a long one"
+    kept: dict[str, Any] = {"identity": IDENTITY, "configuration": some, "pictures": pictures, "headline": headline}
+    timing.write(name, rows, COLUMNS, note, folder=folder, **kept)
     return rows

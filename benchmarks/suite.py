@@ -49,7 +49,7 @@ STEPS = (
     Step("export_memory", "export_memory.py", ("--gigabytes", "0.4")),
     Step("checkpoint", "checkpoint.py", ("--slices", "2")),
     Step("throughput_tiny_fp32", "throughput.py"),
-    Step("projection", "projection.py"),
+    Step("plan_counted", "projection.py"),
     Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
     Step("quality", "quality.py", ("--steps", "2", "--seeds", "0")),
 )

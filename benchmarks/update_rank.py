@@ -346,6 +346,7 @@ def main() -> int:
         identity=IDENTITY,
         configuration=configuration,
         pictures=[picture],
+        headline=claim(rows),
     )
     print(claim(rows))
     return 0

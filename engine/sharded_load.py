@@ -70,7 +70,7 @@ def _open(stack: ExitStack, files: Sequence[str] | None) -> tuple[dict[str, Any]
     """Tensor name → the open safetensors file that holds it, none when a file is of another kind; what is damaged."""
     if not files or not all(file.endswith(".safetensors") for file in files):
         return {}, None
-    source = {}
+    source: dict[str, Any] = {}
     for file in files:
         try:
             handle = stack.enter_context(open_tensors(Path(file)))
