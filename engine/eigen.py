@@ -14,6 +14,7 @@ from torch import Tensor
 
 SMALLEST = 384  # below, a float64 eigendecomposition is as fast
 ENOUGH = 1e-9  # ‖G x − λ x‖ / λ of every vector; slices are kept in float32
+MORE = 16  # vectors than wanted: they take the edge, where neighbours are mixed
 PASSES = 2
 EDGE = 32 * torch.finfo(torch.float32).eps  # of ‖G‖: how far a float32 eigenvalue may be off
 MIXED = 0.1  # a first-order step beyond this is none: the two values are too close together
@@ -38,7 +39,7 @@ def leading(G_ss: Tensor, k: int) -> Tensor:
 
 def kept(s: int, k: int) -> int:
     """How many float32 vectors of an s × s matrix are made right for k of them; 0: float64 is taken at once."""
-    m = k + max(16, k // 4)
+    m = k + MORE
     return m if s >= SMALLEST and m <= s // 2 else 0
 
 

@@ -132,7 +132,9 @@ def _checked(
     # A zero singular value leaves its vectors free, and √σ removes them from the factors: not looked at.
     floor = sigma[0].clamp_min(torch.finfo(sigma.dtype).tiny) * 1e-12
     kept = sigma > floor
-    U_rows, V_rows, sigma_kept = U.t()[kept], Vt[kept], sigma[kept, None]
+    U_rows, V_rows, sigma_kept = U.t(), Vt, sigma[:, None]
+    if not kept.all():
+        U_rows, V_rows, sigma_kept = U_rows[kept], V_rows[kept], sigma_kept[kept]
     if not len(sigma_kept):
         return Triplets(U, sigma, Vt, 0.0, method)
     eye = torch.eye(len(sigma_kept), dtype=sigma.dtype, device=W.device)

@@ -10,7 +10,7 @@ from hdpissa.engine import eigen
 from hdpissa.engine.svd import top_triplets
 
 S, K = 400, 32
-M = K + 16
+M = eigen.kept(S, K)
 
 
 def gram_of(values: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""`make bench` and the scripts that start their own ranks: tiny models, real launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_llama
+
+from hdpissa.benchmarks import figures, suite
+
+BENCHMARKS = suite.HERE
+
+
+def start(script, folder, *arguments):
+    environment = {**os.environ, "HDPISSA_RESULTS": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def test_init(model, tmp_path):
+    """Every target once, errors against LAPACK; what does not fit is one line."""
+    done = start("init.py", tmp_path, "--model_name_or_path", model, "--r", 2, "--slices", 2)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "init.json").read_text())["rows"]
+    every = figures.one(rows, shape="all")
+    assert every["matrices"] == 14 == sum("matrix" in row for row in rows)
+    assert every["σ error"] <= 1e-12
+    assert every["slice angle"] <= 1e-6
+    done = start("init.py", tmp_path, "--model_name_or_path", model, "--r", 99)
+    assert done.returncode == 2
+    assert "--slices 8 × --r 99 exceeds the smaller side of" in done.stderr
+
+
+def test_checkpoint(model, tmp_path):
+    done = start("checkpoint.py", tmp_path, "--model", model, "--r", 2, "--slices", 2)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert [row["kind"] for row in content["rows"]] == ["full", "small"]
+    assert all(0 < row["pause in background s"] <= row["in all s"] for row in content["rows"])
+    assert content["headline"].startswith("full ")
+
+
+def test_every_step_is_there():
+    assert all((BENCHMARKS / step.script).is_file() for step in suite.STEPS)
+    assert len({step.result for step in suite.STEPS}) == len(suite.STEPS)
+
+
+def test_a_script_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
+    """One ends with an exit code, one runs over its limit, one leaves a result."""
+    write = "import timing; timing.write('good', [{'a': 1}], ['a'], 'A note. More.', headline='all is well')"
+    for name, text in {"bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)", "good": write}.items():
+        (tmp_path / f"{name}.py").write_text(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {text}\n")
+    steps = tuple(
+        suite.Step(name, f"{name}.py", limit=limit) for name, limit in (("bad", 60), ("slow", 1), ("good", 60))
+    )
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "STEPS", steps)
+    assert suite.main(["--folder", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    for words in ("exit code 3", "stopped after 1 s", "all is well", "s in all"):
+        assert words in said
+    assert suite.main(["nonsense", "--folder", str(tmp_path / "out")]) == 2
+    assert "there are bad, slow, good" in capsys.readouterr().err
