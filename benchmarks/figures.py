@@ -46,17 +46,6 @@ def one(table: Rows, /, **wanted: Any) -> dict[str, Any]:
     return found[0]
 
 
-def by_method(column: str, digits: str, **wanted: Any) -> Callable[[Rows], str]:
-    """`method value, method value, …` of the rows with these values."""
-    names = {"hd_pissa": "HD-PiSSA", "lora": "LoRA", "pissa": "PiSSA"}
-
-    def say(rows: Rows) -> str:
-        chosen = [row for row in rows if all(row.get(k) == v for k, v in wanted.items()) and column in row]
-        return ", ".join(f"{names.get(row['method'], row['method'])} {format(row[column], digits)}" for row in chosen)
-
-    return say
-
-
 def _aot(rows: Rows) -> str:
     spills = sum(row["spilled"] > 0 for row in rows)
     return f"{len(rows)} variants, {spills or 'none'} with spills"
@@ -119,13 +108,30 @@ def _rank(rows: Rows) -> str:
     return ", ".join(told)
 
 
-def _quality(rows: Rows) -> str:
-    chosen = [row for row in rows if "test exact match" in row]
-    return ", ".join(f"{row['arm']} {row['test exact match']}" for row in chosen)
+def _throughput(rows: Rows) -> str:
+    names = {
+        "hd_pissa": "HD-PiSSA",
+        "lora": "LoRA",
+        "pissa": "PiSSA",
+        "full": "full fine-tuning",
+        "reference": "published",
+    }
+    chosen = [row for row in rows if row["method"] in names and "CPU / frozen" in row]
+    return ", ".join(f"{names[row['method']]} {row['CPU / frozen']:.2f}" for row in chosen)
 
 
-SMOLLM = "throughput_smollm2_135m_{}"
-THROUGHPUT = "throughput.py --model smollm2-135m --num_accelerators 2 --dtype {}"
+def _memory(rows: Rows) -> str:
+    return ", ".join(f"{row['method']} {row['peak MB']:.0f} MB" for row in rows if "peak MB" in row)
+
+
+def _counted(rows: Rows) -> str:
+    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on 1, 2 and 4 processes"
+
+
+THROUGHPUT = (
+    "throughput.py --model smollm2-135m --num_accelerators 2 --r 16 --max_length 256 --micro_batch 2 --accumulation 2"
+    " --rounds 3"
+)
 FIGURES = (
     Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", _aot),
     Figure(
@@ -143,6 +149,14 @@ FIGURES = (
     Figure("loading, peak memory of a rank and time", "load_memory", "load_memory.py", _load),
     Figure("exporting a model of several GB, peak memory", "export_memory", "export_memory.py", _export),
     Figure("a checkpoint of SmolLM2-135M, S = 8, r = 16, two ranks", "checkpoint", "checkpoint.py", _checkpoint),
+    Figure(
+        "CPU time of a whole training step on two ranks, frozen base = 1, SmolLM2-135M, fp32, r = 16",
+        "throughput_smollm2_135m_fp32",
+        THROUGHPUT,
+        _throughput,
+    ),
+    Figure("the same runs: peak memory of a rank", "throughput_smollm2_135m_fp32", THROUGHPUT, _memory),
+    Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", _counted),
     Figure("rank of the change of W after one step, r = 16", "update_rank", "update_rank.py", _rank),
 )
 

@@ -20,9 +20,14 @@ REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default of 500 million is a 
 
 
 def zero_config(setting: Setting) -> dict[str, Any]:
-    """DeepSpeed's config of all methods: ZeRO-3 as the project's own configs have it, "auto" left to DeepSpeed."""
+    """DeepSpeed's config of all methods: ZeRO-3 as the project's own configs have it, "auto" left to DeepSpeed.
+
+    The CPU config saves memory by forgetting every weight after its use, and so gathers all of them twice per
+    micro-batch; here DeepSpeed's own reuse distance counts, as on GPUs, unless `setting.zero` says otherwise.
+    """
     file = "zero3.json" if torch.cuda.is_available() else "zero3_cpu.json"
     zero = ds_config.read_ds_config(CONFIGS / file)["zero_optimization"]
+    zero.pop("stage3_max_reuse_distance", None)
     return {
         "train_micro_batch_size_per_gpu": setting.micro_batch,
         "gradient_accumulation_steps": setting.accumulation,
@@ -111,7 +116,7 @@ class Stock(Method):
         zero |= {"reduce_bucket_size": REDUCE_BUCKET}
         adam = {"lr": setting.lr, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
         # torch's: DeepSpeed's FusedAdam would be compiled at start
-        config["optimizer"] = {"type": "AdamW", "params": adam | {"torch_adam": True}}
+        config["optimizer"] = {"type": "AdamW", "params": adam | {"torch_adam": True, "fused": True}}
         zero3.shard_module(net, config, {})
         if name == "frozen":
             zero3.attach_anchor(net, config)

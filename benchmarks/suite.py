@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ STEPS = (
     Step("throughput_tiny_fp32", "throughput.py"),
     Step("plan_counted", "projection.py"),
     Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
-    Step("quality", "quality.py", ("--steps", "2", "--seeds", "0")),
+    Step("quality", "quality.py", ("--steps", "2", "--seeds", "0", "--arms", "lora_r16", "hd_pissa_s8_r16")),
 )
 
 
@@ -104,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     for step in [known[name] for name in args.names] or STEPS:
         print(f"{step.script} {' '.join(step.arguments)}", flush=True)
+        if step.result == "quality":  # runs that are there would not be repeated
+            shutil.rmtree(args.folder / "quality_runs", ignore_errors=True)
+            step = replace(step, arguments=(*step.arguments, "--output_dir", str(args.folder / "quality_runs")))
         problem, seconds = run(step, environment, args.folder / f"{step.script[:-3]}.log")
         failed |= bool(problem)
         table.add_row(step.script[:-3], f"{seconds:.0f}", problem or found(step, args.folder))

@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a process per step")
     parser.add_argument("--steps", type=int, default=default["steps"], help="measured, of each run")
     parser.add_argument("--warmup", type=int, default=default["warmup"], help="steps before them")
+    parser.add_argument("--zero", nargs="*", default=[], metavar="KEY=VALUE", help="of DeepSpeed's zero_optimization")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each method, the order rotating")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--decompose", action="store_true", help="singular vectors in random weights, too")
@@ -73,8 +74,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=int, default=1800, help="seconds that a run may take")
     parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
     args = parser.parse_args(argv)
+    args.zero = dict(map(zero_key, args.zero))
     check(args, gpus)
     return args
+
+
+def zero_key(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as in JSON."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        raise ConfigError(f"--zero {text}: must be KEY=VALUE with a number, true or false; write it so") from None
 
 
 def check(args: argparse.Namespace, gpus: int) -> None:

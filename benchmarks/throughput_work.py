@@ -48,12 +48,13 @@ class Work:
 
 
 def work(setting: Setting, *, max_length: int, vocabulary: int, rank: int) -> Work:
-    """The rows of a rank; those of another rank differ."""
+    """The rows of a rank: other tokens on each, but of the same lengths, or scaling would measure the longest rows."""
     draw = torch.Generator().manual_seed(1_000_003 * setting.seed + rank)
+    lengths_draw = torch.Generator().manual_seed(setting.seed)
     shortest = max(2, max_length // 4)
     batches, lengths = [], []
     for _ in range(setting.accumulation):
-        sizes = torch.randint(shortest, max_length + 1, (setting.micro_batch,), generator=draw).tolist()
+        sizes = torch.randint(shortest, max_length + 1, (setting.micro_batch,), generator=lengths_draw).tolist()
         ids = [torch.randint(0, vocabulary, (size,), generator=draw).tolist() for size in sizes]
         batches.append(collate([{"input_ids": row, "labels": row} for row in ids], pad_token_id=0))
         lengths += sizes

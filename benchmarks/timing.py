@@ -7,6 +7,7 @@ rows, a sentence on how to read them, and the environment they were measured in.
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -64,14 +65,33 @@ def environment() -> dict[str, Any]:
         triton_version = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or f"CPU ({platform.machine()}), {torch.get_num_threads()} threads",
+        "device": gpu or f"CPU ({_processor()}), {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": torch.version.cuda,
+        "deepspeed": _version("deepspeed"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
         "python": platform.python_version(),
         "revision": _revision(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _revision() -> str | None:
