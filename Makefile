@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUTPUT ?= outputs/demo
 
-.PHONY: venv check test faults demo bench gpu clean
+.PHONY: venv check test slow faults demo bench gpu clean
 
 venv: $(READY)
 
@@ -26,7 +26,11 @@ check: $(READY)
 
 # Two files at a time: most tests use one core, or wait for ranks.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
+
+# What a shorter test stands for in `make test`: all kernels for all chips, the long form of launches and refusals.
+slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
 # The long form of the fault tests: hangs and deaths at every point, and sixty runs killed and resumed. RUNS=300 for more.
 faults: $(READY)

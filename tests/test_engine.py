@@ -91,7 +91,7 @@ def test_collectives_do_not_grow_with_the_layers(exchange, expected):
     assert found == [expected, expected]
 
 
-@pytest.mark.parametrize("exchange", ["factor", "dense"])
+@pytest.mark.parametrize("exchange", ["factor", pytest.param("dense", marks=pytest.mark.slow)])
 def test_bf16_on_the_wire(exchange):
     """The whole change of W within half a bf16 unit (2⁻⁸) of the oracle's: roundings are independent, so that their
 

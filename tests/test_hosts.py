@@ -89,6 +89,7 @@ def test_torchrun(launched, one_host):
     assert_same_run(launched["torchrun"], one_host)
 
 
+@pytest.mark.slow
 @on_two_hosts
 def test_deepspeed_hostfile(folder, inputs, hosts, one_host):
     """One command on one host; the launcher starts the other by pdsh, and finds rank 0's address by ssh."""

@@ -24,12 +24,13 @@ CONTROL = ROOT / "tests" / "spilling_kernel.py"
 STEMS = aot_table.kernel_stems()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Rows of the table: those of the kernels, and those of the control."""
+@pytest.fixture(scope="module", params=["sample", pytest.param("all", marks=pytest.mark.slow)])
+def compiled(tmp_path_factory, request):
+    """Rows of the table: those of the kernels (two variants of each, or all), and those of the control."""
     folder = tmp_path_factory.mktemp("aot")
     quiet = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), *STEMS, str(CONTROL), "--folder", str(folder)]
+    command += ["--sample"] * (request.param == "sample")
     done = subprocess.run(
         command, env={**quiet, "TRITON_CACHE_DIR": str(folder / "cache")}, text=True, capture_output=True, timeout=600
     )

@@ -150,7 +150,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize(
+    "message", [next(iter(REFUSED)), *(pytest.param(m, marks=pytest.mark.slow) for m in [*REFUSED][1:])]
+)
 def test_what_does_not_fit_is_one_line_and_changes_nothing(folder, inputs, cache, whole, message, tmp_path):
     from launch_runs import listing, write_ds_config
 

@@ -42,6 +42,7 @@ def test_init(model, tmp_path):
     assert "--slices 8 × --r 99 exceeds the smaller side of" in done.stderr
 
 
+@pytest.mark.slow
 def test_checkpoint(model, tmp_path):
     done = start("checkpoint.py", tmp_path, "--model", model, "--r", 2, "--slices", 2)
     assert done.returncode == 0, done.stderr

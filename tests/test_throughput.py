@@ -178,6 +178,7 @@ def test_a_run_that_fails_says_why():
     assert "gradient_accumulation_steps is 1 with 2 slices per rank" in throughput.run("reference", 1, job, 600)
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_is_counted(tmp_path):
     """Bytes and FLOP of two real processes are the plan's, to the last; and the projection is drawn."""
     done = start("projection.py", "--num_accelerators", 2, "--models", "tiny", "--r", 4, "--folder", tmp_path)
