@@ -140,7 +140,8 @@ def main() -> int:
         f"{how}, each matrix the better of two, added up; the largest error of each kind."
     )
     table = [*summary(rows), *rows]
-    configuration = {key: str(value) for key, value in vars(args).items() if key != "folder"}
+    configuration = {**vars(args), "model_name_or_path": args.model_name_or_path.name}
+    del configuration["folder"]
     overall = summary(rows)[-1]
     headline = f"full fp32 SVD / ours {overall['full / ours']:.2f}, largest error of σ {overall['σ error']:.1e}"
     identity = ("shape", "matrix")
