@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     pictures = throughput_table.draw(rows, args.folder, name)
     configuration = {key: value for key, value in vars(args).items() if key != "folder"}
+    configuration["model"] = Path(args.model).name  # of a folder its last part: nobody else has the rest
     timing.write(
         name,
         rows,
