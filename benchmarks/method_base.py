@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ class Setting:
     zero: dict[str, Any] = field(default_factory=dict)
 
 
-class Method:
+class Method(abc.ABC):
     """One process's handle on a method; `build` makes it. All processes call the same in the same order."""
 
     def __init__(self, name: str, setting: Setting) -> None:
@@ -66,32 +67,32 @@ class Method:
 
     # --- what every method does its own way --------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a micro-batch, with its graph."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _backward(self, loss: Tensor) -> None:
         """Accumulates gradients."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _step(self) -> None:
         """The optimizer step, and the end of an accumulation."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, which hold the learning rate."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss in evaluation mode."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the base model, whole target weight in effect, fp32 on the CPU); collective.
 
         Adapters are merged: W + scaling · B A.
         """
-        raise NotImplementedError
 
     # --- what the scripts call ---------------------------------------------------------------------------------------
 
