@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -20,11 +20,15 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-def make_parser(arguments: type) -> argparse.ArgumentParser:
-    """A parser for a dataclass of options."""
+def make_parser(arguments: type | Mapping[str, type]) -> argparse.ArgumentParser:
+    """A parser for a dataclass of options, or for several, each a section of --help under its name."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser([arguments], allow_abbrev=False)  # type: ignore[arg-type]
+    sections = dict(arguments) if isinstance(arguments, Mapping) else {}
+    for name, section in sections.items():
+        section._argument_group_name = name  # type: ignore[attr-defined]  # what HfArgumentParser looks for
+    types = list(sections.values()) if isinstance(arguments, Mapping) else [arguments]
+    parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     for action in parser._actions:
         if action.default in ("", None):  # required, or off: "(default: )" says nothing, and this prints as nothing
@@ -46,6 +50,21 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
         raise ConfigError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}
+
+
+def at_least(args: Any, limit: int, *names: str) -> None:
+    """Raises ConfigError for the first option of these that is smaller, or not a number; None is none given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= limit:
+            rule = "must not be negative" if limit == 0 else f"must be at least {limit}"
+            raise ConfigError(f"--{name} is {value}: {rule}")
+
+
+def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
+    """Raises ConfigError for an option that has none of these values."""
+    if getattr(args, name) not in valid:
+        raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
 
 
 def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:

@@ -16,80 +16,37 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
-from hdpissa.launch.command_line import option
+from hdpissa.launch import (
+    command_line,
+    options_data,
+    options_evaluation,
+    options_reporting,
+    options_running,
+    options_saving,
+    options_training,
+)
+
+OPTIONS = {  # in the order of --help; each file has its options and what their values may be
+    "run": (options_running.RunningOptions, options_running.check),
+    "data": (options_data.DataOptions, options_data.check),
+    "training": (options_training.TrainingOptions, options_training.check),
+    "evaluation": (options_evaluation.EvaluationOptions, options_evaluation.check),
+    "logging": (options_reporting.ReportingOptions, options_reporting.check),
+    "checkpoints and export": (options_saving.SavingOptions, options_saving.check),
+}
+REQUIRED = ("ds_config", "model_name_or_path", "dataset_name", "output_dir")
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(
+    options_saving.SavingOptions,
+    options_reporting.ReportingOptions,
+    options_evaluation.EvaluationOptions,
+    options_training.TrainingOptions,
+    options_data.DataOptions,
+    options_running.RunningOptions,
+):
     """Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3."""
-
-    ds_config: str = option(
-        "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
-    )
-    model_name_or_path: str = option("", "Hugging Face folder or hub name")
-    dataset_name: str = option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
-    output_dir: str = option("", "folder for metrics, run state and the trained model")
-    dataset_config: str | None = option(None, "configuration of a hub dataset")
-    dataset_split: str = option("train", "split to train on; slices such as train[:80] work")
-    eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
-    eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
-    prompt_field: str = option("instruction", "column with the prompt")
-    response_field: str = option("response", "column with the answer")
-    prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
-    max_length: int = option(512, "tokens of prompt and answer together; longer rows are cut")
-    per_device_train_batch_size: int = option(1, "rows of a micro-batch")
-    per_device_eval_batch_size: int = option(8, "rows of an evaluation batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches of a rank in an optimizer step")
-    learning_rate: float = option(2e-5, "peak learning rate")
-    lr_scheduler_type: str = option("cosine", "cosine, linear, constant or constant_with_warmup")
-    warmup_ratio: float = option(0.03, "share of all steps, rounded down, that warm up")
-    warmup_steps: int | None = option(None, "warm-up steps; wins over --warmup_ratio")
-    num_train_epochs: float = option(1.0, "epochs")
-    max_steps: int = option(-1, "optimizer steps; when positive it wins over --num_train_epochs")
-    max_grad_norm: float = option(0.0, "clips the L2 norm over all slices' factor gradients; 0 is off, as published")
-    seed: int = option(42, "seed of the data order")
-    bf16: bool = option(False, "compute in bf16 where the JSON says auto; else fp32")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward (non-reentrant)")
-    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, …")
-    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
-    logging_steps: int = option(1, "optimizer steps between two lines and metrics rows")
-    eval_steps: int = option(0, "optimizer steps between evaluations; 0: before and after training only")
-    save_strategy: str = option("steps", "when to save a checkpoint: steps (and at the end), epoch, or no")
-    save_steps: int = option(500, "optimizer steps between two checkpoints")
-    save_total_limit: int | None = option(None, "checkpoints to keep; default: all")
-    checkpoint_kind: str = option("full", "full: exact; small: without weights, exact to first order")
-    async_save: bool = option(False, "write checkpoints in the background, from copies in host memory")
-    stop_on_save_error: bool = option(False, "end the run when a checkpoint cannot be saved; else it goes on")
-    resume_from_checkpoint: str | None = option(
-        None, "a checkpoint's folder; auto: the latest one of --output_dir, or a new run where there is none"
-    )
-    ignore_data_skip: bool = option(False, "resume with other data, from their beginning")
-    export_format: str = option("hf", "hf: the model in model/; peft: a LoRA adapter in adapter/; both, or none")
-    export_dtype: str = option("auto", "dtype of what is exported: auto (compute dtype; adapter: fp32), bf16 or fp32")
-    export_rank: int | None = option(None, "cuts the adapter to this rank; all of it is 2·r·S")
-    sample_prompt: str | None = option(None, "an instruction whose greedy answer is printed before and after training")
-    max_new_tokens: int = option(128, "length of that answer")
-    preprocessing_num_workers: int | None = option(None, "processes that tokenise")
-    ddp_timeout: int = option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
-    hang_timeout: int | None = option(
-        None, "seconds within which a run that stands still ends and names who hangs; default 600, or --ddp_timeout"
-    )
-    max_skipped_steps: int = option(10, "skipped steps in a row that end the run (not finite); 0: never")
-    integrity_steps: int = option(
-        0, "optimizer steps between two checks that what must not differ, or change, does not; 0: none"
-    )
-    overwrite_output_dir: bool = option(False, "let this run replace the one in --output_dir")
-    local_rank: int = option(-1, "set by the deepspeed launcher; the environment is what counts")
-
-    @property
-    def hang_s(self) -> int:
-        """Seconds within which a run that stands still ends."""
-        return min(self.ddp_timeout, 600) if self.hang_timeout is None else self.hang_timeout
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return ("ds_config", "model_name_or_path", "dataset_name", "output_dir")
 
 
 def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]]:
@@ -98,7 +55,7 @@ def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]
     Raises:
         ConfigError: unknown or missing arguments, values out of range.
     """
-    parser = command_line.make_parser(TrainArguments)
+    parser = command_line.make_parser({name: section for name, (section, _) in OPTIONS.items()})
     parser.add_argument("--config", help="YAML file with the same keys; the command line wins")
     values, on_command_line = command_line.read(parser, list(sys.argv[1:] if argv is None else argv))
     file = values.pop("config")
@@ -155,64 +112,9 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 
-_SAVE_STRATEGIES, _CHECKPOINT_KINDS = ("steps", "epoch", "no"), ("full", "small")
-_EXPORT_FORMATS = ("hf", "peft", "both", "none")
-_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-
-
 def _check(args: TrainArguments) -> None:
-    missing = [f"--{name}" for name in args.required if not getattr(args, name)]
+    missing = [f"--{name}" for name in REQUIRED if not getattr(args, name)]
     if missing:
         raise ConfigError(f"missing {', '.join(missing)}; see --help")
-    if args.lr_scheduler_type not in _SCHEDULES:
-        raise ConfigError(f"--lr_scheduler_type is {args.lr_scheduler_type}: must be one of {', '.join(_SCHEDULES)}")
-    for name, valid in (("save_strategy", _SAVE_STRATEGIES), ("checkpoint_kind", _CHECKPOINT_KINDS)):
-        if getattr(args, name) not in valid:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
-    if args.save_total_limit is not None and args.save_total_limit < 1:
-        raise ConfigError(
-            f"--save_total_limit is {args.save_total_limit}: must be at least 1; leave it out to keep all"
-        )
-    _check_export(args)
-    for name in (
-        "max_length",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "logging_steps",
-        "max_new_tokens",
-        "ddp_timeout",
-        "save_steps",
-    ):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1")
-    if not 1 <= args.hang_s <= args.ddp_timeout:
-        raise ConfigError(
-            f"--hang_timeout is {args.hang_s} and --ddp_timeout {args.ddp_timeout}: must be from 1 to --ddp_timeout, "
-            f"after which a collective ends the run anyway"
-        )
-    if not 0 <= args.warmup_ratio <= 1:
-        raise ConfigError(
-            f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"
-        )
-    counts = ("warmup_steps", "eval_steps", "max_skipped_steps", "integrity_steps")
-    for name in ("learning_rate", *counts, "max_grad_norm", "seed"):
-        if not (getattr(args, name) or 0) >= 0:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: must not be negative")
-    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < float("inf")):
-        raise ConfigError(
-            f"--max_steps is {args.max_steps} and --num_train_epochs {args.num_train_epochs}: nothing to train; "
-            "make one of them positive"
-        )
-
-
-def _check_export(args: TrainArguments) -> None:
-    if args.export_format not in _EXPORT_FORMATS:
-        raise ConfigError(f"--export_format is {args.export_format}: must be one of {', '.join(_EXPORT_FORMATS)}")
-    if args.export_rank is not None and (args.export_rank < 1 or args.export_format not in ("peft", "both")):
-        raise ConfigError(
-            f"--export_rank is {args.export_rank}: must be at least 1, with --export_format peft or both; leave it out "
-            f"for the whole adapter"
-        )
-    if args.export_dtype not in ("auto", "bf16", "fp32"):
-        raise ConfigError(f"--export_dtype is {args.export_dtype}: must be auto, bf16 or fp32")
+    for _, check in OPTIONS.values():
+        check(args)  # type: ignore[operator]
