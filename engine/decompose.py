@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import pulse, svd, zero3
+from .buckets import Bucket
 from .errors import ConfigError
 from .exchange import FactorExchange
 from .factors import FactorStore
@@ -63,9 +64,13 @@ def compute_slices(
         ConfigError: on every rank alike, when a matrix cannot be decomposed.
     """
     if cache is not None:
-        own = _from_cache(cache, store)
-        if own is not None:
-            _fill(store, exchange, own, progress)
+        read = _from_cache(cache, store)
+        if read is not None:
+            for bucket, own in zip(store.buckets, read, strict=True):
+                pulse.reach("start.slices", slow=True)
+                store.fill(bucket, own.A, own.B, exchange)
+            for done, target in enumerate(store.targets, 1):
+                progress(target.name, done, len(store.targets))
             return InitReport(*cache.reached(), cached=True)
     pipeline = _Pipeline(store.targets, store.plan, method=method, tol=tol, placement=placement, cache=cache)
     report = _worst(_fill(store, exchange, pipeline.run(), progress))
@@ -84,49 +89,60 @@ def _worst(mine: InitReport) -> InitReport:
     return max(reports, key=lambda report: report.residual)
 
 
+class _Own:
+    """A bucket's own slices, as the store takes them: A (numel_A) and B (numel_B), flat; views of them per target."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.A, self.B = (torch.empty(n, device=zero3.device()) for n in (bucket.numel_A, bucket.numel_B))
+        views = zip(bucket.targets, bucket.views_A(self.A), bucket.views_B(self.B), strict=True)
+        self.parts = [(t, A.view(-1, t.r, t.cols), B) for t, A, B in views]
+
+
 def _fill(
     store: FactorStore, exchange: FactorExchange, own: Any, progress: Callable[[str, int, int], None]
 ) -> InitReport:
-    """Hands own slices, (A, B, residual) per target in order, to the store bucket by bucket."""
+    """Hands own slices, flat (A, B, residual) per target in order, to the store bucket by bucket."""
     report, own, done = InitReport(), iter(own), 0
     for bucket in store.buckets:
-        As, Bs = [], []
-        for target in bucket.targets:
+        into = _Own(bucket)
+        for target, A_SRI, B_SOR in into.parts:
             pulse.reach("start.slices", slow=True)
             A, B, residual = next(own)
-            As.append(A.flatten())
-            Bs.append(B.flatten())
+            A_SRI.copy_(A.view_as(A_SRI))
+            B_SOR.copy_(B.view_as(B_SOR))
             if residual > report.residual:
                 report = InitReport(residual, target.name)
             done += 1
             progress(target.name, done, len(store.targets))
-        store.fill(bucket, torch.cat(As), torch.cat(Bs), exchange)
+        store.fill(bucket, into.A, into.B, exchange)
     return report
 
 
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def _from_cache(cache: SliceCache, store: FactorStore) -> list[tuple[Tensor, Tensor, float]] | None:
+def _from_cache(cache: SliceCache, store: FactorStore) -> list[_Own] | None:
     """The own slices where every rank could read its own and they are the weights' own; else None, and why is told."""
-    own, problem = cache.read(store.plan.owned, zero3.device())
+    problem, own = cache.problem(), []
+    for bucket in store.buckets if problem is None else []:
+        own.append(_Own(bucket))
+        for target, A_SRI, B_SOR in own[-1].parts:
+            problem = problem or cache.read(target.name, store.plan.owned, A_SRI, B_SOR)
     problem = _first(problem)
     if problem is None:
-        assert own is not None
-        residual = _misfit(store.targets, own, store.plan)
+        residual = _misfit([part for bucket in own for part in bucket.parts], store.plan)
         foreign = f"its slices are not those of these weights (relative residual {residual:.1e})"
         limit = SLACK * max(cache.reached()[0], ROUNDING)
         problem = _first(None if residual <= limit else foreign)  # a float may differ from rank to rank
     if problem is None:
-        assert own is not None
-        return [(A, B, 0.0) for A, B in own]
+        return own
     if store.plan.rank == 0:
         level = logging.INFO if problem == SliceCache.EMPTY else logging.WARNING
         logger.log(level, "slice cache %s: %s; the weights are decomposed", cache.folder, problem)
     return None
 
 
-def _misfit(targets: Sequence[Target], own: Sequence[tuple[Tensor, Tensor]], plan: SlicePlan) -> float:
+def _misfit(own: Sequence[tuple[Target, Tensor, Tensor]], plan: SlicePlan) -> float:
     """Largest ‖W Aᵀ z − B (σ ∘ z)‖ / ‖B (σ ∘ z)‖ over the targets, for one random z each; collective.
 
     With A = √σ Vᵀ and B = U √σ the two agree for all z exactly when W v = σ u for every triplet, so one product
@@ -134,8 +150,8 @@ def _misfit(targets: Sequence[Target], own: Sequence[tuple[Tensor, Tensor]], pla
     """
     generator = torch.Generator().manual_seed(0)
     device = zero3.device()
-    inputs, expected = [], []
-    for t, (A_SRI, B_SOR) in zip(targets, own, strict=True):
+    targets, inputs, expected = [t for t, _, _ in own], [], []
+    for t, A_SRI, B_SOR in own:
         z_SR = torch.randn(plan.slices, t.r, generator=generator)[plan.owned.start : plan.owned.stop].to(device)
         sigma_SR = torch.linalg.vector_norm(A_SRI, dim=-1).square()
         inputs.append(z_SR.flatten() @ A_SRI.flatten(0, 1))

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -85,23 +84,33 @@ class SliceCache:
         content = json.loads(self._index.read_text())
         return content["residual"], content["worst"]
 
-    def read(self, owned: range, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]] | None, str | None]:
-        """(A: own × R × I, B: own × O × R) per target, or None and what is wrong with the cache."""
+    def problem(self) -> str | None:
+        """What is wrong with the cache before a file of slices is opened; None for nothing."""
         if not self._index.is_file():
-            return None, self.EMPTY
+            return self.EMPTY
         try:
             self.reached()
-            return [self._read_one(t, owned, device) for t in self.targets], None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            return None, f"damaged ({type(error).__name__}: {error})"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _damaged(error)
+        return None
 
-    def _read_one(self, target: Target, owned: range, device: torch.device) -> tuple[Tensor, Tensor]:
-        with safe_open(self._file(target.name), framework="pt") as file:
-            A, B = (file.get_slice(key)[owned.start : owned.stop].to(device) for key in "AB")
-        wanted = (len(owned), target.r, target.cols), (len(owned), target.rows, target.r)
-        if (A.shape, B.shape) != wanted or A.dtype != torch.float32 or B.dtype != torch.float32:
-            raise ValueError(f"{target.name} is {tuple(A.shape)}, {tuple(B.shape)}, must be {wanted}")
-        return A, B
+    def read(self, name: str, owned: range, A_SRI: Tensor, B_SOR: Tensor) -> str | None:
+        """Reads a target's own slices into A (own × R × I), B (own × O × R); what is wrong with the file, or None."""
+        try:
+            with safe_open(self._file(name), framework="pt") as file:
+                for key, into in (("A", A_SRI), ("B", B_SOR)):
+                    values = file.get_slice(key)[owned.start : owned.stop]
+                    if values.shape != into.shape or values.dtype != into.dtype:
+                        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (values, into))
+                        raise ValueError(f"{key} of {name} is {found}, must be {wanted}")
+                    into.copy_(values)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return _damaged(error)
+        return None
+
+
+def _damaged(error: Exception) -> str:
+    return f"damaged ({type(error).__name__}: {error})"
 
 
 def identity(files: Iterable[str]) -> list[Identity]:
