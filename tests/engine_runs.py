@@ -329,14 +329,14 @@ def counts(engine):
     return engine.global_steps, engine.skipped_steps
 
 
-def train_real(settings, folder, ids, export_folder, *, steps, lr):
-    """Trains a checkpoint on one text; what test_real_model.py looks at."""
+def train_real(settings, folder, ids, export_folder, *, steps, lr, layers):
+    """Trains the first layers of a checkpoint on one text; what test_real_model.py looks at."""
     from safetensors import safe_open
 
     from hdpissa.benchmarks.shard_memory import expected_bytes, live_tensor_bytes
     from hdpissa.engine import initialize, load_pretrained
 
-    engine = initialize(model=load_pretrained(folder, settings), config=settings)
+    engine = initialize(model=load_pretrained(folder, settings, num_hidden_layers=layers), config=settings)
     with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
         exact = sum(torch.equal(w, file.get_tensor(name)) for name, w in whole_weights(engine).items())
     losses = []

@@ -21,10 +21,10 @@ POINTS = (
 )
 
 
-def train_through_failures(settings: dict, save_dir: str, *, action: str, steps: int) -> dict[str, Any]:
+def train_through_failures(settings: dict, save_dir: str, *, action: str, steps: int, most: int) -> dict[str, Any]:
     """Trains; after every step but the first it tries to save while one call of one rank fails, all calls in turn.
 
-    The calls are found as they come: the nth passage of a point is tried until there is no nth.
+    The calls are found as they come: the nth passage of a point is tried until there is no nth, or `most` have been.
 
     Returns: every failure's (point, rank, number, message), and the weights at the end.
     """
@@ -38,7 +38,7 @@ def train_through_failures(settings: dict, save_dir: str, *, action: str, steps:
     failures, left = [], []
     for rank in range(world):
         for point in POINTS:
-            for nth in range(1, 100):
+            for nth in range(1, most + 1):
                 step += 1
                 one_step(engine, step % steps)
                 faults._fault, faults._passages = faults.Fault(point, rank, None, action, nth), type(faults._passages)()

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from save_runs import crash_everywhere, state_after
 
 
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("replace", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_state_resumes_from_the_old_or_the_new_checkpoint(tmp_path, replace):
     """`replace`: the new one takes the name of the old one, which must stay readable until then."""
     (counts,) = run_ranks(1, crash_everywhere, str(tmp_path), replace=replace)

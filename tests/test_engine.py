@@ -294,6 +294,7 @@ def test_bf16_compute_starts_from_the_exact_fp32_values():
     assert all(torch.equal(w, net.get_parameter(n).detach()) for n, w in run["weights"].items())
 
 
+@pytest.mark.slow
 def test_precision_of_the_master():
     """50 steps at lr 2e-5 under bf16 compute: W moves by the sum of the deltas; a bf16-only W does not.
 

@@ -129,6 +129,7 @@ def assert_failed(output, words):
     assert state["step"] in (rows, rows + ("at alone.metrics" in state["message"]))  # the row that could not be written
 
 
+@pytest.mark.slow
 def test_by_the_real_launcher(folder, inputs, monkeypatch):
     """deepspeed, three ranks. The rank that sleeps notices it itself, and ends with the others."""
     output, log = folder / "launched", folder / "launched.log"

@@ -74,6 +74,7 @@ def assert_same_run(output, other):
 # --- the same run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @on_two_hosts
 def test_srun(folder, inputs, hosts, one_host):
     """Rank, hosts and port from Slurm's variables alone."""

@@ -203,6 +203,7 @@ def shown(folder: Path) -> list[str]:
     return (folder / "quality.md").read_text().splitlines()[:-1]
 
 
+@pytest.mark.slow
 def test_stops_goes_on_and_reports(inputs, tmp_path, monkeypatch, capsys):
     """A comparison with the base: stopped after its first run, gone on with to the end, shown again."""
     command = ["--model", inputs["model_name_or_path"], "--dataset_name", inputs["dataset_name"], "--r", "2"]

@@ -1,4 +1,7 @@
-"""A real pretrained model (SmolLM2-135M-Instruct, from a PyPI package) on two real ranks, bf16 compute."""
+"""A real pretrained model (SmolLM2-135M-Instruct, from a PyPI package) on two real ranks, bf16 compute.
+
+The first six of its layers in `make test`, all thirty in `make slow`: bf16 is slow on a CPU without instructions for it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,19 @@ from hdpissa.launch.demo_model import ensure_demo_model
 TEXT = "### Instruction:\nWhat is 12 + 30?\n\n### Response:12 + 30 = 42\n#### 42\n"
 
 
+@pytest.fixture(scope="module", params=[6, pytest.param(30, marks=pytest.mark.slow)], ids="{} layers".format)
+def layers(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(tmp_path_factory, layers):
     """(what the ranks returned, the export's folder)."""
     model = ensure_demo_model()
     ids = AutoTokenizer.from_pretrained(model)(TEXT, return_tensors="pt")["input_ids"]
     folder = str(tmp_path_factory.mktemp("real") / "model")
     settings = ds_settings(bf16=True, slices=2, r=16)
-    return run_ranks(2, train_real, settings, model, ids, folder, steps=3, lr=2e-4), folder
+    return run_ranks(2, train_real, settings, model, ids, folder, steps=3, lr=2e-4, layers=layers), folder
 
 
 def test_it_learns(real):
@@ -30,10 +38,10 @@ def test_it_learns(real):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_masters_start_from_the_files_own_fp32_values(real):
-    """Every one of the 210 weights, before the first step, equals the checkpoint's bit for bit."""
+def test_masters_start_from_the_files_own_fp32_values(real, layers):
+    """Every one of the 7 weights of each layer, before the first step, equals the checkpoint's bit for bit."""
     ranks, _ = real
-    assert ranks[0]["exact_at_start"] == 210
+    assert ranks[0]["exact_at_start"] == 7 * layers
 
 
 def test_memory_is_what_the_design_says(real):
