@@ -1,6 +1,6 @@
 """A real pretrained model (SmolLM2-135M-Instruct, from a PyPI package) on two real ranks, bf16 compute.
 
-The first six of its layers in `make test`, all thirty in `make slow`: bf16 is slow on a CPU without instructions for it.
+Its first six layers in `make test`, all thirty in `make slow`: bf16 is slow on a CPU that has no instructions for it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from tiny import ds_settings
 
 from hdpissa.engine.checkpoint_format import CheckpointReader
 
-
 EVERY = 99
 
 
@@ -26,8 +25,9 @@ EVERY = 99
     [("EIO", 1), *(pytest.param(name, EVERY, marks=pytest.mark.slow) for name in ("ENOSPC", "EIO"))],
 )
 def test_every_call_of_a_save_fails_once(tmp_path, action, most):
-    """On each rank, at every write, fsync and rename, or the first of its kind: the same failed save everywhere, nothing
-    left, nothing lost.
+    """On each rank, at every write, fsync and rename, or the first of each: the same failed save everywhere.
+
+    Nothing is left of it, and nothing is lost.
     """
     config = ds_settings(slices=2)
     found = run_ranks(2, train_through_failures, config, str(tmp_path), action=action, steps=5, most=most, timeout=600)
