@@ -131,10 +131,19 @@ def main(argv: list[str] | None = None) -> int:
         print(timing.markdown(shown, COLUMNS))
     count = sum(line["verdict"] == "moved" for line in lines)
     print(f"{len(lines)} figures compared, {count} moved beyond noise, {len(lines) - len(shown)} not shown")
-    where = [(old[name]["environment"], new[name]["environment"]) for name in old if name in new]
-    if any(before.get("device") != after.get("device") for before, after in where):
-        print("the two were measured on different devices")
+    for name in old:
+        if name in new:
+            print(*differences(name, old[name], new[name]), sep="\n", end="")
     return 0
+
+
+def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """What else than the code was different: the device, and every key of the configuration; a line each."""
+    sides = [{"device": r.get("environment", {}).get("device"), **(r.get("configuration") or {})} for r in (old, new)]
+    for key in dict.fromkeys((*sides[0], *sides[1])):
+        before, after = (side.get(key) for side in sides)
+        if before != after:
+            yield f"{name}: not the same {key}: {before} in OLD, {after} in NEW\n"
 
 
 if __name__ == "__main__":

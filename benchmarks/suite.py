@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hdpissa.launch.demo_model import ensure_demo_model
+from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 
 HERE = Path(__file__).parent
 
@@ -99,7 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "HDPISSA_RESULTS": str(args.folder.resolve())}
-    ensure_demo_model()  # here, so that no benchmark's time has it
+    try:
+        ensure_demo_model()  # here, so that no benchmark's time has it
+    except DemoModelError as error:
+        print(f"suite.py: the demo model cannot be had: {error}", file=sys.stderr)
+        return 2
     table = Table("benchmark", "s", "found", title=f"Small forms; results in {args.folder}")
     failed = False
     begin = time.monotonic()

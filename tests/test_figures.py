@@ -96,6 +96,19 @@ def test_bad_results(tmp_path, capsys, content, words):
     assert len(said.splitlines()) == 1
 
 
+def test_other_configurations_are_named(tmp_path, capsys):
+    old = result(tmp_path, "old", NOISY)
+    content = json.loads(old.read_text())
+    content["configuration"] = {**(content.get("configuration") or {}), "dtype": "bf16"}
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert compare.main([str(old), str(new)]) == 0
+    assert "x: not the same dtype: None in OLD, bf16 in NEW" in capsys.readouterr().out
+    assert compare.main([str(old), str(old)]) == 0
+    assert "not the same" not in capsys.readouterr().out
+
+
 def test_rows_of_one_side_only(tmp_path, capsys):
     old = result(tmp_path, "old", NOISY)
     content = json.loads(old.read_text())
