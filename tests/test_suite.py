@@ -42,16 +42,6 @@ def test_init(model, tmp_path):
     assert "--slices 8 × --r 99 exceeds the smaller side of" in done.stderr
 
 
-@pytest.mark.slow
-def test_checkpoint(model, tmp_path):
-    done = start("checkpoint.py", tmp_path, "--model", model, "--r", 2, "--slices", 2)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "checkpoint.json").read_text())
-    assert [row["kind"] for row in content["rows"]] == ["full", "small"]
-    assert all(0 < row["pause in background s"] <= row["in all s"] for row in content["rows"])
-    assert content["headline"].startswith("full ")
-
-
 def test_every_step_is_there():
     assert all((BENCHMARKS / step.script).is_file() for step in suite.STEPS)
     assert len({step.result for step in suite.STEPS}) == len(suite.STEPS)
