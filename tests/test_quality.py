@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import launch_runs
 import pytest
+from ranks import run_ranks
 
-from hdpissa.benchmarks import answers, quality, quality_record, quality_report, quality_run, task
+from hdpissa.benchmarks import answers, apart, quality, quality_record, quality_report, quality_run, task
 from hdpissa.benchmarks.quality import Arguments, make_arms
 from hdpissa.engine.errors import ConfigError
 
@@ -203,7 +202,6 @@ def shown(folder: Path) -> list[str]:
     return (folder / "quality.md").read_text().splitlines()[:-1]
 
 
-@pytest.mark.slow
 def test_stops_goes_on_and_reports(inputs, tmp_path, monkeypatch, capsys):
     """A comparison with the base: stopped after its first run, gone on with to the end, shown again."""
     command = ["--model", inputs["model_name_or_path"], "--dataset_name", inputs["dataset_name"], "--r", "2"]
@@ -211,12 +209,12 @@ def test_stops_goes_on_and_reports(inputs, tmp_path, monkeypatch, capsys):
     command += ["--arms", "hd_pissa_s2_r2", "--rates", "hd_pissa_s2_r2=1e-2", "--eval_rows", "6"]
     command += ["--test_rows", "5", "--max_new_tokens", "8", "--folder", str(tmp_path), "--output_dir", f"{tmp_path}/o"]
 
+    monkeypatch.setattr(apart, "call", lambda function, *args: run_ranks(1, function, *args)[0])  # a fork that is there
+
     def start(*more: str) -> str:
-        line = [sys.executable, str(Path(quality.__file__)), *command, *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
+        monkeypatch.setattr(sys, "argv", ["quality.py", *command, *more])
+        assert task.run(quality.main) == 0
+        return capsys.readouterr().out
 
     assert "stopped after" in start("--time_limit", "0.001")
     assert "complete; 2 runs there, 0 missing" in (told := start())
