@@ -9,6 +9,9 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run in the interpreter, with numpy for a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Where it is set, each of some hundred processes would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture
 def one_thread():
