@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=1800, help="seconds that a run may take")
     parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
+    parser.add_argument("--label", default="", help="end of the result's name, beside others of this model and dtype")
     args = parser.parse_args(argv)
     args.zero = dict(map(zero_key, args.zero))
     check(args, gpus)
@@ -176,8 +178,11 @@ def turns(methods: list[str], rounds: int) -> list[list[str]]:
     return [methods[n % len(methods) :] + methods[: n % len(methods)] for n in range(rounds)]
 
 
-def run_all(args: argparse.Namespace) -> tuple[dict, dict]:
-    """((count, method) → its rounds, (count, method) → why it failed); a method that has failed is not tried again."""
+def run_all(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
+    """After every round: ((count, method) → its rounds, (count, method) → why it failed), of all rounds so far.
+
+    A method that has failed is not tried again.
+    """
     job = {"setting": dataclasses.asdict(setting(args))}
     job |= {name: getattr(args, name) for name in ("max_length", "steps", "warmup")}
     keys = [(count, method) for count in dict.fromkeys(args.num_accelerators) for method in args.methods]
@@ -197,7 +202,7 @@ def run_all(args: argparse.Namespace) -> tuple[dict, dict]:
                     steps = runs[count, method][-1]["step_s"]
                     p50 = throughput_table.percentile(steps, 50)
                     print(f"round {number + 1}: {method} on {count}: {p50:.4g} s per step", flush=True)
-    return {key: rounds for key, rounds in runs.items() if rounds and key not in failures}, failures
+            yield {key: rounds for key, rounds in runs.items() if rounds and key not in failures}, failures
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def note(args: argparse.Namespace) -> str:
         f"{method_models.name_of(args.model, args.layers)}, {args.dtype} (reference: fp32), {args.micro_batch} rows × "
         f"{args.accumulation} micro-batches per process, rows of {shortest} to {args.max_length} tokens, "
         f"r = {args.r}, {slices}; {args.rounds} rounds of {args.steps} steps after {args.warmup}, a run of its own "
-        f"through the deepspeed launcher each.",
+        f"through the deepspeed launcher each.{zero_note(args.zero)}",
         "tokens/s counts real tokens, without padding. CPU s: of all processes in a step. / frozen and reference / it: "
         "medians over rounds. efficiency: tokens/s per device over those of the fewest devices, each with the same "
         "work.",
@@ -227,6 +232,11 @@ def note(args: argparse.Namespace) -> str:
         f"{throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{rest}",
     ]
     return " ".join(parts)
+
+
+def zero_note(given: dict[str, Any]) -> str:
+    told = ", ".join(f"{key} {value}" for key, value in given.items())
+    return f" ZeRO-3 with {told}." if told else ""
 
 
 def formula() -> str:
@@ -245,19 +255,14 @@ def headline(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     return f"{column} on {args.num_accelerators[-1]} processes: {told}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        runs, failures = run_all(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def report(args: argparse.Namespace, runs: dict, failures: dict) -> None:
+    """Writes the table and its pictures."""
     rows = throughput_table.table(runs, failures, throughput_work.model_work(args.model, args.layers))
-    short = re.sub(r"[^a-z0-9.]+", "_", method_models.name_of(args.model, args.layers).lower())
-    name = f"throughput_{short}_{args.dtype}"
+    model = method_models.name_of(args.model, args.layers)
+    name = "_".join(["throughput", re.sub(r"[^a-z0-9.]+", "_", model.lower()), args.dtype, *filter(None, [args.label])])
     args.folder.mkdir(parents=True, exist_ok=True)
     pictures = throughput_table.draw(rows, args.folder, name)
-    configuration = {key: value for key, value in vars(args).items() if key != "folder"}
+    configuration = {key: value for key, value in vars(args).items() if key not in ("folder", "label")}
     configuration["model"] = Path(args.model).name  # of a folder its last part: nobody else has the rest
     timing.write(
         name,
@@ -270,6 +275,17 @@ def main(argv: list[str] | None = None) -> int:
         pictures=pictures,
         headline=headline(rows, args),
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    failures: dict = {}
+    try:
+        args = parse(argv)
+        for runs, failures in run_all(args):  # after every round, so that a run that is stopped leaves something
+            report(args, runs, failures)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 1 if failures else 0
 
 
