@@ -123,6 +123,8 @@ class ChatTemplate:
         if before and messages[at]["role"] == "assistant":
             prompt = self.write(before, tools, generation_prompt=True)
             begin = min(begin, _agreement(prompt, probe))
+            if not probe[:begin].startswith(self.write(before, tools)):
+                raise _unclear("it writes what stands before a turn differently when more follows")
         if text[:begin] != probe[:begin]:
             raise _unclear("it writes what stands before a turn differently when more follows")
         return begin
