@@ -3,19 +3,27 @@
 Own file because this order is part of the method: it is a function of (seed,
 step, slice, micro-batch) and of nothing else. No class here but EvalBatches
 knows a rank or a world size; engine/slicing.py says which rank asks for which
-slice's micro-batch.
+slice's micro-batch. A sample is a row, or with packing a bin of rows.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import datasets
+import numpy as np
 import torch
 
 from . import pulse
-from .data import IGNORE
+from .checksum import add, checksum
+from .data_encode import IGNORE
+from .data_packing import PackedRows, Row, collate_packed, lengths_of, rows_of
 from .errors import ConfigError
+
+SHUFFLED = "shuffled"  # the order without options, which checkpoints that name none have
+GROUPED = 50  # micro-batches of a slice within which --group_by_length sorts, as Hugging Face's sampler does
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -43,7 +51,94 @@ def count_target_tokens(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-class SliceBatches:
+class Batches(ABC):
+    """What training batches by (step, slice, micro-batch) have in common, whatever they are read from.
+
+    Attributes:
+        steps_per_epoch: optimizer steps after which the data begin anew.
+        dropped_samples: samples of an epoch that fill no whole step.
+    """
+
+    steps_per_epoch: int
+    dropped_samples: int = 0
+
+    def __init__(
+        self,
+        *,
+        slices: int,
+        micro_batches_per_slice: int,
+        micro_batch_size: int,
+        pad_token_id: int,
+        packed: bool,
+        flat: bool,
+    ) -> None:
+        sizes = {
+            "slices": slices,
+            "micro_batches_per_slice": micro_batches_per_slice,
+            "micro_batch_size": micro_batch_size,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        self.slices = slices
+        self.micro_batches_per_slice = micro_batches_per_slice
+        self.micro_batch_size = micro_batch_size
+        self.pad_token_id = pad_token_id
+        self.packed, self.flat = packed, flat
+        self._counted: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step."""
+        return self.slices * self.micro_batches_per_slice * self.micro_batch_size
+
+    @abstractmethod
+    def units(self, step: int, slice_id: int, micro_batch: int) -> list[list[Row]]:
+        """The rows of a micro-batch, sample by sample; `step` counts from the start of the run."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the content and the order of the data depend on, beside the sizes and the seed."""
+
+    def batch(self, step: int, slice_id: int, micro_batch: int) -> dict[str, torch.Tensor]:
+        """The tensors of one micro-batch: those of `collate`, or with packing of `collate_packed`."""
+        pulse.reach("step.data")
+        units = self.units(step, slice_id, micro_batch)
+        if self.packed:
+            return collate_packed(units, self.pad_token_id, flat=self.flat)
+        return collate([row for unit in units for row in unit], self.pad_token_id)
+
+    def loss_weight(self, step: int, slice_id: int, micro_batch: int) -> float:
+        """What a micro-batch's mean loss is multiplied with so that all target tokens of its slice's step weigh alike.
+
+        The slice takes the mean over its M micro-batches, so a micro-batch with n of the slice's N target tokens is
+        worth M·n / N. The sum of these weights is M. It needs no communication where several ranks share a slice:
+        each can look at all of its micro-batches.
+        """
+        if self._counted[0] != (step, slice_id):
+            every = range(self.micro_batches_per_slice)
+            self._counted = (step, slice_id), [self._targets(step, slice_id, other) for other in every]
+        counts = self._counted[1]
+        return len(counts) * counts[micro_batch] / sum(counts)
+
+    def _targets(self, step: int, slice_id: int, micro_batch: int) -> int:
+        labels = (row["labels"][1:] for unit in self.units(step, slice_id, micro_batch) for row in unit)
+        return sum(int(np.count_nonzero(np.asarray(own) != IGNORE)) for own in labels)
+
+    def _refuse_missing(self, step: int, slice_id: int, micro_batch: int) -> None:
+        exists = 0 <= slice_id < self.slices and 0 <= micro_batch < self.micro_batches_per_slice
+        if step < 0 or not exists:
+            raise IndexError(f"no micro-batch {micro_batch} of slice {slice_id} in step {step}")
+
+    def _too_few(self, samples: int) -> ConfigError:
+        noun = "packed rows" if self.packed else "samples"
+        return ConfigError(
+            f"the global batch is {self.global_batch} {noun} but the dataset has only {samples}; "
+            f"lower the accumulation steps or the micro-batch size, or add samples"
+        )
+
+
+class SliceBatches(Batches):
     """Training batches by (step, slice, micro-batch); the same at every world size.
 
     The dataset is shuffled once, by `dataset.shuffle(seed=seed)`, and **every
@@ -56,57 +151,77 @@ class SliceBatches:
     Example: 8 samples, S = 2, M = 2, micro = 1 gives 2 steps an epoch; in step 1
     slice 0 gets shuffled samples 4 and 6, slice 1 gets 5 and 7.
 
+    With `group_by_length` the shuffled order is changed within stretches of about
+    50 micro-batches per slice: sorted by length, so that what all slices compute
+    at the same time has about the same length, and these columns of S · micro
+    samples shuffled again, so that no step has only long ones.
+
     Raises ConfigError if a size is below 1 or an epoch has not one whole step.
     """
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: datasets.Dataset | PackedRows,
         *,
         slices: int,
         micro_batches_per_slice: int,
         micro_batch_size: int,
         seed: int,
         pad_token_id: int,
+        group_by_length: bool = False,
+        flat: bool = False,
     ) -> None:
-        sizes = {
-            "slices": slices,
-            "micro_batches_per_slice": micro_batches_per_slice,
-            "micro_batch_size": micro_batch_size,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        global_batch = slices * micro_batches_per_slice * micro_batch_size
-        self.steps_per_epoch = len(dataset) // global_batch
-        self.dropped_samples = len(dataset) - self.steps_per_epoch * global_batch
+        super().__init__(
+            slices=slices,
+            micro_batches_per_slice=micro_batches_per_slice,
+            micro_batch_size=micro_batch_size,
+            pad_token_id=pad_token_id,
+            packed=isinstance(dataset, PackedRows),
+            flat=flat,
+        )
+        self.steps_per_epoch = len(dataset) // self.global_batch
+        self.dropped_samples = len(dataset) - self.steps_per_epoch * self.global_batch
         if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"the global batch is {global_batch} samples but the dataset has only {len(dataset)}; "
-                f"lower the accumulation steps or the micro-batch size, or add samples"
-            )
-        self.slices = slices
-        self.micro_batches_per_slice = micro_batches_per_slice
-        self.micro_batch_size = micro_batch_size
-        self.pad_token_id = pad_token_id
+            raise self._too_few(len(dataset))
+        self._source = dataset
         self.dataset = dataset.shuffle(seed=seed)
+        self._order = self._grouped(seed) if group_by_length else None
 
     def sample_indices(self, step: int, slice_id: int, micro_batch: int) -> list[int]:
         """Positions in the shuffled dataset; `step` counts from the start of the run.
 
         Raises IndexError for a slice or micro-batch that does not exist.
         """
-        exists = 0 <= slice_id < self.slices and 0 <= micro_batch < self.micro_batches_per_slice
-        if step < 0 or not exists:
-            raise IndexError(f"no micro-batch {micro_batch} of slice {slice_id} in step {step}")
+        self._refuse_missing(step, slice_id, micro_batch)
         step_in_epoch = step % self.steps_per_epoch
         first = (step_in_epoch * self.micro_batches_per_slice + micro_batch) * self.micro_batch_size
-        return [slice_id + self.slices * row for row in range(first, first + self.micro_batch_size)]
+        places = [slice_id + self.slices * row for row in range(first, first + self.micro_batch_size)]
+        return places if self._order is None else [int(self._order[place]) for place in places]
 
-    def batch(self, step: int, slice_id: int, micro_batch: int) -> dict[str, torch.Tensor]:
-        """The tensors of `collate` for one micro-batch."""
-        pulse.reach("step.data")
-        return _gather(self.dataset, self.sample_indices(step, slice_id, micro_batch), self.pad_token_id)
+    def units(self, step: int, slice_id: int, micro_batch: int) -> list[list[Row]]:
+        indices = self.sample_indices(step, slice_id, micro_batch)
+        if isinstance(self.dataset, PackedRows):
+            return self.dataset.units(indices)
+        return [[row] for row in rows_of(self.dataset, indices)]
+
+    def identity(self) -> dict[str, Any]:
+        rows = self._source.dataset if isinstance(self._source, PackedRows) else self._source
+        order = f"packed into {len(self._source)}" if self.packed else SHUFFLED
+        order = order if self._order is None else "grouped by length"
+        return {"rows": len(rows), "tokens": _tokens_identity(rows), "order": order}
+
+    def _grouped(self, seed: int) -> np.ndarray:
+        """place in the order of training → position in the shuffled dataset."""
+        assert isinstance(self.dataset, datasets.Dataset)
+        lengths, generator = lengths_of(self.dataset), np.random.default_rng(seed)
+        column = self.slices * self.micro_batch_size  # what all slices compute at the same time
+        stretch = -(-GROUPED // self.micro_batches_per_slice) * self.global_batch
+        order = np.arange(self.steps_per_epoch * self.global_batch)
+        for start in range(0, len(order), stretch):
+            here = order[start : start + stretch]
+            columns = here[np.argsort(-lengths[here], kind="stable")].reshape(-1, column)
+            order[start : start + stretch] = columns[generator.permutation(len(columns))].reshape(-1)
+        return order
 
 
 class EvalBatches:
@@ -141,10 +256,14 @@ class EvalBatches:
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
         for number in range(self.batches):
             mine = list(self.rows[number * self.batch_size : (number + 1) * self.batch_size])
-            yield _gather(self.dataset, mine or [0], self.pad_token_id), bool(mine)
+            yield collate(rows_of(self.dataset, mine or [0]), self.pad_token_id), bool(mine)
 
 
-def _gather(dataset: datasets.Dataset, indices: list[int], pad_token_id: int) -> dict[str, torch.Tensor]:
-    columns = dataset[indices]
-    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
-    return collate([{"input_ids": ids, "labels": labels} for ids, labels in pairs], pad_token_id)
+def _tokens_identity(dataset: datasets.Dataset) -> str:
+    """The checksum of all input ids and labels, row by row."""
+    total, start = 0, 0
+    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+        for column in ("input_ids", "labels"):
+            ids = torch.tensor(batch.column(column).combine_chunks().flatten().to_numpy())
+            total, start = add(total, checksum(ids, start)), start + ids.numel()
+    return f"{start // 2} with checksum {total:016x}"

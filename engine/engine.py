@@ -359,9 +359,17 @@ class HDPissaEngine:
 
 
 def _count_tokens(batch: dict[str, Any]) -> Tensor | int:
-    """Input tokens of a micro-batch: the attention mask's ones, else all ids."""
-    mask = batch.get("attention_mask")
+    """Input tokens of a micro-batch: the attention mask's ones; of packed rows what is no padding; else all ids.
+
+    Packed rows have no mask. Their padding is rows of one token (`data_packing.collate_packed`), real rows have more,
+    so a position 0 that no 1 follows is padding.
+    """
+    mask, ids, positions = (batch.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
     if mask is not None:
         return mask.sum()
-    ids = batch.get("input_ids")
-    return 0 if ids is None else ids.numel()
+    if ids is None:
+        return 0
+    if positions is None:
+        return ids.numel()
+    following = torch.cat([positions[:, 1:], torch.zeros_like(positions[:, :1])], dim=1)
+    return ((positions != 0) | (following == 1)).sum()

@@ -21,6 +21,13 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
+# Alpaca's own second wording, for rows that have an input beside the instruction.
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
 NAMED = {"alpaca": ALPACA, "none": PLACEHOLDER}
 
 
@@ -41,9 +48,13 @@ class PromptTemplate:
                 f"put it in exactly once, where the instruction goes"
             )
 
-    def render(self, instruction: str) -> str:
+    def render(self, instruction: str, input: str = "") -> str:
+        """The prompt. An input that is not empty gets Alpaca's wording for it, in other templates a line below."""
         # Not str.format: instructions and templates may hold braces (code, LaTeX).
-        return self.text.replace(PLACEHOLDER, instruction)
+        if input and self.text == ALPACA:
+            before, _, after = ALPACA_INPUT.partition(PLACEHOLDER)
+            return before + instruction + after.replace("{input}", input)
+        return self.text.replace(PLACEHOLDER, f"{instruction}\n{input}" if input else instruction)
 
 
 def resolve_template(name_or_path_or_text: str) -> PromptTemplate:

@@ -163,9 +163,9 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch on the device this rank computes on."""
-    return {name: tensor.to(device()) for name, tensor in batch.items()}
+def to_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch on the device this rank computes on; what is no tensor (a length) stays as it is."""
+    return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def accelerator_name() -> str:

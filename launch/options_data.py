@@ -1,28 +1,72 @@
-"""Options of train.py, "data": what the run learns from: sources, prompts, lengths."""
+"""Options of train.py, "data": what the run learns from: sources, formats, prompts, lengths, what carries loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hdpissa.launch.command_line import at_least, option
+from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.command_line import at_least, one_of, option
 
 
 @dataclass
 class DataOptions:
-    """What the run learns from: sources, prompts, lengths."""
+    """What the run learns from: sources, formats, prompts, lengths, what carries loss."""
 
-    dataset_name: str = option("", "jsonl, json, csv or parquet file, a folder of them, or a hub name")
+    dataset_name: str = option(
+        "",
+        "jsonl, json, csv, parquet or arrow file, a folder of them or saved by `datasets`, or a hub name; several with "
+        "numbers of rows or shares: 'a.jsonl:1000 b.jsonl:0.5'",
+    )
     dataset_config: str | None = option(None, "configuration of a hub dataset")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     dataset_split: str = option("train", "split to train on; slices such as train[:80] work")
     eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
     eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
+    dataset_format: str | None = option(
+        None, "alpaca, sharegpt, messages, prompt_completion or text; default: what the columns say"
+    )
     prompt_field: str = option("instruction", "column with the prompt")
     response_field: str = option("response", "column with the answer")
+    dataset_text_field: str = option("text", "column of plain text")
     prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
-    max_length: int = option(512, "tokens of prompt and answer together; longer rows are cut")
+    chat_template: str | None = option(
+        None,
+        "Jinja file or text for messages; default: the tokenizer's. 'tokenizer', or any, puts alpaca rows into it, too",
+    )
+    train_on_prompt: bool = option(False, "everything carries loss, prompts too")
+    completion_only_loss: bool | None = option(None, "whether only answers carry loss (TRL's name); default: yes")
+    assistant_only_loss: bool | None = option(
+        None, "whether only the assistant's turns carry loss (TRL's name); default: yes for conversations"
+    )
+    max_length: int = option(512, "tokens of prompt and answer together")
+    truncation: str = option("truncate", "of longer rows: truncate, drop, or error")
+    packing: bool = option(False, "put several rows into one of max_length tokens; none sees another")
+    group_by_length: bool = option(False, "give the slices rows of about the same length at the same time")
+    loss_normalization: str = option(
+        "mean", "of a slice's step: mean of its micro-batches, as published; or tokens, where each weighs the same"
+    )
+    streaming: bool = option(False, "read rows when they are needed; wants --max_steps")
+    shuffle_buffer_size: int = option(10_000, "rows from which a stream is shuffled")
     preprocessing_num_workers: int | None = option(None, "processes that tokenise")
+    preview: int = option(0, "print this many training rows, with what carries loss marked, and train nothing")
+
+
+FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text")
+TRUNCATIONS, NORMALIZATIONS = ("truncate", "drop", "error"), ("mean", "tokens")
 
 
 def check(args: DataOptions) -> None:
-    """Raises ConfigError for values out of range."""
-    at_least(args, 1, "max_length")
+    """Raises ConfigError for values out of range, and for options that exclude each other."""
+    at_least(args, 1, "max_length", "shuffle_buffer_size", "preprocessing_num_workers")
+    at_least(args, 0, "preview")
+    one_of(args, "truncation", TRUNCATIONS)
+    one_of(args, "loss_normalization", NORMALIZATIONS)
+    for format in (args.dataset_format or "").split():  # one for each dataset of a mix
+        if format not in (*FORMATS, "-"):
+            raise ConfigError(f"--dataset_format is {format}: must be one of {', '.join(FORMATS)}")
+    if args.streaming and not getattr(args, "max_steps", 0) > 0:
+        raise ConfigError("--streaming without --max_steps: a stream has no length; give the number of steps")
+    for other in ("streaming", "packing"):
+        if args.group_by_length and getattr(args, other):
+            why = "nobody knows the lengths of a stream" if other == "streaming" else "packed rows are equally long"
+            raise ConfigError(f"--group_by_length with --{other}: {why}; leave one out")

@@ -30,6 +30,7 @@ from hdpissa.launch.train_checkpoints import (
 from hdpissa.launch.train_checks import Job, check, model_options
 from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
+from hdpissa.launch.train_preview import show_rows
 
 # ---------------------------------------------------------------------------------------------------
 # the loop
@@ -59,9 +60,9 @@ def fit(
         pulse.at_step(step + 1)
         # --- accumulate; the engine steps after the last micro-batch
         for slice_id, micro_batch in engine.plan.schedule(accumulation):
-            batch = zero3.to_device(data.batch(step - checkpoints.data_offset, slice_id, micro_batch))
-            loss = engine(**batch).loss
-            engine.backward(loss)
+            at = step - checkpoints.data_offset, slice_id, micro_batch
+            loss = engine(**zero3.to_device(data.batch(*at))).loss
+            engine.backward(loss * data.loss_weight(*at) if args.loss_normalization == "tokens" else loss)
             result = engine.step()
         scheduler.step()
         # --- log
@@ -163,38 +164,34 @@ def make_evaluator(args: Any, job: Job) -> Any:
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import Evaluator
 
-    batches = job.held_out and EvalBatches(
-        job.held_out.dataset,
+    batches = job.rows.held_out and EvalBatches(
+        job.rows.held_out.dataset,
         rank=job.plan.rank,
         world_size=job.plan.world_size,
         batch_size=args.per_device_eval_batch_size,
         pad_token_id=job.tokenizer.pad_token_id,
     )
-    prompt = None if args.sample_prompt is None else job.template.render(args.sample_prompt)
+    prompt = None if args.sample_prompt is None else job.rows.template.render(args.sample_prompt)
     return Evaluator(batches, job.tokenizer, prompt, args.max_new_tokens)
 
 
-def describe_run(args: Any, ds: dict, engine: Any, train: Any, data: Any, total_steps: int) -> dict[str, Any]:
+def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
     """run.json: everything that is needed to know, and to repeat, what was run."""
     from importlib.metadata import version
 
     from hdpissa.engine import zero3
+    from hdpissa.launch.train_data import describe_rows
 
     plan = engine.plan
     return {
         "arguments": asdict(args),
-        "ds_config": ds,
+        "ds_config": job.ds,
         "world_size": plan.world_size,
         "slices": plan.slices,
         "targets": len(engine.targets),
-        "total_steps": total_steps,
-        "steps_per_epoch": data.steps_per_epoch,
-        "rows": {
-            "used": len(train.dataset),
-            "dropped_without_labels": train.dropped_without_labels,
-            "truncated": train.truncated,
-            "dropped_at_the_end_of_an_epoch": data.dropped_samples,
-        },
+        "total_steps": job.total_steps,
+        "steps_per_epoch": job.data.steps_per_epoch,
+        "rows": describe_rows(job.rows, job.data),
         "init": asdict(engine.init_report),
         "exchange": asdict(engine.exchange_plan()),
         "memory_bytes": engine.memory_bytes(),
@@ -225,6 +222,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     from transformers import set_seed
 
     from hdpissa.engine import initialize, load_pretrained, zero3
+    from hdpissa.launch.train_data import refuse_leaks, tell_sources
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
@@ -235,10 +233,14 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds, resume_from=reader, progress=recorder.slices)
     start = engine.global_steps
+    if args.packing:
+        refuse_leaks(engine, job)
+    for line in tell_sources(job.rows.sources):
+        recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
     evaluator = make_evaluator(args, job)
-    recorder.save_json("run.json", describe_run(args, job.ds, engine, job.train, job.data, job.total_steps))
+    recorder.save_json("run.json", describe_run(args, engine, job))
     if start == 0:
         evaluator.evaluate(engine, recorder, step=0)
         evaluator.sample(engine, recorder, title="before training")
@@ -292,6 +294,10 @@ def main(argv: list[str] | None = None) -> bool:
     """Checks, then trains; what ends a run early is told in run_state.json. False when it was asked to stop."""
     args, given = train_arguments.parse(argv)
     job = check(args, given)
+    if args.preview:
+        if speaking_rank(os.environ) == "0":
+            show_rows(args, job)
+        return True
 
     from hdpissa.engine import zero3
     from hdpissa.engine.peers import is_loss

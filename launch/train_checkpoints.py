@@ -81,23 +81,8 @@ def describe_data(args: Any, job: Job) -> dict[str, Any]:
         "slices": job.plan.slices,
         "rows of a micro-batch": job.data.micro_batch_size,
         "micro-batches of a slice and step": job.data.micro_batches_per_slice,
-        "rows": len(job.train.dataset),
-        "tokens": _fingerprint(job.train.dataset),
+        **job.data.identity(),
     }
-
-
-def _fingerprint(dataset: Any) -> str:
-    """The checksum of all input ids and labels, row by row."""
-    import torch
-
-    from hdpissa.engine.checksum import add, checksum
-
-    total, start = 0, 0
-    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
-        for column in ("input_ids", "labels"):
-            ids = torch.tensor(batch.column(column).combine_chunks().flatten().to_numpy())
-            total, start = add(total, checksum(ids, start)), start + ids.numel()
-    return f"{start // 2} with checksum {total:016x}"
 
 
 def compare_data(reader: Any, here: dict[str, Any]) -> None:
@@ -114,7 +99,9 @@ def compare_data(reader: Any, here: dict[str, Any]) -> None:
 
 def other_data(reader: Any, here: dict[str, Any]) -> list[str]:
     """In what a checkpoint's data are others than these."""
-    there = reader.manifest.client_state.get("data", {})
+    from hdpissa.engine.batches import SHUFFLED
+
+    there = {"order": SHUFFLED} | reader.manifest.client_state.get("data", {})
     return [f"{k}: {there.get(k)} then, {v} now" for k, v in here.items() if there.get(k) != v]
 
 

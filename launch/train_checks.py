@@ -24,42 +24,39 @@ class Job:
     ds: dict
     plan: Any
     weights: int  # parameters of the model
-    template: Any
     tokenizer: Any
-    train: Any
-    held_out: Any  # or None
-    data: Any
+    rows: Any  # what was read
+    data: Any  # training batches
     total_steps: int
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
-    from hdpissa.engine.batches import SliceBatches
-    from hdpissa.engine.prompts import resolve_template
     from hdpissa.engine.settings import check_kernels, make_plan
+    from hdpissa.launch.train_data import make_batches, read_rows
 
-    check_output_dir(args)
+    if not args.preview:
+        check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
     plan = make_plan(hd, values.gradient_accumulation_steps)
     check_kernels(hd)
     weights = check_targets(model_config, hd, plan, args)
-    template = resolve_template(args.prompt_template)
     tokenizer = read_tokenizer(args)
-    train, held_out = read_data(args, tokenizer, template)
-    data = SliceBatches(
-        train.dataset,
+    rows = read_rows(args, given, tokenizer)
+    data = make_batches(
+        args,
+        rows,
+        tokenizer,
         slices=plan.slices,
-        micro_batches_per_slice=plan.micro_batches_per_slice(values.gradient_accumulation_steps),
-        micro_batch_size=values.per_device_train_batch_size,
-        seed=args.seed,
-        pad_token_id=tokenizer.pad_token_id,
+        micro_batches=plan.micro_batches_per_slice(values.gradient_accumulation_steps),
+        size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
-    check_vocabulary(train, held_out, model_config)
-    if args.sample_prompt is not None and not template.render(args.sample_prompt).strip():
+    check_vocabulary(rows, data, model_config)
+    if args.sample_prompt is not None and not rows.template.render(args.sample_prompt).strip():
         raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
-    return Job(ds, plan, weights, template, tokenizer, train, held_out, data, total_steps)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps)
 
 
 def check_output_dir(args: Any) -> None:
@@ -148,11 +145,24 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
             f"give a causal language model, and an attention that it has"
         ) from None
     targets = adapt.find_targets(model, hd, plan)
+    if args.packing:
+        refuse_stateful(model)
     if args.export_format in ("peft", "both"):
         peft_export.refuse_tied(model, targets)
     if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
         raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     return sum(p.numel() for p in model.parameters())
+
+
+def refuse_stateful(model: Any) -> None:
+    """What a model carries along from token to token it carries from one packed row into the next, too."""
+    config = model.config.get_text_config()
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
+    if kinds or getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"--packing: {type(model).__name__} carries a state from one packed row into the next"
+            f"{f' ({chr(44).join(sorted(kinds))})' if kinds else ''}; leave it out"
+        )
 
 
 def model_options(args: Any) -> dict[str, Any]:
@@ -177,40 +187,17 @@ def read_tokenizer(args: Any) -> Any:
     return tokenizer
 
 
-def read_data(args: Any, tokenizer: Any, template: Any) -> tuple[Any, Any]:
-    """(training rows, evaluation rows or None), tokenised. No process group exists yet, so nobody waits in one."""
-    import logging
-
-    from hdpissa.engine.data import load_rows, tokenize_rows
-
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
-
-    def read(name: str, split: str) -> Any:
-        rows = load_rows(name, split=split, config_name=args.dataset_config)
-        return tokenize_rows(
-            rows,
-            tokenizer,
-            prompt_field=args.prompt_field,
-            response_field=args.response_field,
-            template=template,
-            max_length=args.max_length,
-            num_proc=args.preprocessing_num_workers,
-        )
-
-    train = read(args.dataset_name, args.dataset_split)
-    if not (args.eval_dataset_name or args.eval_split):
-        return train, None
-    return train, read(args.eval_dataset_name or args.dataset_name, args.eval_split or "train")
-
-
-def check_vocabulary(train: Any, held_out: Any, model_config: Any) -> None:
+def check_vocabulary(rows: Any, data: Any, model_config: Any) -> None:
     """Refuses token ids that the model has no embedding for; they would be an IndexError in the first forward."""
     import pyarrow.compute as pc
 
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     size = getattr(text_config, "vocab_size", None)
-    for rows in (train, held_out):
-        largest = rows and pc.max(pc.list_flatten(rows.dataset.data.column("input_ids"))).as_py()
+    tables = [part.dataset.data for part in (rows.train, rows.held_out) if hasattr(part, "dataset")]
+    found = [pc.max(pc.list_flatten(table.column("input_ids"))).as_py() for table in tables]
+    if not hasattr(rows.train, "dataset"):  # a stream: what it begins with
+        found += [max(row["input_ids"]) for unit in data.units(0, 0, 0) for row in unit]
+    for largest in found:
         if size is not None and largest is not None and largest >= size:
             raise ConfigError(
                 f"the tokenizer gives token {largest} but the model has {size} embeddings; use the tokenizer that "

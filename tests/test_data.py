@@ -192,7 +192,7 @@ def test_second_call_reads_the_cache_and_every_setting_is_in_its_key(jsonl, monk
     def refuse(*_, **__):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("hdpissa.engine.data._encode_batch", refuse)
+    monkeypatch.setattr("hdpissa.engine.data.encode_batch", refuse)
     again = encode(load_rows(str(jsonl)), tokenizer)
     assert again.dataset.to_list() == first.dataset.to_list()
     assert again.dataset._fingerprint == first.dataset._fingerprint
@@ -210,12 +210,12 @@ def tokenise_together(path, barrier, results):
     """Both children pass the barrier before either looks for the cache."""
     worked = []
 
-    def slow(*arguments, work=data._encode_batch, **options):
+    def slow(*arguments, work=data.encode_batch, **options):
         worked.append(1)
         time.sleep(0.3)
         return work(*arguments, **options)
 
-    data._encode_batch = slow
+    data.encode_batch = slow
     rows = load_rows(path)
     barrier.wait(30)
     fingerprint = encode(rows).dataset._fingerprint

@@ -1,0 +1,214 @@
+"""Which columns of a row mean what: the five formats that people keep data for fine-tuning in.
+
+| format | columns |
+| --- | --- |
+| alpaca | a prompt, an answer (any two columns), and Alpaca's `input` and `output` |
+| sharegpt | `conversations` of {from, value}; `system`, `tools` |
+| messages | `messages` (or `conversations`) of {role, content}; `tools` |
+| prompt_completion | `prompt` and `completion`, both texts or both lists of messages |
+| text | `text` |
+
+Own file because recognising a format and reading a row of it need neither a tokenizer nor a template.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text")
+LISTS = ("messages", "conversations", "conversation")  # columns that hold a conversation
+
+# What people have called the speakers of a ShareGPT conversation → the roles of chat templates.
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the command line says about columns.
+
+    Attributes:
+        given: whether the user named the prompt's or the answer's column; then these two columns are meant.
+    """
+
+    prompt: str = "instruction"
+    response: str = "response"
+    text: str = "text"
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A format and the columns that it is read from.
+
+    Attributes:
+        columns: (meaning, column) pairs, e.g. (("prompt", "instruction"), ("response", "output")).
+        chat: whether rows are lists of messages.
+        unread: columns that the format might have meant, and that are left alone.
+    """
+
+    name: str
+    columns: tuple[tuple[str, str], ...]
+    chat: bool = False
+    unread: tuple[str, ...] = ()
+
+    def column(self, meaning: str) -> str | None:
+        return dict(self.columns).get(meaning)
+
+    def __str__(self) -> str:
+        noun = "column" if len(self.columns) == 1 else "columns"
+        text = f"{self.name} ({noun} {', '.join(column for _, column in self.columns)})"
+        if self.unread:
+            text += f"; {', '.join(self.unread)} is not read, --dataset_format alpaca reads it"
+        return text
+
+
+# ---------------------------------------------------------------- recognising
+
+
+def recognise(first: Mapping[str, Any], fields: Fields, wanted: str | None = None) -> RowFormat:
+    """The format of rows like `first`: the one that is wanted, or what the columns say.
+
+    Raises ConfigError that names the columns, where they are those of no format or not of the wanted one.
+    """
+    if wanted is not None:
+        found = _WANTED[wanted](first, fields)
+    elif fields.given or {fields.prompt, fields.response} <= set(first):
+        found = _two_columns(first, fields)
+    else:
+        found = next(filter(None, (_WANTED[name](first, fields) for name in _ORDER)), None)
+    if found is not None:
+        return found
+    if wanted not in (None, "alpaca"):
+        raise ConfigError(
+            f"--dataset_format {wanted} wants {_NEEDS[wanted]}, and the dataset's columns are {', '.join(first)}; name "
+            f"another format, or rename the columns"
+        )
+    missing = fields.prompt if fields.prompt not in first else fields.response
+    raise ConfigError(
+        f"column {missing!r} is not in the dataset; its columns are {', '.join(_similar(missing, first))}; set "
+        f"--prompt_field and --response_field to two of them"
+        + (f", or use the columns of another format ({', '.join(FORMATS[1:])})" if wanted is None else "")
+    )
+
+
+def _two_columns(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    if not {fields.prompt, fields.response} <= set(first):
+        return None
+    unread = ("input",) if "input" in first and "input" not in (fields.prompt, fields.response) else ()
+    return RowFormat("alpaca", (("prompt", fields.prompt), ("response", fields.response)), unread=unread)
+
+
+def _alpaca(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    response = fields.response if fields.response in first else "output"
+    if not {fields.prompt, response} <= set(first):
+        return None
+    more = [("input", "input")] if "input" in first and "input" not in (fields.prompt, response) else []
+    return RowFormat("alpaca", (("prompt", fields.prompt), *more, ("response", response)))
+
+
+def _sharegpt(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    return _list_of("from", "sharegpt", first, ("system", "tools"))
+
+
+def _messages(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    return _list_of("role", "messages", first, ("tools",))
+
+
+def _list_of(key: str, name: str, first: Mapping[str, Any], more: Sequence[str]) -> RowFormat | None:
+    for column in LISTS:
+        turns = as_list(first.get(column))
+        if turns and key in turns[0]:
+            also = [(meaning, meaning) for meaning in more if meaning in first]
+            return RowFormat(name, (("messages", column), *also), chat=True)
+    return None
+
+
+def _prompt_completion(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    if not {"prompt", "completion"} <= set(first):
+        return None
+    chat = all(_is_messages(first[column]) for column in ("prompt", "completion"))
+    more = [("tools", "tools")] if chat and "tools" in first else []
+    return RowFormat("prompt_completion", (("prompt", "prompt"), ("completion", "completion"), *more), chat=chat)
+
+
+def _text(first: Mapping[str, Any], fields: Fields) -> RowFormat | None:
+    return RowFormat("text", (("text", fields.text),)) if fields.text in first else None
+
+
+_WANTED = dict(zip(FORMATS, (_alpaca, _sharegpt, _messages, _prompt_completion, _text), strict=True))
+_ORDER = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
+_NEEDS = {
+    "sharegpt": "a column 'conversations' of {from, value}",
+    "messages": "a column 'messages' of {role, content}",
+    "prompt_completion": "columns 'prompt' and 'completion'",
+    "text": "the column of --dataset_text_field",
+}
+
+
+def _similar(name: str, columns: Mapping[str, Any]) -> list[str]:
+    """All columns, the most similar to a name first."""
+    return difflib.get_close_matches(name, list(columns), n=len(columns), cutoff=0.0)
+
+
+def _is_messages(value: Any) -> bool:
+    turns = as_list(value)
+    return bool(turns) and "role" in turns[0]
+
+
+def as_list(value: Any) -> list[dict[str, Any]]:
+    """A list of dicts, also from its JSON text, which is how a CSV file holds one; else an empty list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return list(value) if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else []
+
+
+# ---------------------------------------------------------------- reading a row
+
+
+def text_of(row: Mapping[str, Any], column: str, index: int) -> str:
+    """A cell as text. Raises ConfigError for an empty one, or for a list."""
+    value = row[column]
+    if value is None:
+        raise ConfigError(f"row {index} (from 0) has nothing in column {column!r}; fill it or drop the row")
+    if isinstance(value, list | dict):
+        raise ConfigError(f"column {column!r} holds {type(value).__name__}s; name a column of plain text")
+    return str(value)  # a CSV column of bare numbers arrives as numbers
+
+
+def messages_of(row: Mapping[str, Any], column: str, index: int) -> list[dict[str, Any]]:
+    """A cell as messages with `role`, whichever of the two spellings it has. Raises ConfigError."""
+    turns = as_list(row[column])
+    if not turns:
+        raise ConfigError(f"row {index} (from 0) has no list of messages in column {column!r}; fill it or drop the row")
+    return [_message(turn, index, column) for turn in turns]
+
+
+def _message(turn: dict[str, Any], index: int, column: str) -> dict[str, Any]:
+    if turn.get("role") is not None:
+        return {key: value for key, value in turn.items() if value is not None}  # Arrow fills keys that others have
+    speaker, text = turn.get("from"), turn.get("value")
+    if speaker not in ROLES or text is None:
+        raise ConfigError(
+            f"row {index} (from 0), column {column!r}: a turn from {speaker!r} with "
+            f"{'nothing' if text is None else 'something'} to say; known speakers are {', '.join(ROLES)}"
+        )
+    return {"role": ROLES[speaker], "content": text}
+
+
+def tools_of(row: Mapping[str, Any], column: str | None) -> list[dict[str, Any]] | None:
+    """The tools that a row's conversation may call, None where it has none."""
+    return as_list(row[column]) or None if column else None

@@ -1,0 +1,260 @@
+"""From the options of the section "data" to tokenised rows and batches, before the process group exists.
+
+Own file because reading is the same on every rank and all of it can be wrong in ways that only a person can mend:
+names, columns, formats, templates, lengths.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hdpissa.engine import data, data_sources
+from hdpissa.engine.batches import Batches, SliceBatches
+from hdpissa.engine.chat_template import ChatTemplate, resolve_chat_template
+from hdpissa.engine.data_encode import Encoding, choose_learn
+from hdpissa.engine.data_formats import Fields, RowFormat
+from hdpissa.engine.data_packing import PackedRows
+from hdpissa.engine.data_sources import Source
+from hdpissa.engine.data_stream import StreamBatches, encode_stream
+from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.prompts import PromptTemplate, resolve_template
+
+# Options that may have one value for each set of a mix.
+PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
+
+
+@dataclass
+class Rows:
+    """What was read.
+
+    Attributes:
+        train: tokenised rows, or a stream of them. held_out: rows to evaluate on, or None.
+        template: `render(instruction)` is what the model sees of a single question.
+        sources: for run.json and people: name, format and counts of each set.
+    """
+
+    train: Any
+    held_out: Any
+    template: Any
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_rows(args: Any, given: frozenset[str], tokenizer: Any) -> Rows:
+    """Training and evaluation rows, tokenised. No process group exists yet, so nobody waits in one."""
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
+    return _Reader(args, given, tokenizer).read()
+
+
+class _Reader:
+    """Reads the sets of a run one after another; what it has found out about them is in `sources`."""
+
+    def __init__(self, args: Any, given: frozenset[str], tokenizer: Any) -> None:
+        self.args, self.tokenizer, self.sources = args, tokenizer, list[dict[str, Any]]()
+        self.fields_given = bool({"prompt_field", "response_field"} & given)
+        self.template = resolve_template(args.prompt_template)
+        self.chat_template = resolve_chat_template(args.chat_template, tokenizer)
+        if args.chat_template is not None:
+            tokenizer.chat_template = self.chat_template  # so that the exported one has it, too
+        self.train_sources = data_sources.parse_sources(args.dataset_name)
+        self.options = self._spread_options()
+        self.first: RowFormat | None = None
+
+    def read(self) -> Rows:
+        train = self._stream() if self.args.streaming else data.join(list(self._train_parts()))
+        assert self.first is not None
+        template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
+        if self.first.chat:
+            template = ChatTemplate(self.chat_template or "", self.tokenizer)
+        held_out = None
+        if self.args.eval_dataset_name or self.args.eval_split:
+            held_out = data.join(list(self._eval_parts()))
+        return Rows(train, held_out, template, self.sources)
+
+    # --- sets ----------------------------------------------------------------------------------------
+
+    def _spread_options(self) -> list[dict[str, str | None]]:
+        """For each training set its own values of the options that may have several."""
+        count = len(self.train_sources)
+        columns = {name: data_sources.spread(getattr(self.args, name), count, f"--{name}") for name in PER_SOURCE}
+        return [{name: values[at] for name, values in columns.items()} for at in range(count)]
+
+    def _eval_options(self, source: Source) -> dict[str, str | None]:
+        """Those of the training set of that name; of another set, what all training sets have in common."""
+        names = [train.name for train in self.train_sources]
+        if source.name in names:
+            own = self.options[names.index(source.name)]
+        else:
+            values = {name: {options[name] for options in self.options} for name in PER_SOURCE}
+            own = {name: next(iter(found)) if len(found) == 1 else None for name, found in values.items()}
+        return own | {"dataset_split": self.args.eval_split or "train"}
+
+    def _train_parts(self) -> Iterator[Any]:
+        for source, options in zip(self.train_sources, self.options, strict=True):
+            rows = data_sources.take(self._load(source, options), source, self.args.seed)
+            yield self._encode(rows, source, options, use="train")
+
+    def _eval_parts(self) -> Iterator[Any]:
+        name = self.args.eval_dataset_name
+        sources = data_sources.parse_sources(name, "--eval_dataset_name") if name else self.train_sources
+        for source in sources if name else [Source(source.name) for source in sources]:
+            options = self._eval_options(source)
+            rows = data_sources.take(self._load(source, options), source, self.args.seed)
+            yield self._encode(rows, source, options, use="evaluation")
+
+    def _stream(self) -> Any:
+        streams = []
+        for source, options in zip(self.train_sources, self.options, strict=True):
+            rows = self._load(source, options, streaming=True)
+            encoding = self._encoding(rows, source, options)
+            data.check_encoding(self.tokenizer, encoding)
+            settings = {"seed": self.args.seed, "buffer_size": self.args.shuffle_buffer_size}
+            columns = list(next(iter(rows)))
+            streams.append(encode_stream(rows, self.tokenizer, encoding, columns=columns, **settings))
+            self.sources.append(self._describe(source, encoding, use="train"))
+        return data_sources.mix_streams(streams, self.train_sources, self.args.seed)
+
+    def _load(self, source: Source, options: dict[str, str | None], *, streaming: bool = False) -> Any:
+        return data_sources.load_rows(
+            source.name,
+            split=options["dataset_split"] or "train",
+            config_name=options["dataset_config"],
+            revision=options["dataset_revision"],
+            streaming=streaming,
+        )
+
+    def _encode(self, rows: Any, source: Source, options: dict[str, str | None], *, use: str) -> Any:
+        encoding = self._encoding(rows, source, options)
+        try:
+            found = data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
+        except ConfigError as error:
+            raise self._named(source, error) from None
+        counts = {
+            "rows": len(rows),
+            "used": len(found.dataset),
+            "dropped_without_labels": found.dropped_without_labels,
+            "dropped_too_long": found.dropped_too_long,
+            "truncated": found.truncated,
+        }
+        self.sources.append(self._describe(source, encoding, use=use) | counts)
+        return found
+
+    # --- formats -------------------------------------------------------------------------------------
+
+    def _encoding(self, rows: Any, source: Source, options: dict[str, str | None]) -> Encoding:
+        try:
+            return self._choose(rows, options)
+        except ConfigError as error:
+            raise self._named(source, error) from None
+
+    def _choose(self, rows: Any, options: dict[str, str | None]) -> Encoding:
+        args = self.args
+        named = options["prompt_field"], options["response_field"]
+        fields = Fields(
+            named[0] or "instruction", named[1] or "response", args.dataset_text_field, self.fields_given and any(named)
+        )
+        format = data.find_format(rows, fields, options["dataset_format"])
+        if format.name == "alpaca" and args.chat_template is not None:
+            if args.prompt_template != "alpaca":
+                raise ConfigError(
+                    f"--chat_template and --prompt_template {args.prompt_template!r}: a prompt can have only one of "
+                    f"them; leave one out"
+                )
+            format = replace(format, chat=True)
+        self.first = self.first or format
+        return Encoding(
+            format=format,
+            template=self.template.text,
+            chat_template=self.chat_template if format.chat else None,
+            learn=choose_learn(
+                format,
+                train_on_prompt=args.train_on_prompt,
+                completion_only_loss=args.completion_only_loss,
+                assistant_only_loss=args.assistant_only_loss,
+            ),
+            max_length=args.max_length,
+            truncation=args.truncation,
+        )
+
+    def _describe(self, source: Source, encoding: Encoding, *, use: str) -> dict[str, Any]:
+        loss = {"completion": "the answer", "assistant": "the assistant's turns", "everything": "everything"}
+        return {
+            "name": str(source),
+            "use": use,
+            "format": str(encoding.format),
+            "prompts": "chat template" if encoding.format.chat else self._prompts(encoding.format),
+            "loss_on": loss[encoding.learn],
+        }
+
+    def _prompts(self, format: RowFormat) -> str:
+        return f"template {self.args.prompt_template}" if format.name == "alpaca" else "as they are"
+
+    def _named(self, source: Source, error: ConfigError) -> ConfigError:
+        """Of several sets, which one is meant."""
+        return error if len(self.train_sources) == 1 else ConfigError(f"dataset {source}: {error}")
+
+
+# --- batches -----------------------------------------------------------------------------------------
+
+
+def make_batches(args: Any, rows: Rows, tokenizer: Any, *, slices: int, micro_batches: int, size: int) -> Batches:
+    """Training batches by slice, step and micro-batch; packed, grouped or streamed as the options say."""
+    flat = "flash" in (args.attn_implementation or "")
+    sizes = {"slices": slices, "micro_batches_per_slice": micro_batches, "micro_batch_size": size}
+    sizes["pad_token_id"] = tokenizer.pad_token_id
+    if args.streaming:
+        return StreamBatches(
+            rows.train,
+            sizes=sizes,
+            steps=args.max_steps,
+            seed=args.seed,
+            capacity=args.max_length if args.packing else None,
+            flat=flat,
+            max_length_is_law=args.truncation == "error",
+        )
+    dataset = PackedRows.of(rows.train.dataset, args.max_length) if args.packing else rows.train.dataset
+    return SliceBatches(dataset, **sizes, seed=args.seed, group_by_length=args.group_by_length, flat=flat)
+
+
+def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
+    """What run.json tells of the data."""
+    if isinstance(batches, StreamBatches):
+        return {"streamed": True, "sources": rows.sources}
+    train = rows.train
+    told = {
+        "used": len(train.dataset),
+        "dropped_without_labels": train.dropped_without_labels,
+        "dropped_too_long": train.dropped_too_long,
+        "truncated": train.truncated,
+        "dropped_at_the_end_of_an_epoch": batches.dropped_samples,
+        "sources": rows.sources,
+    }
+    return told | (
+        {"packed_into": len(batches.dataset)} if isinstance(batches, SliceBatches) and batches.packed else {}
+    )
+
+
+def refuse_leaks(engine: Any, job: Any) -> None:
+    """Raises StopError on all ranks where packed rows see each other in this model; collective."""
+    from hdpissa.engine import data_packing, zero3
+
+    vocabulary = engine.module.get_input_embeddings().num_embeddings
+    data_packing.refuse_leaks(engine, zero3.to_device, vocab_size=vocabulary, flat=job.data.flat)
+
+
+def tell_sources(sources: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each set: what it was taken for, and what became of its rows."""
+    return [_tell(source) for source in sources]
+
+
+def _tell(source: dict[str, Any]) -> str:
+    text = f"{source['use']} data {source['name']}: {source['format']}; prompts {source['prompts']}, loss on "
+    text += source["loss_on"]
+    if "rows" in source:
+        text += f"; {source['used']} of {source['rows']} rows"
+        dropped = {"without labels": source["dropped_without_labels"], "too long": source["dropped_too_long"]}
+        text += "".join(f", {count} dropped {why}" for why, count in dropped.items() if count)
+        text += f", {source['truncated']} truncated" if source["truncated"] else ""
+    return text
