@@ -51,6 +51,16 @@ def translate(argv: list[str], processes: int | None) -> tuple[list[str], list[s
     return [*kept, *(text for name, value in ours.items() for text in (f"--{name}", str(value)))], notes
 
 
+def rename(content: dict[str, Any], processes: int | None) -> list[str]:
+    """`translate` for the keys of a YAML file, in place; returns the notes."""
+    theirs = {name: content.pop(name) for name in NAMES if name in content}
+    ours, notes = convert(theirs, content.keys(), processes)
+    content |= ours
+    if isinstance(content.get("target_modules"), str):
+        content["target_modules"] = content["target_modules"].split()
+    return notes
+
+
 def convert(
     theirs: Mapping[str, Any], given: Collection[str], processes: int | None
 ) -> tuple[dict[str, Any], list[str]]:

@@ -117,28 +117,7 @@ def _with_config(words: list[str]) -> list[str]:
 
 
 def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[str]]:
-    """(keys of a YAML file, with the types that the dataclass declares; notes on the reference's names)."""
-    content = _load_yaml(path)
-    # not dataclasses.fields: the parser has replaced the types there
-    fields = get_type_hints(TrainArguments)
-    spellings = [name for name in ("ds_config", "deepspeed", "deepspeed_config") if name in content]
-    if len(spellings) > 1:
-        raise ConfigError(f"--config {path}: {' and '.join(spellings)} mean the same; keep one of them")
-    if spellings:
-        content["ds_config"] = content.pop(spellings[0])
-    theirs = {name: content.pop(name) for name in reference_names.NAMES if name in content}
-    ours, notes = reference_names.convert(theirs, content.keys(), processes)
-    content |= ours
-    for name, value in content.items():
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(fields)}"
-            raise ConfigError(f"--config {path}: unknown key {name}; {hint}")
-        content[name] = _convert(name, value, fields[name])
-    return content, notes
-
-
-def _load_yaml(path: str) -> dict[str, Any]:
+    """(keys of a YAML file with the types that the dataclass declares, notes on the reference's names)."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -149,7 +128,21 @@ def _load_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must hold keys and values, such as 'learning_rate: 2e-5'")
-    return content
+    # not dataclasses.fields: the parser has replaced the types there
+    fields = get_type_hints(TrainArguments)
+    spellings = [name for name in ("ds_config", "deepspeed", "deepspeed_config") if name in content]
+    if len(spellings) > 1:
+        raise ConfigError(f"--config {path}: {' and '.join(spellings)} mean the same; keep one of them")
+    if spellings:
+        content["ds_config"] = content.pop(spellings[0])
+    notes = reference_names.rename(content, processes)
+    for name, value in content.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(fields)}"
+            raise ConfigError(f"--config {path}: unknown key {name}; {hint}")
+        content[name] = _convert(name, value, fields[name])
+    return content, notes
 
 
 def _convert(name: str, value: Any, declared: Any) -> Any:
