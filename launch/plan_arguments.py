@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line, help_pages, shipped_configs
 from hdpissa.launch.command_line import option
-from hdpissa.launch.plan_gathers import Policy
-from hdpissa.launch.plan_hardware import Cluster, read_gpu
-from hdpissa.launch.plan_model import build, read_config
-from hdpissa.launch.plan_run import Batch, Placement, Run
+
+if TYPE_CHECKING:  # --help and most mistakes need no torch
+    from hdpissa.engine.config import HDPissaConfig
+    from hdpissa.launch.plan_run import Run
 
 # What a run without a JSON of its own would take.
 DEFAULT_JSON = shipped_configs.FOLDER / "zero3.json"
@@ -101,6 +100,10 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
         ConfigError: what does not exist, is not valid, or is said in two ways.
     """
     from hdpissa.engine import ds_config
+    from hdpissa.launch.plan_gathers import Policy
+    from hdpissa.launch.plan_hardware import Cluster, read_gpu
+    from hdpissa.launch.plan_model import build, read_config
+    from hdpissa.launch.plan_run import Batch, Placement, Run
 
     cluster = Cluster(read_gpu(args.gpu), args.gpus, args.gpus_per_node)
     raw, section = _sections(args, given)
