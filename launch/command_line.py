@@ -67,14 +67,13 @@ def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
         raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
 
 
-def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Runs a script's `main`: 0, or 2 with a user's mistake as one line."""
+def exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Runs a script's `main`: what it returns, 0 for nothing, or 2 with a user's mistake as one line."""
     try:
-        main(argv)
+        return main(argv) or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _refuse(message: str) -> NoReturn:

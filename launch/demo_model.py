@@ -171,10 +171,10 @@ def _read_gguf_once() -> Iterator[None]:
             setattr(gguf, name, function)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the demo model and print its folder.")
     parser.add_argument("--output_dir", help="where to; default: $HDPISSA_CACHE or ~/.cache/hdpissa")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         print(ensure_demo_model(arguments.output_dir))
     except DemoModelError as error:

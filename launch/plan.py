@@ -47,6 +47,7 @@ def plan_table(run: Any, *, capped: bool) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Reads, plans, prints."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args, given = plan_arguments.parse(argv)
     run = plan_arguments.resolve(args, given)
 
@@ -73,5 +74,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(command_line.exit_code(main))

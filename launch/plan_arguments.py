@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
+from hdpissa.launch import command_line, help_pages, shipped_configs
 from hdpissa.launch.command_line import option
-from hdpissa.launch.plan_gathers import Policy
-from hdpissa.launch.plan_hardware import Cluster, read_gpu
-from hdpissa.launch.plan_model import build, read_config
-from hdpissa.launch.plan_run import Batch, Placement, Run
+
+if TYPE_CHECKING:  # --help and most mistakes need no torch
+    from hdpissa.engine.config import HDPissaConfig
+    from hdpissa.launch.plan_run import Run
 
 # What a run without a JSON of its own would take.
-DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
+DEFAULT_JSON = shipped_configs.FOLDER / "zero3.json"
 
 
 @dataclass
@@ -50,15 +48,29 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
+HELP = help_pages.Page(
+    "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
+    (
+        "hdpissa plan --model_name_or_path M --gpu H100 --gpus 8 --gradient_checkpointing",
+        "hdpissa plan --model_name_or_path M --gpu H100 --table",
+    ),
+    ("model_name_or_path",),
+)
+
+
 def parse(argv: list[str] | None = None) -> tuple[PlanArguments, frozenset[str]]:
-    """(arguments, names of those that the user set).
+    """(arguments, names of those that the user set). --help is answered, and ends the process.
 
     Raises:
         ConfigError: unknown or missing arguments, values out of range.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if help_pages.answered(words, {"plan": PlanArguments}, HELP):
+        raise SystemExit(0)
     parser = command_line.make_parser(PlanArguments)
-    values, given = command_line.read(parser, list(sys.argv[1:] if argv is None else argv))
+    values, given = command_line.read(parser, words)
     args = PlanArguments(**values)
+    args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)
     return args, frozenset(given)
 
@@ -88,6 +100,10 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
         ConfigError: what does not exist, is not valid, or is said in two ways.
     """
     from hdpissa.engine import ds_config
+    from hdpissa.launch.plan_gathers import Policy
+    from hdpissa.launch.plan_hardware import Cluster, read_gpu
+    from hdpissa.launch.plan_model import build, read_config
+    from hdpissa.launch.plan_run import Batch, Placement, Run
 
     cluster = Cluster(read_gpu(args.gpu), args.gpus, args.gpus_per_node)
     raw, section = _sections(args, given)
@@ -132,7 +148,7 @@ def _sections(args: PlanArguments, given: frozenset[str]) -> tuple[dict[str, Any
     slices = "auto" if args.slices == "auto" else int(args.slices)
     ours = {"r": args.r, "slices": slices}
     for name, value in ours.items():
-        if name in said and name in given and said[name] != value:
+        if name in given and said.get(name, "auto") not in ("auto", value):
             differ.append(f"hd_pissa.{name} is {said[name]} but --{name} is {value}")
     form = said.get("master", {}).get("format")
     if form is not None and "master_format" in given and form != args.master_format:
@@ -148,7 +164,7 @@ def _sections(args: PlanArguments, given: frozenset[str]) -> tuple[dict[str, Any
         )
     if args.offload_param:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    changes: dict[str, Any] = {name: value for name, value in ours.items() if name not in said}
+    changes: dict[str, Any] = {name: value for name, value in ours.items() if said.get(name, "auto") == "auto"}
     if form is None:
         changes["master"] = section.master.model_copy(update={"format": args.master_format})
     return raw, section.model_copy(update=changes)

@@ -1,13 +1,15 @@
 """The command line of train.py: Hugging Face's names, read by Hugging Face's own parser.
 
-`--config run.yaml` gives the same keys from a file; what stands on the command line wins. Unknown names
-are refused with the nearest valid one. Imports neither torch nor DeepSpeed at module level.
+`--config run.yaml`, or `run.yaml` as the first word, gives the same keys from a file; what stands on the command
+line wins. Unknown names are refused with the nearest valid one; those of the published reference are understood
+(reference_names.py). Imports neither torch nor DeepSpeed at module level.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,18 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.launcher import read_launch, speaking_rank
 from hdpissa.launch import (
     command_line,
+    help_pages,
     options_data,
     options_evaluation,
     options_reporting,
     options_running,
     options_saving,
     options_training,
+    reference_names,
+    shipped_configs,
 )
 
 OPTIONS = {  # in the order of --help; each file has its options and what their values may be
@@ -35,6 +41,22 @@ OPTIONS = {  # in the order of --help; each file has its options and what their 
     "checkpoints and export": (options_saving.SavingOptions, options_saving.check),
 }
 REQUIRED = ("ds_config", "model_name_or_path", "dataset_name", "output_dir")
+SECTIONS = {name: section for name, (section, _) in OPTIONS.items()}
+HELP = help_pages.Page(
+    "Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3.",
+    (
+        "hdpissa train [launcher] [run.yaml] --ds_config F --model_name_or_path M --dataset_name D --output_dir O",
+        "",
+        "launcher   --num_accelerators N, --hostfile F, --master_port P, …: deepspeed's;",
+        "           --nproc_per_node N, --nnodes N, --rdzv_endpoint H, …: torchrun's;",
+        "           none: the deepspeed launcher with all devices of this machine",
+        "run.yaml   the same names in a file (also --config run.yaml); what stands on the command line wins",
+        "",
+        "Names of the reference code (--model_path, --ranks_per_gpu, --lr, …) are understood, too.",
+    ),
+    REQUIRED,
+    reference_names.SAME,
+)
 
 
 @dataclass
@@ -49,28 +71,53 @@ class TrainArguments(
     """Fine-tunes a causal language model with HD-PiSSA on DeepSpeed ZeRO-3."""
 
 
-def parse(argv: list[str] | None = None) -> tuple[TrainArguments, frozenset[str]]:
-    """(arguments, names of those that the user set).
+def help_shown(argv: list[str]) -> bool:
+    """Whether the command line has asked for help, and got it."""
+    return help_pages.answered(argv, SECTIONS, HELP)
+
+
+def parse(argv: list[str] | None = None, *, launched: bool = True) -> tuple[TrainArguments, frozenset[str]]:
+    """(arguments, names of those that the user set). --help is answered, and ends the process.
+
+    Args:
+        launched: False where a launcher is still to be started, and so nobody knows how many processes there are.
 
     Raises:
         ConfigError: unknown or missing arguments, values out of range.
     """
-    parser = command_line.make_parser({name: section for name, (section, _) in OPTIONS.items()})
+    words = list(sys.argv[1:] if argv is None else argv)
+    if help_shown(words):
+        raise SystemExit(0)
+    processes = read_launch(os.environ).world_size if launched else None
+    words, notes = reference_names.translate(_with_config(words), processes)
+    parser = command_line.make_parser(SECTIONS)
     parser.add_argument("--config", help="YAML file with the same keys; the command line wins")
-    values, on_command_line = command_line.read(parser, list(sys.argv[1:] if argv is None else argv))
+    values, on_command_line = command_line.read(parser, words)
     file = values.pop("config")
     on_command_line.discard("config")
-    from_file = _read_yaml(file) if file else {}
+    from_file, more = _read_yaml(file, processes) if file else ({}, [])
     for name, value in from_file.items():
         if name not in on_command_line:
             values[name] = value
     args = TrainArguments(**values)
+    args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)
+    if launched and speaking_rank(os.environ) == "0":
+        for note in [*notes, *more]:
+            print(f"note: {note}", file=sys.stderr)
     return args, frozenset(on_command_line | set(from_file))
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The keys of a YAML file, with the types that the dataclass declares."""
+def _with_config(words: list[str]) -> list[str]:
+    """`run.yaml …` as `--config run.yaml …`; the deepspeed launcher puts --local_rank=N before it."""
+    for place, word in enumerate(words[:2]):
+        if word.endswith((".yaml", ".yml")) and all(before.startswith("--local_rank=") for before in words[:place]):
+            return [*words[:place], "--config", *words[place:]]
+    return words
+
+
+def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[str]]:
+    """(keys of a YAML file with the types that the dataclass declares, notes on the reference's names)."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -88,13 +135,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {' and '.join(spellings)} mean the same; keep one of them")
     if spellings:
         content["ds_config"] = content.pop(spellings[0])
+    notes = reference_names.rename(content, processes)
     for name, value in content.items():
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(fields)}"
             raise ConfigError(f"--config {path}: unknown key {name}; {hint}")
         content[name] = _convert(name, value, fields[name])
-    return content
+    return content, notes
 
 
 def _convert(name: str, value: Any, declared: Any) -> Any:
