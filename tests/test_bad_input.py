@@ -72,7 +72,7 @@ COMMAND_LINE = [
     argument("unknown schedule", ("is cosin:", "must be one of cosine, linear"), lr_scheduler_type="cosin"),
     argument("unknown export format", ("is gguf:", "must be one of hf, peft, both, none"), export_format="gguf"),
     argument("a rank without an adapter", ("--export_rank is 8", "--export_format peft or both"), export_rank=8),
-    argument("unknown export dtype", ("is fp8:", "must be auto, bf16 or fp32"), export_dtype="fp8"),
+    argument("unknown export dtype", ("is fp8:", "must be one of auto, bf16, fp32"), export_dtype="fp8"),
     argument("micro-batch of 0", ("is 0:", "at least 1"), per_device_train_batch_size=0),
     argument("negative learning rate", ("--learning_rate is -0.1", "must not be negative"), learning_rate=-0.1),
     argument(
