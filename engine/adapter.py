@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Adapted:
         names: module names of all Linears that hold it; the adapter names each.
         r: components of its pair, 2·R·S or what it was cut to.
         scale: s, multiplies the product.
+        transposed: whether the model stores the matrix as I × O (Conv1D); the pair is a Linear's all the same.
     """
 
     names: tuple[str, ...]
@@ -38,10 +39,11 @@ class Adapted:
     cols: int
     r: int
     scale: float
+    transposed: bool = False
 
     def cut(self, r: int) -> Adapted:
         """The same with at most so many components, and no more than the matrix has."""
-        return Adapted(self.names, self.rows, self.cols, min(r, self.r, self.rows, self.cols), self.scale)
+        return replace(self, r=min(r, self.r, self.rows, self.cols))
 
     @property
     def numel(self) -> int:
@@ -91,7 +93,7 @@ def adapter_config(adapted: Sequence[Adapted], modules: Iterable[str], base: str
         "alpha_pattern": _pattern({n: _alpha(a) for n, a in by_name.items()}, alpha, suffixes),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(a.transposed for a in adapted),
         "use_rslora": False,
         "use_dora": False,
         "lora_bias": False,

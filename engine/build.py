@@ -63,6 +63,8 @@ def initialize(
     pulse.reach("start.shards", slow=True)
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
+    for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
+        logger.warning("%s", line)
     kept = _shard(model, settings, targets, plan)
     zero3.attach_anchor(model, settings)
     ds = zero3.wrap(model, settings)

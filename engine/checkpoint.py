@@ -176,7 +176,7 @@ def sums_are_exact(optimizer: SliceOptimizer) -> bool:
 
 
 def _spec(t: Target) -> TargetSpec:
-    return TargetSpec(name=t.name, rows=t.rows, cols=t.cols, r=t.r, scale=t.scale)
+    return TargetSpec(name=t.name, rows=t.rows, cols=t.cols, r=t.r, scale=t.scale, transposed=t.transposed)
 
 
 # --- what is found ---------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class TargetSpec(_Strict):
     cols: int = Field(gt=0)
     r: int = Field(gt=0)
     scale: float
+    transposed: bool = False
 
 
 class Base(_Strict):

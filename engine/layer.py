@@ -5,6 +5,8 @@ The forward output is exactly the base layer's: adapters contribute nothing to i
 two thin gradients, which go straight into the fp32 buffers. Issues no collectives: ZeRO-3
 gathers W around forward and backward, and a collective from an autograd hook would
 interleave with its own in a rank-dependent order.
+
+`SliceConv1D` is the same for GPT-2's Conv1D, whose weight is stored transposed.
 """
 
 from __future__ import annotations
@@ -110,6 +112,57 @@ class _SliceLinearFunction(torch.autograd.Function):
         else:
             ctx.group.deposit(grad_A_RI, q_TR, x_TI)
         factors.reached = True
+        return dx, None, None, None, None, None
+
+
+class SliceConv1D(nn.Module):
+    """transformers' `Conv1D` (GPT-2), its class swapped like `SliceLinear`'s: y = x W + bias with W (I × O) as stored.
+
+    A target is a matrix as it is stored, here the transpose of a Linear's. Its slices are the transposes, too: with
+    A (R × O) and B (I × R) the update of step 4 in method.md, transposed, is the same formula. Only the roles of x and
+    dy change places, so that both gradients are made in backward:
+
+        grad A = (x B)ᵀ dy          grad B = xᵀ (dy Aᵀ)
+    """
+
+    slice_factors: LayerFactors
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, I) → (…, O)."""
+        pulse.tick()
+        if not (self.training and torch.is_grad_enabled()):
+            return _conv1d(x, self.weight, self.bias)
+        factors = self.slice_factors
+        i = factors.active.index
+        return _SliceConv1DFunction.apply(x, factors.A[i], factors.B[i], self.weight, self.bias, factors)
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+class _SliceConv1DFunction(torch.autograd.Function):
+    """As `_SliceLinearFunction`; x alone is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x, A_RO, B_IR, weight, bias, factors):  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.A_RO, ctx.B_IR, ctx.factors = weight, A_RO, B_IR, factors
+        return _conv1d(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        pulse.tick()
+        (x,) = ctx.saved_tensors
+        factors, impl = ctx.factors, ctx.factors.impl
+        x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        p_TR = kernels.low_rank_forward(dy_TO, ctx.A_RO, impl=impl)
+        q_TR = kernels.low_rank_grad_B_(ctx.B_IR.grad, x_TI, p_TR, ctx.B_IR, impl=impl)
+        kernels.low_rank_grad_A_([ctx.A_RO.grad], [q_TR], dy_TO, impl=impl)
+        factors.reached = True
+        dx = dy @ ctx.weight.t() if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None
 
 

@@ -76,7 +76,8 @@ def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
             sums.setdefault(name, []).append((sum_A, sum_B))
     for target in store.targets:
         modules = tuple(names[id(m)] for m in target.modules)
-        adapted = Adapted(modules, target.rows, target.cols, 2 * target.r * store.plan.slices, target.scale)
+        rows, cols = (target.cols, target.rows) if target.transposed else (target.rows, target.cols)
+        adapted = Adapted(modules, rows, cols, 2 * target.r * store.plan.slices, target.scale, target.transposed)
         of_slice = functools.partial(_of_slice, store, target, sums[target.name])
         of_rows = functools.partial(_of_rows, store, target, sums[target.name])
         yield Stack(adapted, store.plan, of_slice, of_rows)
@@ -96,10 +97,14 @@ def refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:
 
 
 def _of_slice(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], index: int) -> Tensor:
-    return stack_A(store.own_factors(target, index)[0], sums[index][0])
+    factors, which = store.own_factors(target, index), int(target.transposed)
+    return stack_A(*(t.t() if target.transposed else t for t in (factors[which], sums[index][which])))
 
 
 def _of_rows(store: FactorStore, target: Target, sums: list[tuple[Tensor, Tensor]], first: int, last: int) -> Tensor:
+    if target.transposed:
+        As = [store.own_factors(target, index)[0] for index in range(len(sums))]
+        return stack_B([(A.t()[first:last], sum_A.t()[first:last]) for A, (sum_A, _) in zip(As, sums, strict=True)])
     B_SOR = store.own_B[target.name]
     return stack_B([(B[first:last], sum_B[first:last]) for B, (_, sum_B) in zip(B_SOR, sums, strict=True)])
 

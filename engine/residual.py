@@ -123,6 +123,8 @@ def _measure_piece(change: Change, reader: Pairs, begin: int, end: int) -> Tenso
     step = max(1, PIECE_ELEMENTS // (adapted.rows + adapted.cols))
     for first in range(0, adapted.r, step):
         A, B = reader.read(adapted, first, min(first + step, adapted.r))
+        if adapted.transposed:
+            A, B = B.t(), A.t()
         if where.numel:
             product = torch.mm(B[where.row_start : where.row_stop], A).flatten()
             skip = where.start - where.row_start * where.cols

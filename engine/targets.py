@@ -24,11 +24,12 @@ class Target:
     Attributes:
         name: module name of the first Linear that holds it.
         modules: all Linears that hold it.
-        rows: O, out_features.  cols: I, in_features.
+        rows, cols: of the matrix as it is stored: O and I, out_features and in_features; of a Conv1D I and O.
         r: rank of one slice.  scale: lora_alpha / r, multiplies the delta.
         ranges: for each rank of the world its flat range.
         kind: chosen by `exchange.choose_kinds`.
         shard: this rank's exact values, set once the weights are in place.
+        transposed: whether its modules are Conv1D.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     ranges: list[ShardRange]
     kind: Kind = "factor"
     shard: Shard | None = field(default=None, repr=False)
+    transposed: bool = False
 
     def own_range(self, plan: SlicePlan) -> ShardRange:
         """This rank's flat range."""

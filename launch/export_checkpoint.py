@@ -275,13 +275,20 @@ def _export_peft(
 
 
 def _stack(reader: CheckpointReader, t: TargetSpec, plan: SlicePlan) -> Stack:
-    adapted = Adapted((t.name,), t.rows, t.cols, 2 * t.r * plan.slices, t.scale)
+    rows, cols = (t.cols, t.rows) if t.transposed else (t.rows, t.cols)
+    adapted = Adapted((t.name,), rows, cols, 2 * t.r * plan.slices, t.scale, t.transposed)
+
+    def halves(index: int, which: int) -> tuple[Tensor, Tensor]:
+        """(A and ΣΔA, or B and ΣΔB) of a slice, as a Linear has them: a transposed pair is (Bᵀ, Aᵀ)."""
+        if t.transposed:
+            return reader.factors(index, t.name)[1 - which].t(), reader.delta_sum(index, t.name)[1 - which].t()
+        return reader.factors(index, t.name)[which], reader.delta_sum(index, t.name)[which]
 
     def of_slice(index: int) -> Tensor:
-        return stack_A(reader.factors(index, t.name)[0], reader.delta_sum(index, t.name)[0])
+        return stack_A(*halves(index, 0))
 
     def of_rows(first: int, last: int) -> Tensor:
-        pairs = ((reader.factors(i, t.name)[1], reader.delta_sum(i, t.name)[1]) for i in range(plan.slices))
+        pairs = (halves(index, 1) for index in range(plan.slices))
         return stack_B((B[first:last].clone(), sum_B[first:last].clone()) for B, sum_B in pairs)
 
     return Stack(adapted, plan, of_slice, of_rows)

@@ -180,10 +180,11 @@ def work_per_token(model: Model, targets: list, length: int, *, inputs: int | No
 def _products(module: Any) -> tuple[float, int]:
     """(weights that a token is multiplied with, but for the head; the head's)."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     output = module.get_output_embeddings()
     head = output.weight.numel() if isinstance(output, nn.Linear) else 0
-    linears = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m is not output)
+    linears = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
     fused = sum(p.numel() for p in module.parameters() if p.dim() == 3)  # experts, stacked
     return linears + fused * _share_of_experts(module.config), head
 

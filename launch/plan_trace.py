@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hdpissa.engine.layer import ActiveSlice, LayerFactors, SliceLinear
+from hdpissa.engine.layer import ActiveSlice, LayerFactors, SliceConv1D, SliceLinear
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,16 @@ def _trainable(module: nn.Module, targets: list) -> Iterator[None]:
     active = ActiveSlice()
     factors = {t.name: LayerFactors(active, [leaf(t.r, t.cols)], [leaf(t.rows, t.r)]) for t in targets}
     frozen = {p: p.requires_grad for p in module.parameters()}
+    classes = {linear: type(linear) for target in targets for linear in target.modules}
     adapt.freeze(module)
     adapt.install(targets, SimpleNamespace(layers=factors))  # type: ignore[arg-type]
     module.train()
     try:
         yield
     finally:
-        for target in targets:
-            for linear in target.modules:
-                linear.__class__ = nn.Linear
-                del linear.slice_factors
+        for linear, kind in classes.items():
+            linear.__class__ = kind
+            del linear.slice_factors
         for p, flag in frozen.items():
             p.requires_grad_(flag)
 
@@ -159,7 +159,7 @@ class _Recorder:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._visit(module, True, args)
-        if isinstance(module, SliceLinear):
+        if isinstance(module, SliceLinear | SliceConv1D):
             self._read(args[0])
         if module in self.block:
             self.layer = self.block[module]

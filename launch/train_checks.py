@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import model_checks
 
 AUTO = ("auto", "true", "True")  # --resume_from_checkpoint; the latter two are how Hugging Face's True arrives
 
@@ -93,12 +94,15 @@ def read_model_config(args: Any) -> Any:
     name = args.model_name_or_path
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
+    model_checks.check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--model_name_or_path {name}: no usable model there ({reason(error)}); give a Hugging Face folder or name"
         ) from None
+    model_checks.check_config(name, config)
+    return config
 
 
 def reason(error: Exception) -> str:
@@ -144,6 +148,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
             f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
             f"give a causal language model, and an attention that it has"
         ) from None
+    model_checks.check_causal(args.model_name_or_path, model)
     targets = adapt.find_targets(model, hd, plan)
     if args.packing:
         refuse_stateful(model)

@@ -1,0 +1,97 @@
+"""What a base model must be, as far as its files tell without their weights being read.
+
+`train_checks` asks; each of these ends in one line. A folder is looked into; of a hub name that is not on this machine
+yet only the configuration is known, and the rest is found when it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine.errors import ConfigError
+
+ADAPTER = "adapter_config.json"
+# Of transformers' weight files, those that an index may name, too.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Heads that answer with something else than the next token. A base without any head may be tied, so it is let pass.
+OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
+
+
+def check_folder(name: str) -> None:
+    """Refuses a folder that is an adapter, or whose weights are not all there; before its configuration is read.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    if (folder / ADAPTER).is_file():
+        raise ConfigError(
+            f"--model_name_or_path {name}: holds {ADAPTER}, so it is an adapter, not a whole model; merge it into its "
+            f"base (PEFT's merge_and_unload, then save_pretrained) and give the folder with the merged model"
+        )
+    if not (folder / "config.json").is_file():
+        return  # what reads it says so
+    if not any(path.is_file() for weights in WEIGHTS for path in (folder / weights, folder / f"{weights}.index.json")):
+        other = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "only other files"
+        raise ConfigError(
+            f"--model_name_or_path {name}: holds no weights ({other}); there must be {' or '.join(WEIGHTS)}, or an "
+            f"index of several: get the model again"
+        )
+    _check_safetensors(name)
+
+
+def _check_safetensors(name: str) -> None:
+    """Headers and lengths of all safetensors files: downloads that broke off, and pointers of Git LFS."""
+    from hdpissa.engine.base_files import checkpoint_files, open_tensors
+
+    for path in sorted(set(checkpoint_files(name).values())):
+        if not Path(path).is_file():
+            raise ConfigError(
+                f"--model_name_or_path {name}: its index names {Path(path).name}, which must be there and is not; get "
+                f"the file again"
+            )
+        with open_tensors(path):
+            pass
+
+
+def check_config(name: str, config: Any) -> None:
+    """Refuses what the configuration says of weights and head.
+
+    Raises:
+        ConfigError: quantised weights; a head that does not predict tokens.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if quantized:
+        said = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        method = said.get("quant_method", "unknown method")
+        raise ConfigError(
+            f"--model_name_or_path {name}: its weights are quantised ({method}), and W must be bf16, fp16 or fp32 to "
+            f"be updated in its shards; give the model that it was made from"
+        )
+    head = next((a for a in getattr(config, "architectures", None) or [] if OTHER_HEADS.search(a)), None)
+    if head is not None:
+        raise ConfigError(
+            f"--model_name_or_path {name}: is a {head}, which must be a causal language model; give one that predicts "
+            f"the next token"
+        )
+
+
+def check_causal(name: str, model: Any) -> None:
+    """Refuses a model in which a token sees those that follow it: it would read the answer that it is to give.
+
+    transformers builds BERT and its kin as language models with nothing but a warning.
+
+    Raises:
+        ConfigError: no attention is causal.
+    """
+    causal = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if causal and not any(causal):
+        raise ConfigError(
+            f"--model_name_or_path {name}: in a {type(model).__name__} every token sees the whole text, the answer "
+            f"included; it must be a causal language model"
+        )
