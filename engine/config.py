@@ -47,6 +47,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _no_constant(name: str) -> NoReturn:
+    """Refuses NaN and Infinity, which Python's reader takes and JSON does not have."""
+    raise ConfigError(f"holds {name}, which is not JSON; give a number")
+
+
 def read_ds_config(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
     """The config as a dict that the caller may keep: from a dict, a JSON file or an Accelerate YAML file.
 
@@ -60,9 +65,11 @@ def read_ds_config(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".yaml", ".yml"):
             return _from_accelerate(yaml.safe_load(text), path)
-        ds = json.loads(text, object_pairs_hook=_no_duplicates)
+        ds = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         fail([f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); mend it"])
+    except RecursionError:
+        fail([f"{path}: nested too deeply for a config; give the path of a DeepSpeed JSON file"])
     except yaml.YAMLError as error:
         fail([f"{path}: not valid YAML ({error}); mend it"])
     except (OSError, UnicodeDecodeError) as error:
@@ -82,6 +89,7 @@ def _from_accelerate(document: Any, path: Path) -> dict[str, Any]:
         fail(["no `deepspeed_config` section: must be an Accelerate config; give the DeepSpeed JSON instead"])
     if section.get("deepspeed_config_file"):
         return read_ds_config(section["deepspeed_config_file"])
+    _refuse_other_splits(document)
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}  # 2 is Accelerate's default
     for name in ("offload_param", "offload_optimizer"):
         device = section.get(f"{name}_device")
@@ -100,6 +108,14 @@ def _from_accelerate(document: Any, path: Path) -> dict[str, Any]:
     if "hd_pissa" in document:
         ds["hd_pissa"] = document["hd_pissa"]
     return ds
+
+
+def _refuse_other_splits(document: dict[str, Any]) -> None:
+    """Sequences, matrices or replicas that Accelerate would spread over ranks; ignored, the run would be another."""
+    sizes = document.get("parallelism_config")
+    for key, size in sizes.items() if isinstance(sizes, dict) else ():
+        if key.endswith(("tp_size", "cp_size", "sp_size", "dp_replicate_size")) and size not in (None, 1):
+            fail([f"{key} is {show(size)}: must be 1, because all ranks together hold each W in one group; set it"])
 
 
 def _check_slices(value: Any) -> int | Literal["auto"]:

@@ -130,7 +130,7 @@ def check_ds_config(ds: dict[str, Any]) -> None:
 
     Raises ConfigError: one line that names every such key with the reason and the remedy.
     """
-    problems = _malformed(ds) + _zero_problems(ds)
+    problems = _misspelt(ds) + _malformed(ds) + _zero_problems(ds)
     wrong = [
         (path, "off", reason)
         for path, reason in (_MUST_BE_OFF | dict.fromkeys(_REMOVED_SECTIONS, _REMOVED)).items()
@@ -147,6 +147,20 @@ def check_ds_config(ds: dict[str, Any]) -> None:
     ]
     if problems:
         fail(["DeepSpeed config: " + problems[0], *problems[1:]])
+
+
+# What DeepSpeed would pass over in silence if it were misspelt, and what looks like one of them but is another key.
+_SPELT = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_SPELT += ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16")
+_ALIKE = ("bfloat16", "fp8")
+
+
+def _misspelt(ds: dict[str, Any]) -> list[str]:
+    found = []
+    for key in ds.keys() - {*_SPELT, *_ALIKE}:
+        if near := difflib.get_close_matches(str(key).lower(), _SPELT, n=1, cutoff=0.85):
+            found.append(f'{key}: unknown key; did you mean "{near[0]}"?')
+    return sorted(found)
 
 
 def _malformed(ds: dict[str, Any]) -> list[str]:

@@ -61,6 +61,14 @@ def at_least(args: Any, limit: int, *names: str) -> None:
             raise ConfigError(f"--{name} is {value}: {rule}")
 
 
+def at_most(args: Any, limit: int, *names: str, why: str) -> None:
+    """Raises ConfigError for the first option of these that is larger; None is none given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value > limit:
+            raise ConfigError(f"--{name} is {value}: must be at most {limit}, {why}; give a smaller one")
+
+
 def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
     """Raises ConfigError for an option that has none of these values."""
     if getattr(args, name) not in valid:

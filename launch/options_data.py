@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, one_of, option
+from hdpissa.launch.command_line import at_least, at_most, one_of, option
 
 
 @dataclass
@@ -58,6 +58,7 @@ TRUNCATIONS, NORMALIZATIONS = ("truncate", "drop", "error"), ("mean", "tokens")
 def check(args: DataOptions) -> None:
     """Raises ConfigError for values out of range, and for options that exclude each other."""
     at_least(args, 1, "max_length", "shuffle_buffer_size", "preprocessing_num_workers")
+    at_most(args, 2**31 - 1, "max_length", why="what a row's length is counted in")
     at_least(args, 0, "preview")
     one_of(args, "truncation", TRUNCATIONS)
     one_of(args, "loss_normalization", NORMALIZATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, option
+from hdpissa.launch.command_line import at_least, at_most, option
 
 
 @dataclass
@@ -36,6 +36,7 @@ class RunningOptions:
 def check(args: RunningOptions) -> None:
     """Raises ConfigError for values out of range."""
     at_least(args, 1, "ddp_timeout")
+    at_most(args, 10**7, "ddp_timeout", why="four months")
     at_least(args, 0, "max_skipped_steps", "integrity_steps")
     if not 1 <= args.hang_s <= args.ddp_timeout:
         raise ConfigError(

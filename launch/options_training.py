@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, one_of, option
+from hdpissa.launch.command_line import at_least, at_most, one_of, option
 
 
 @dataclass
@@ -36,6 +36,7 @@ def check(args: TrainingOptions) -> None:
     one_of(args, "lr_scheduler_type", SCHEDULES)
     at_least(args, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
     at_least(args, 0, "learning_rate", "warmup_steps", "max_grad_norm", "seed")
+    at_most(args, 2**31, "seed", why="as numpy's generator wants it with a rank's number added")
     if not 0 <= args.warmup_ratio <= 1:
         raise ConfigError(
             f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"

@@ -116,10 +116,21 @@ def _with_config(words: list[str]) -> list[str]:
     return words
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f'the key "{twice}" stands twice; keep one of them')
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[str]]:
     """(keys of a YAML file with the types that the dataclass declares, notes on the reference's names)."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_OnceLoader)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file") from None
     except UnicodeDecodeError:

@@ -15,6 +15,7 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import model_checks
 
+MOST_STEPS = 10**9
 AUTO = ("auto", "true", "True")  # --resume_from_checkpoint; the latter two are how Hugging Face's True arrives
 
 
@@ -97,7 +98,7 @@ def read_model_config(args: Any) -> Any:
     model_checks.check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file leads to
         raise ConfigError(
             f"--model_name_or_path {name}: no usable model there ({reason(error)}); give a Hugging Face folder or name"
         ) from None
@@ -142,7 +143,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **model_options(args))
-    except (ValueError, ImportError) as error:  # no causal language model, or an attention that is not there
+    except Exception as error:  # no causal language model, an attention that is not there, sizes that do not fit
         attention = f", --attn_implementation {args.attn_implementation}" if args.attn_implementation else ""
         raise ConfigError(
             f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
@@ -182,7 +183,7 @@ def read_tokenizer(args: Any) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises just that
         raise ConfigError(
             f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({reason(error)}); "
             f"put the model's tokenizer files beside it"
@@ -214,7 +215,13 @@ def count_steps(args: Any, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; refuses a run of none."""
     if args.max_steps > 0:
         return args.max_steps
-    steps = int(args.num_train_epochs * steps_per_epoch)
+    wanted = args.num_train_epochs * steps_per_epoch
+    if wanted > MOST_STEPS:
+        raise ConfigError(
+            f"--num_train_epochs is {args.num_train_epochs} and an epoch has {steps_per_epoch} steps: must be at most "
+            f"{MOST_STEPS} in all; lower it"
+        )
+    steps = int(wanted)
     if steps == 0:
         raise ConfigError(
             f"--num_train_epochs is {args.num_train_epochs} and an epoch has {steps_per_epoch} steps: not one whole "

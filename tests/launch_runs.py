@@ -153,6 +153,35 @@ def _run_bad_input(argv: list[str], environment: dict[str, str], output: str, ca
     return {**result, "written": listing(output) != before}
 
 
+def check_and_step(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
+    """For each command line what the command's checks make of it, and one step of an engine made from that."""
+    prepare_process(cache)
+    return {name: _check_and_step(argv) for name, argv in cases.items()}
+
+
+def _check_and_step(argv: list[str]) -> dict[str, Any]:
+    from hdpissa.engine import ConfigError, initialize, load_pretrained, zero3
+    from hdpissa.launch import train_arguments, train_checks
+
+    try:
+        args, given = train_arguments.parse(argv)
+        job = train_checks.check(args, given)
+    except ConfigError as error:
+        return {"error": str(error)}
+    engine = initialize(model=load_pretrained(args.model_name_or_path, job.ds), config=job.ds)
+    for slice_id, micro_batch in engine.plan.schedule(engine.gradient_accumulation_steps()):
+        engine.backward(engine(**job.data.batch(0, slice_id, micro_batch)).loss)
+        result = engine.step()
+    return {
+        "error": None,
+        "applied": result.applied,
+        "r": engine.targets[0].r,
+        "slices": engine.plan.slices,
+        "dtype": str(zero3.shard_view(engine.targets[0].param).dtype),
+        "param_device": (job.ds["zero_optimization"].get("offload_param") or {}).get("device"),
+    }
+
+
 def listing(folder: str) -> list[tuple[str, float]]:
     """Every path under a folder with the time of its last change, itself included; empty when there is none."""
     root = Path(folder)
