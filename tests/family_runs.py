@@ -30,10 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": ("gemma3_text", {"head_dim": 10, "query_pre_attn_scalar": 10, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"num_key_value_heads": 2}),
-    "gpt2": (
-        "gpt2",
-        {"n_inner": 28, "n_positions": 64} | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0),
-    ),
+    "gpt2": ("gpt2", {"n_inner": 28, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 12}),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 10}),

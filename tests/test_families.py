@@ -161,15 +161,16 @@ def find(model, r=2, **hd_pissa):
 
 # One layer each; GPT-NeoX, Falcon and their like differ in what they call the number of layers.
 LAYERS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1)
-SMALL = {"gpt_neo": {"attention_types": [[["global"], 1]]}, "lfm2": {"layer_types": ["conv"]}}
+SMALL = {
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+}
 
 
 @pytest.mark.parametrize("model_type", families.FAMILIES)
 def test_a_familys_names_are_all_linears_of_its_layers(model_type):
     """Nothing that "all-linear" would find in a decoder layer is left out, and every name of the table is right."""
-    layers = dict.fromkeys(LAYERS, 2) if model_type == "lfm2" else LAYERS
-    small = {"lfm2": {"layer_types": ["conv", "full_attention"]}}.get(model_type, SMALL.get(model_type, {}))
-    model = on_meta(model_type, **layers | small)
+    model = on_meta(model_type, **LAYERS | SMALL.get(model_type, {}))
     targets, remarks = find(model)
     everything, _ = find(model, target_modules="all-linear")
     assert {t.name for t in targets} == {t.name for t in everything} - {"model.decoder.project_in"}
@@ -186,9 +187,8 @@ def test_a_familys_names_stand_for_the_default_list_only():
     assert {t.name.rsplit(".", 1)[-1] for t in find(model, target_modules=["o_proj"])[0]} == {"o_proj"}
     found = find(model, target_modules=SEVEN)[0]  # the default list, written out
     assert {t.name.rsplit(".", 1)[-1] for t in found} == set(NAMES["phi3"])
-    assert [t.name for t in find(model, exclude_modules=["qkv_proj"])[0]] == [
-        t.name for t in found if "qkv" not in t.name
-    ]
+    rest = find(model, exclude_modules=["qkv_proj"])[0]
+    assert [t.name for t in rest] == [t.name for t in found if "qkv" not in t.name]
 
 
 def test_what_the_default_list_leaves_out_is_told():
@@ -246,7 +246,7 @@ def test_gpt2_by_the_command(tmp_path):
     inputs = make_inputs(tmp_path / "inputs", train=32, evaluate=4)
     base = tmp_path / "inputs" / "model"
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-    make_family("gpt2", vocab_size=vocabulary, n_positions=128).save_pretrained(base)
+    make_family("gpt2", vocab_size=vocabulary, max_position_embeddings=128).save_pretrained(base)
     ds = write_ds_config(tmp_path / "ds.json", hd_pissa={"r": 4, "slices": 2})
     wanted = inputs | {"ds_config": str(ds), "output_dir": str(tmp_path / "out"), "max_steps": 3, "max_length": 96}
     wanted |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3}

@@ -16,8 +16,8 @@ def test_every_option_is_held():
 def test_every_script_is_known():
     new = options_held.scripts_without_a_command()
     assert not new, (
-        f"launch/ has scripts that tests/options_held.py does not know: {', '.join(new)}. Add each to COMMANDS (with the "
-        f"function that makes its parser) or to NO_COMMANDS there."
+        f"launch/ has scripts that tests/options_held.py does not know: {', '.join(new)}. Add each to COMMANDS "
+        f"(with the function that makes its parser) or to NO_COMMANDS there."
     )
 
 

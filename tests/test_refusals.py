@@ -301,10 +301,8 @@ def test_a_bom_is_no_mistake(tmp_path):
 def main() -> None:
     """Prints the table of this file's cases and of those of test_bad_input.py."""
     with tempfile.TemporaryDirectory() as scratch:
-        tables = [
-            (module, module.collect(Path(scratch) / module.__name__))
-            for module in (test_bad_input, sys.modules[__name__])
-        ]
+        modules = (test_bad_input, sys.modules[__name__])
+        tables = [(module, module.collect(Path(scratch) / module.__name__)) for module in modules]
     print("| input | message |\n| --- | --- |")
     for module, results in tables:
         for case in module.CASES:
