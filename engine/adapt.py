@@ -21,6 +21,8 @@ from .slicing import ShardRange, SlicePlan
 from .targets import Target
 
 ALL_LINEAR = "all-linear"
+# Linears whose class has a forward of its own that computes the same.
+SAME_PRODUCT = ("FalconLinear",)
 
 
 def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> list[Target]:
@@ -40,6 +42,8 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
             found[id(module.weight)] = _describe(name, module, config, plan)
     if not found:
         wanted = families.resolve(config.target_modules, _model_type(model))
+        for key in [wanted] if isinstance(wanted, str) else wanted:
+            _refuse_parameter(model, "target_modules", key, wanted if isinstance(wanted, str) else [key])
         raise ConfigError(
             f"hd_pissa.target_modules {wanted} matches no module of {type(model).__name__}: "
             f"name some of its Linears ({_linear_suffixes(model)})"
@@ -69,7 +73,8 @@ def remarks(model: nn.Module, targets: Sequence[Target], config: HDPissaConfig, 
             f"hd_pissa.target_modules: the default list leaves out {', '.join(sorted(idle))}; to train them, too, name "
             f'all that you want, or say "{ALL_LINEAR}"'
         )
-    packed = [(name, p) for name, p in model.named_parameters() if len(zero3.full_shape(p)) == 3]
+    inner = [(f"{name}.{own}", p) for name, m in _decoder(model) for own, p in m.named_parameters(recurse=False)]
+    packed = [(name, p) for name, p in inner if len(zero3.full_shape(p)) == 3]
     if packed:
         share = sum(zero3.full_numel(p) for _, p in packed) / sum(zero3.full_numel(p) for p in model.parameters())
         lines.append(
@@ -157,7 +162,7 @@ def is_matrix_layer(module: nn.Module) -> bool:
     """Whether the module computes what `nn.Linear` or GPT-2's Conv1D does; routers and quantised layers are subclasses
     that do not."""
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
+        return type(module).forward is nn.Linear.forward or type(module).__name__ in SAME_PRODUCT
     return is_conv1d(module)
 
 

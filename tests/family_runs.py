@@ -75,16 +75,17 @@ def train_families(root: str) -> dict[str, dict[str, Any]]:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("hdpissa").addHandler(handler)
     found = {}
+    for name in FAMILIES:  # all of them before the first engine: what is built beside one is sharded, too
+        make_family(name).save_pretrained(Path(root) / name / "base")
     for name in FAMILIES:
         said.clear()
-        found[name] = train_family(Path(root) / name, make_family(name)) | {"said": list(said)}
+        found[name] = train_family(Path(root) / name) | {"said": list(said)}
     return found
 
 
-def train_family(folder: Path, model: Any) -> dict[str, Any]:
+def train_family(folder: Path) -> dict[str, Any]:
     from hdpissa.engine import initialize, load_pretrained
 
-    model.save_pretrained(folder / "base")
     settings = ds_settings(slices=SLICES, accumulation=SLICES, r=R)
     engine = initialize(model=load_pretrained(str(folder / "base"), settings, **PLAIN), config=settings)
     losses = []
