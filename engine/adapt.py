@@ -108,12 +108,24 @@ def _refuse_idle_entries(model: nn.Module, config: HDPissaConfig) -> None:
     if isinstance(config.target_modules, list) and not families.is_default(config.target_modules):
         entries += [("target_modules", key, [key]) for key in config.target_modules]
     for section, key, wanted in entries:
+        if section == "exclude_modules":
+            _refuse_container(model, key)
         if not any(_named(n, wanted) for n in names):
             _refuse_parameter(model, section, key, wanted)
             raise ConfigError(
                 f'hd_pissa.{section}: "{key}" matches no module of {type(model).__name__}: correct or remove it '
                 f"(its Linears: {_linear_suffixes(model)})"
             )
+
+
+def _refuse_container(model: nn.Module, key: str) -> None:
+    """As in PEFT a name stands for the module itself and not for what is in it; ignored, all of it would be trained."""
+    found = [(n, m) for n, m in model.named_modules() if _named(n, [key])]
+    if found and not any(next(m.parameters(recurse=False), None) is not None for _, m in found):
+        raise ConfigError(
+            f'hd_pissa.exclude_modules: "{key}" matches {found[0][0]}, a {type(found[0][1]).__name__}, which has no '
+            f"weight of its own: name the Linears in it ({_linear_suffixes(found[0][1])})"
+        )
 
 
 def _refuse_parameter(model: nn.Module, section: str, key: str, wanted: Sequence[str] | str) -> None:

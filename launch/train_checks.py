@@ -99,9 +99,10 @@ def read_model_config(args: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        raise ConfigError(
-            f"--model_name_or_path {name}: no usable model there ({reason(error)}); give a Hugging Face folder or name"
-        ) from None
+        remedy = "give a Hugging Face folder or name"
+        if "trust_remote_code" in str(error):
+            remedy = "read that code, and give --trust_remote_code"
+        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({reason(error)}); {remedy}") from None
     model_checks.check_config(name, config)
     return config
 
@@ -141,7 +142,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     from hdpissa.engine import adapt, peft_export
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), model_checks.quiet_transformers():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **model_options(args))
     except Exception as error:  # no causal language model, an attention that is not there, sizes that do not fit
         attention = f", --attn_implementation {args.attn_implementation}" if args.attn_implementation else ""

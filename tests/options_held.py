@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib
-import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -161,7 +161,7 @@ class _FoundError(Exception):
     """Raised in place of parsing."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parsers_kept() -> Iterator[list[argparse.ArgumentParser]]:
     """Within, no parser parses: it is put on the list, and whoever asked it is interrupted."""
     kept: list[argparse.ArgumentParser] = []
@@ -182,16 +182,13 @@ def _parsers_kept() -> Iterator[list[argparse.ArgumentParser]]:
 
 def options_of(make: Callable) -> list[str]:
     """The long options of the parser that `make` asks to parse, in its order."""
-    with _parsers_kept() as kept:
-        try:
-            make([])
-        except TypeError:
-            make()
-        except _FoundError:
-            pass
+    with _parsers_kept() as kept, contextlib.suppress(_FoundError):
+        make(*([[]] if inspect.signature(make).parameters else []))
     (parser,) = kept
-    names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-    return [name for name in names if name not in ("--help",) and not name.startswith("--no_")]
+    spelt = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    names = dict.fromkeys(f"--{name[2:].replace('-', '_')}" for name in spelt)  # either spelling is one option
+    others = {"--help", *(f"--no_{name[2:]}" for name in names)}  # of a switch that is on by default
+    return [name for name in names if name not in others]
 
 
 @functools.cache
