@@ -189,6 +189,7 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
         "world_size": plan.world_size,
         "slices": plan.slices,
         "targets": len(engine.targets),
+        "target_modules": sorted({t.name.rsplit(".", 1)[-1] for t in engine.targets}),
         "total_steps": job.total_steps,
         "steps_per_epoch": job.data.steps_per_epoch,
         "rows": describe_rows(job.rows, job.data),

@@ -257,7 +257,7 @@ def test_gpt2_by_the_command(tmp_path):
     steps, (before, after) = read_metrics(tmp_path / "out")
     assert after["eval_loss"] < before["eval_loss"]
     run = read_json(tmp_path / "out" / "run.json")
-    assert run["targets"] == 8
+    assert (run["targets"], run["target_modules"]) == (8, ["c_attn", "c_fc", "c_proj"])
     model = plain_model(tmp_path / "out" / "model")
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert len(steps) == 3
