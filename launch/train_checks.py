@@ -99,12 +99,15 @@ def read_model_config(args: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        remedy = "give a Hugging Face folder or name"
-        if "trust_remote_code" in str(error):
-            remedy = "read that code, and give --trust_remote_code"
+        remedy = what_instead(error, "give a Hugging Face folder or name")
         raise ConfigError(f"--model_name_or_path {name}: no usable model there ({reason(error)}); {remedy}") from None
     model_checks.check_config(name, config)
     return config
+
+
+def what_instead(error: Exception, otherwise: str) -> str:
+    """The remedy for a configuration that cannot be read."""
+    return "read that code, and give --trust_remote_code" if "trust_remote_code" in str(error) else otherwise
 
 
 def reason(error: Exception) -> str:

@@ -109,10 +109,10 @@ def _section(hd_pissa: dict[str, Any]) -> dict[str, Any]:
 
 def who_decomposes(placements: list[str]) -> list[int]:
     """How many matrices this rank has decomposed, for each `init.placement`."""
-    from hdpissa.engine import decompose, initialize
+    from hdpissa.engine import initialize, svd
 
     counts = []
-    original = decompose.top_triplets
+    original = svd.top_triplets
     for placement in placements:
         calls: list[None] = []
 
@@ -120,7 +120,7 @@ def who_decomposes(placements: list[str]) -> list[int]:
             calls.append(None)
             return original(*args, **kwargs)
 
-        decompose.top_triplets = top_triplets
+        svd.top_triplets = top_triplets
         initialize(model=build({}), config=ds_settings(slices=2, init={"placement": placement}))
         counts.append(len(calls))
     return counts

@@ -143,7 +143,7 @@ def results(folder, inputs):
             path = write(folder / ("plain" if not added else "ours"), name, copy.deepcopy(config) | added)
             arguments = inputs | {"ds_config": str(path), "output_dir": str(folder / "out"), "max_steps": 1}
             arguments |= {"gradient_accumulation_steps": 2} if added and not name.startswith("trl") else {}
-            arguments |= {"max_length": 64}
+            arguments |= {"max_length": 96, "prompt_template": "none"}
             if name.startswith("trl") and added:  # the accumulation is fixed there, and has to have both slices' share
                 continue
             lines[name, bool(added)] = flags(arguments)
