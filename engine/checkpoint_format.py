@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -55,6 +55,11 @@ class TargetSpec(_Strict):
     r: int = Field(gt=0)
     scale: float
     transposed: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: Any) -> dict[str, Any]:
+        """Nothing is said of a Linear: such manifests, older ones among them, have no `transposed`."""
+        return {key: value for key, value in serialize(self).items() if key != "transposed" or value}
 
 
 class Base(_Strict):

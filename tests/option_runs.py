@@ -35,12 +35,12 @@ def _look(argv: list[str], workers: list[Any]) -> dict[str, Any]:
         job = train_checks.check(args, given)
     except ConfigError as error:
         return {"error": str(error)}
-    ids = job.train.dataset["input_ids"]
+    ids, held_out = job.data.dataset["input_ids"], job.rows.held_out
     evaluator = train.make_evaluator(args, job)
     return {
         "error": None,
         "rows": len(ids),
-        "held_out": len(job.held_out.dataset) if job.held_out else None,
+        "held_out": len(held_out.dataset) if held_out else None,
         "longest": max(map(len, ids)),
         "data": hashlib.sha256(repr([list(row) for row in ids]).encode()).hexdigest(),
         "first": job.tokenizer.decode(ids[0]),

@@ -27,11 +27,11 @@ COMMANDS = {
     "export": ("export", "parse"),
     "evaluate": ("evaluate", "parse"),
     "report": ("report", "parse"),
-    "env": ("env", "parse"),
+    "env": ("env_report", "main"),
     "demo-model": ("demo_model", "main"),
 }
 # Scripts of launch/ that are no command of their own.
-NO_COMMANDS = {"train", "plan", "cli", "demo_report", "demo_data"}
+NO_COMMANDS = {"train", "plan", "cli", "demo_report", "demo_data", "train_launcher"}
 
 HELD: dict[str, dict[str, str]] = {
     "train": {
@@ -58,6 +58,20 @@ HELD: dict[str, dict[str, str]] = {
         "--prompt_template": "test_options::test_prompts_and_lengths",
         "--max_length": "test_options::test_prompts_and_lengths",
         "--preprocessing_num_workers": "test_options::test_workers",
+        "--dataset_revision": "test_data_options::test_revision_configuration_and_split_reach_the_hub_for_each_set",
+        "--dataset_format": "test_data_options::test_format_is_recognised_told_and_given",
+        "--dataset_text_field": "test_data_options::test_format_is_recognised_told_and_given",
+        "--chat_template": "test_data_options::test_a_chat_template_is_used_for_alpaca_too_and_exported",
+        "--train_on_prompt": "test_data_options::test_what_carries_loss",
+        "--completion_only_loss": "test_data_options::test_what_carries_loss",
+        "--assistant_only_loss": "test_data_options::test_what_carries_loss",
+        "--truncation": "test_data_options::test_lengths_are_reported",
+        "--packing": "test_data_options::test_packing_grouping_and_streaming",
+        "--group_by_length": "test_data_options::test_packing_grouping_and_streaming",
+        "--streaming": "test_data_options::test_packing_grouping_and_streaming",
+        "--shuffle_buffer_size": "test_data_options::test_packing_grouping_and_streaming",
+        "--loss_normalization": "test_data_options::test_first_loss_of_a_packed_run_is_that_of_its_rows_alone",
+        "--preview": "test_data_options::test_preview_shows_rows_and_trains_nothing",
         # training
         "--per_device_train_batch_size": "test_options::test_batches_and_steps",
         "--gradient_accumulation_steps": "test_options::test_batches_and_steps",
@@ -126,7 +140,7 @@ HELD: dict[str, dict[str, str]] = {
     },
     "evaluate": {},
     "report": {},
-    "env": {},
+    "env": {"--json": "test_commands::test_env"},
     "demo-model": {"--output_dir": "test_options::test_demo_model_goes_where_it_is_told"},
     "hd_pissa": {
         "r": "test_engine::test_variants_against_the_oracle",
