@@ -216,8 +216,8 @@ def test_first_loss_of_a_packed_run_is_that_of_its_rows_alone(mixed_run, monkeyp
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     args, given = train_arguments.parse(flags(mixed_run | {"overwrite_output_dir": True}))
     job = check(args, given)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
@@ -257,7 +257,7 @@ def test_a_run_tells_what_it_has_read(mixed_run, inputs):
 
 
 def test_a_streamed_run_goes_on_where_it_was(inputs, folder):
-    """Four steps, or two and then two more in another process: the same losses; and other data are noticed."""
+    """Four steps, or two and then two more in another process: the same losses."""
     common = {**inputs, "dataset_name": str(folder / "chats.jsonl"), "streaming": True, "shuffle_buffer_size": 20}
     common |= {
         "max_steps": 4,
@@ -276,10 +276,6 @@ def test_a_streamed_run_goes_on_where_it_was(inputs, folder):
     losses = [[row["loss"] for row in read_metrics(output)[0]] for output in (whole, parts)]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
-    other = halves | {"max_steps": 6, "shuffle_buffer_size": 1, "resume_from_checkpoint": "auto"}
-    (result,) = run_ranks(1, train_here, flags(other), str(folder / "cache"))
-    assert result["code"] == 2
-    assert "was trained on other data, or in another order" in result["stderr"]
 
 
 # --- mistakes --------------------------------------------------------------------------------------

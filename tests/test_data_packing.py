@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import datasets
 import numpy as np
@@ -84,7 +84,7 @@ def token_losses(model, batch) -> dict[tuple[int, ...], list[float]]:
             starts = [*(batch["position_ids"][line] == 0).nonzero().flatten().tolist(), len(ids)]
         else:
             starts = [0, int(batch["attention_mask"][line].sum())]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             if stop - start > 1:  # padding is rows of one token
                 kept = labels[line, start + 1 : stop] != -100
                 found[tuple(ids[start:stop].tolist())] = losses[line, start : stop - 1][kept].tolist()
