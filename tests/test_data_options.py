@@ -216,8 +216,9 @@ def test_first_loss_of_a_packed_run_is_that_of_its_rows_alone(mixed_run, monkeyp
     import torch
     from transformers import AutoModelForCausalLM
 
-    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     args, given = train_arguments.parse(flags(mixed_run | {"overwrite_output_dir": True}))
     job = check(args, given)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
