@@ -218,7 +218,7 @@ def _within(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seque
     if not ids:
         return []
     starts, ends = np.asarray(offsets).T
-    learned = np.zeros(len(ids), dtype=bool)
+    learned: np.ndarray = np.zeros(len(ids), dtype=bool)
     for begin, end in spans:
         learned |= (starts < end) & (ends > begin)
     return np.where(learned & (ends > starts), np.asarray(ids), IGNORE).tolist()

@@ -133,7 +133,7 @@ def refuse_leaks(engine: Any, to_device: Any, *, vocab_size: int, flat: bool) ->
     Raises:
         StopError: the model lets rows see each other, so that packing would change what is learned.
     """
-    ids = (np.arange(1, 15) * 7919 % vocab_size).tolist()
+    ids = [number * 7919 % vocab_size for number in range(1, 15)]
     first, other, second = ids[:5], ids[5:10], ids[10:]
     logits = []
     engine.eval()

@@ -153,7 +153,7 @@ class _Reader:
         args = self.args
         named = options["prompt_field"], options["response_field"]
         fields = Fields(
-            named[0] or "instruction", named[1] or "response", args.dataset_text_field, self.fields_given and any(named)
+            named[0] or "instruction", named[1] or "response", args.dataset_text_field, self.fields_given and all(named)
         )
         format = data.find_format(rows, fields, options["dataset_format"])
         if format.name == "alpaca" and args.chat_template is not None:

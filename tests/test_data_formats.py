@@ -253,7 +253,7 @@ def test_the_demo_models_own_template_token_by_token():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    answers = ["Two.\n\nIt is **two**.", "  4, because 2 + 2 = 4 <b>"]
+    answers = ["Two.\n\nIt is **two**.", "4, because 2 + 2 = 4 <b>  "]
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": answers[0]}]
     messages += [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answers[1]}]
     chat = ChatTemplate(resolve_chat_template(None, tokenizer), tokenizer)
