@@ -34,15 +34,16 @@ def translate(argv: list[str], processes: int | None) -> tuple[list[str], list[s
     Raises:
         ConfigError: a value that cannot be meant here, or one setting under two names.
     """
-    kept, found = [], {}
+    kept: list[str] = []
+    found: dict[str, str] = {}
     words = iter(argv)
     for word in words:
         name, joined, value = word.partition("=")
         if name.startswith("--") and name[2:] in NAMES:
-            value = value if joined else next(words, None)
-            if value is None:
+            given = value if joined else next(words, None)
+            if given is None:
                 raise ConfigError(f"command line: {name} has no value; see --help")
-            found[name[2:]] = value
+            found[name[2:]] = given
         elif kept and kept[-1] == "--target_modules":  # theirs are one text, ours several words
             kept += word.split()
         else:

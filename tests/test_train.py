@@ -68,14 +68,17 @@ def arguments(inputs, output, **changes):
 
 @pytest.fixture(scope="module")
 def launched(folder, inputs):
-    """The same run in fp32 under deepspeed, under torchrun from a YAML file, and as one plain process."""
+    """The same run in fp32 under deepspeed; by `hdpissa train` under torchrun, from a YAML file in which it has the
+    names of the reference; and as one plain process."""
     output = {name: folder / name for name in ("deepspeed", "torchrun", "python")}
-    (folder / "run.yaml").write_text(yaml.safe_dump(arguments(inputs, "elsewhere")))
+    theirs = arguments(inputs, "elsewhere") | {"lr": LR, "batch_size": 2, "accumulation_steps": 4, "world_size": 2}
+    ours = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+    (folder / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in theirs.items() if k not in ours}))
     two_slices = write_ds_config(folder / "two_slices.json", hd_pissa={"r": 4, "slices": 2})
     alone = arguments(inputs, output["python"], ds_config=two_slices, gradient_accumulation_steps=4)
     commands = {
         "deepspeed": command("deepspeed", arguments(inputs, output["deepspeed"])),
-        "torchrun": command("torchrun", {"config": folder / "run.yaml", "output_dir": output["torchrun"]}),
+        "torchrun": command("hdpissa", {"config": folder / "run.yaml", "output_dir": output["torchrun"]}),
         "python": command("python", alone),
     }
     log = {name: folder / f"{name}.log" for name in commands}
