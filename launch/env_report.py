@@ -23,8 +23,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGES: tuple[str, ...] = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
-PACKAGES += ("pydantic", "numpy", "pyarrow", "rich", "matplotlib", "wandb", "tensorboard", "peft", "lm-eval")
+PACKAGES: tuple[str, ...] = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
+PACKAGES += (
+    "safetensors",
+    "triton",
+    "pydantic",
+    "numpy",
+    "pyarrow",
+    "rich",
+    "matplotlib",
+    "wandb",
+    "tensorboard",
+    "peft",
+    "lm-eval",
+)
 PACKAGES += ("flash-attn", "liger-kernel", "kernels", "bitsandbytes", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 # of torch's and DeepSpeed's launchers, Slurm, Open MPI; of NCCL, gloo, the devices, the caches
 SHOWN = re.compile(
