@@ -24,20 +24,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES: tuple[str, ...] = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
-PACKAGES += (
-    "safetensors",
-    "triton",
-    "pydantic",
-    "numpy",
-    "pyarrow",
-    "rich",
-    "matplotlib",
-    "wandb",
-    "tensorboard",
-    "peft",
-    "lm-eval",
-)
-PACKAGES += ("flash-attn", "liger-kernel", "kernels", "bitsandbytes", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+PACKAGES += ("safetensors", "triton", "pydantic", "numpy", "pyarrow", "rich", "matplotlib", "wandb", "tensorboard")
+PACKAGES += ("peft", "lm-eval", "flash-attn", "liger-kernel", "kernels", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 # of torch's and DeepSpeed's launchers, Slurm, Open MPI; of NCCL, gloo, the devices, the caches
 SHOWN = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"

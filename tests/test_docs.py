@@ -32,7 +32,7 @@ def of(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("place"))
+    return Place(tmp_path_factory.mktemp("place"), most_layers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +89,17 @@ def test_commands_are_found_whole():
 # --- recipes ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plans():
+    """What recipes have in common is planned once, the models whole."""
+    return {}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, place, capsys, tmp_path):
-    """Its plan fits, and the run it starts is one that train.py takes."""
+def test_recipe(recipe, plans, capsys, tmp_path):
+    """The plan that it shows fits, and the run that it starts is one that train.py takes."""
     (tmp_path / "train.jsonl").touch()
-    place.fits.clear()
+    place = Place(tmp_path, plans=plans)
     data = f"{tmp_path}/train.jsonl" if "${1:" in recipe.read_text() else ""
     check(f"launch/recipes/{recipe.name} {data} --max_steps 5", place)
     assert place.fits == [True]
