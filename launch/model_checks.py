@@ -35,7 +35,20 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_folder(name: str) -> None:
-    """Refuses a folder that is an adapter, or whose weights are not all there; before its configuration is read.
+    """Refuses a folder that is an adapter, which transformers would look for the base of.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    if (Path(name) / ADAPTER).is_file():
+        raise ConfigError(
+            f"--model_name_or_path {name}: holds {ADAPTER}, so it is an adapter, not a whole model; merge it into its "
+            f"base (PEFT's merge_and_unload, then save_pretrained) and give the folder with the merged model"
+        )
+
+
+def check_weights(name: str) -> None:
+    """Refuses a folder whose weights are not all there.
 
     Raises:
         ConfigError: with the file.
@@ -43,13 +56,6 @@ def check_folder(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         return
-    if (folder / ADAPTER).is_file():
-        raise ConfigError(
-            f"--model_name_or_path {name}: holds {ADAPTER}, so it is an adapter, not a whole model; merge it into its "
-            f"base (PEFT's merge_and_unload, then save_pretrained) and give the folder with the merged model"
-        )
-    if not (folder / "config.json").is_file():
-        return  # what reads it says so
     if not any(path.is_file() for weights in WEIGHTS for path in (folder / weights, folder / f"{weights}.index.json")):
         other = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "only other files"
         raise ConfigError(

@@ -154,6 +154,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
             f"give a causal language model, and an attention that it has"
         ) from None
     model_checks.check_causal(args.model_name_or_path, model)
+    model_checks.check_weights(args.model_name_or_path)
     targets = adapt.find_targets(model, hd, plan)
     if args.packing:
         refuse_stateful(model)

@@ -156,19 +156,24 @@ def _run_bad_input(argv: list[str], environment: dict[str, str], output: str, ca
 
 def check_and_step(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
     """For each command line what the command's checks make of it, and one step of an engine made from that."""
-    prepare_process(cache)
-    return {name: _check_and_step(argv) for name, argv in cases.items()}
-
-
-def _check_and_step(argv: list[str]) -> dict[str, Any]:
-    from hdpissa.engine import ConfigError, initialize, load_pretrained, zero3
+    from hdpissa.engine import ConfigError
     from hdpissa.launch import train_arguments, train_checks
 
-    try:
-        args, given = train_arguments.parse(argv)
-        job = train_checks.check(args, given)
-    except ConfigError as error:
-        return {"error": str(error)}
+    prepare_process(cache)
+    found: dict[Any, dict[str, Any]] = {}
+    jobs = {}
+    for name, argv in cases.items():  # all before the first engine, beside which no model can be built on meta
+        try:
+            args, given = train_arguments.parse(argv)
+            jobs[name] = args, train_checks.check(args, given)
+        except ConfigError as error:
+            found[name] = {"error": str(error)}
+    return found | {name: _step(*job) for name, job in jobs.items()}
+
+
+def _step(args: Any, job: Any) -> dict[str, Any]:
+    from hdpissa.engine import initialize, load_pretrained, zero3
+
     engine = initialize(model=load_pretrained(args.model_name_or_path, job.ds), config=job.ds)
     for slice_id, micro_batch in engine.plan.schedule(engine.gradient_accumulation_steps()):
         engine.backward(engine(**job.data.batch(0, slice_id, micro_batch)).loss)

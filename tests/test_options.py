@@ -72,7 +72,7 @@ def seen(folder, inputs):
     without = {"eval_dataset_name": None}
     cases = {
         "plain": {},
-        "renamed": {"dataset_name": renamed, "prompt_field": "q", "response_field": "a"},
+        "renamed": {"dataset_name": renamed, "prompt_field": "q", "response_field": "a", **without},
         "swapped": {"prompt_field": "response", "response_field": "instruction", "max_length": 250},
         "split": {"dataset_split": "train[:8]", **without},
         "eval_split": {"eval_split": "train[:5]", **without},
@@ -96,6 +96,7 @@ def seen(folder, inputs):
 
 
 def test_columns(seen):
+    assert [seen[name]["error"] for name in ("plain", "renamed", "swapped")] == [None] * 3
     assert seen["renamed"]["data"] == seen["plain"]["data"] != seen["swapped"]["data"]
 
 

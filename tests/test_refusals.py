@@ -138,7 +138,7 @@ FLAGS = [
         "a hang longer than the time-out", ("--hang_timeout is 60", "--ddp_timeout"), hang_timeout=60, ddp_timeout=9
     ),
     argument("half a split", ("train[:", "check its name, split"), dataset_split="train[:"),
-    argument("a split of nothing", ("has no rows", "give one that has some"), dataset_split="train[:0]"),
+    argument("a split of nothing", ("corresponds to no data", "check its name, split"), dataset_split="train[:0]"),
     argument("an unknown checkpoint kind", ("--checkpoint_kind is tiny", "full, small"), checkpoint_kind="tiny"),
     argument("a YAML key twice", ("twice_key.yaml", '"seed" stands twice'), config="DIR/twice_key.yaml"),
     argument(
