@@ -259,8 +259,8 @@ def ordered(batches, steps) -> list[str]:
     return [
         chr(row["input_ids"][1] - 3)
         for step in range(steps)
-        for row_in_slice in range(2)
         for j in range(2)
+        for row_in_slice in range(2)
         for slice_id in range(2)
         for row in batches.units(step, slice_id, j)[row_in_slice]
     ]
