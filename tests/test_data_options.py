@@ -185,7 +185,7 @@ def inputs(folder):
     ]
     (folder / "chat.jinja").write_text(CHAT.replace("</s>", "<eos>"))
     found["dataset_name"] = f"{jsonl(folder, 'chats', chats)}:40 {found['dataset_name']}:0.5"
-    return found | {"chat_template": str(folder / "chat.jinja"), "max_length": 192, "learning_rate": 3e-3}
+    return found | {"chat_template": str(folder / "chat.jinja"), "max_length": 320, "learning_rate": 3e-3}
 
 
 def test_preview_shows_rows_and_trains_nothing(inputs, folder, capsys):

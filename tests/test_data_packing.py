@@ -259,8 +259,8 @@ def ordered(batches, steps) -> list[str]:
     return [
         chr(row["input_ids"][1] - 3)
         for step in range(steps)
-        for row_in_slice in range(2)
         for j in range(2)
+        for row_in_slice in range(2)
         for slice_id in range(2)
         for row in batches.units(step, slice_id, j)[row_in_slice]
     ]
@@ -276,7 +276,8 @@ def test_a_stream_is_shuffled_by_the_seed_and_begins_anew_in_the_same_order():
     assert ordered(stream_batches(letters(20)), 2) == epoch
     assert ordered(stream_batches(letters(20), seed=2), 2) != epoch
     assert ordered(stream_batches(letters(20), buffer_size=1), 2) == [chr(48 + i) for i in range(16)]
-    assert batches.identity() == stream_batches(letters(20)).identity() != stream_batches(letters(21)).identity()
+    assert batches.identity() == stream_batches(letters(20)).identity()
+    assert batches.identity() != stream_batches(letters(20).select(range(1, 20))).identity()
 
 
 def test_a_resumed_stream_goes_on_where_it_was():
