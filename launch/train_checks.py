@@ -30,6 +30,8 @@ class Job:
     rows: Any  # what was read
     data: Any  # training batches
     total_steps: int
+    graded: Any = ()  # questions of evaluation rows, for the exact match
+    asked: Any = ()  # questions whose answers are kept
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
@@ -56,9 +58,8 @@ def check(args: Any, given: frozenset[str]) -> Job:
     )
     total_steps = count_steps(args, data.steps_per_epoch)
     check_vocabulary(rows, data, model_config)
-    if args.sample_prompt is not None and not rows.template.render(args.sample_prompt).strip():
-        raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps)
+    graded, asked = read_questions(args, tokenizer, rows)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked)
 
 
 def check_output_dir(args: Any) -> None:
