@@ -89,8 +89,9 @@ def generate(
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
-        new = ids[: len(chosen), inputs["input_ids"].shape[1] :]
-        answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
+        if chosen:
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
     if world_size > 1:
         told: list[Any] = [None] * world_size
         dist.all_gather_object(told, answers)

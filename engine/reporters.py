@@ -277,6 +277,8 @@ class WeightsAndBiases:
         url = str(wandb_setup.singleton().settings.base_url)
         wanted = os.environ.get("WANDB_MODE", "")
         mode, why = choose_mode(wanted, has_credentials(url), lambda: is_reachable(url), url)
+        if mode == "offline":  # nothing at all goes out, nor do W&B's reports of its own errors
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             self._open(mode)
         except Exception as error:  # a key that is none, a project that is not ours, …

@@ -77,7 +77,9 @@ def fit(
         # --- refuse to go on
         guard.after(result, engine.skipped_in_a_row, recorder)
         # --- evaluate
-        evaluation.after(engine, done, total_steps)
+        if evaluation.due(done, total_steps):
+            evaluation.evaluate(engine, done)
+        evaluation.ask(engine, done, total_steps)
         # --- save
         if result.failed_save:
             checkpoints.failed(result.failed_save)

@@ -85,12 +85,18 @@ class Evaluation:
             self._evaluate(engine, 0, counts=False)
         self._evaluator.sample(engine, self._recorder, step=0, title="before training")
 
-    def after(self, engine: Any, done: int, total: int) -> None:
-        """After `done` optimizer steps: evaluates, asks, decides, where it is time to."""
+    def due(self, done: int, total: int) -> bool:
+        """Whether to evaluate after `done` optimizer steps."""
         every = {"steps": self._args.eval_steps, "epoch": self._steps_per_epoch}.get(self._strategy, 0)
         # the last one is made after training, unless the checkpoint of this step depends on it
-        if (every and done % every == 0 and done < total) or (self._tracks and done == total):
-            self._evaluate(engine, done)
+        return (bool(every) and done % every == 0 and done < total) or (self._tracks and done == total)
+
+    def evaluate(self, engine: Any, done: int) -> dict[str, Any] | None:
+        """Evaluates and decides; returns the row, None where there are no rows to evaluate on."""
+        return self._evaluate(engine, done)
+
+    def ask(self, engine: Any, done: int, total: int) -> None:
+        """Keeps answers, where it is time to."""
         if self._args.sample_steps and done % self._args.sample_steps == 0 and done < total:
             self._evaluator.sample(engine, self._recorder, step=done)
 
@@ -113,13 +119,14 @@ class Evaluation:
             self._load_best(engine)
         self._evaluator.sample(engine, self._recorder, step=engine.global_steps, title="after training")
 
-    def _evaluate(self, engine: Any, step: int, *, counts: bool = True) -> None:
+    def _evaluate(self, engine: Any, step: int, *, counts: bool = True) -> dict[str, Any] | None:
         row = None if self._strategy == "no" else self._evaluator.evaluate(engine, self._recorder, step=step)
         self._evaluated = step
         if row is not None and counts and self._tracks:
             keepable = not self._args.load_best_model_at_end or self._checkpoints.can_keep(step)
             self._best.see(step, _of_rank_0(row[self._best.metric]), keepable=keepable)
             self._tell()
+        return row
 
     def _tell(self) -> None:
         if self._tracks and self._best.step is not None:
