@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
+from hdpissa.launch import command_line, options_data
 from hdpissa.launch.command_line import at_least, option
 from hdpissa.launch.options_data import DataOptions
 
@@ -131,7 +131,8 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, list[str]]:
         raise ConfigError("missing --model; see --help")
     found = locate(values["model"])
     args = EvaluateArguments(**(values | _as_in_the_run(found.run, given)))
-    at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples", "max_length")
+    options_data.check(args)
+    at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
     at_least(args, 0, "num_fewshot", "limit")
     more = argv[cut + 1 :]
     if more and not args.tasks:

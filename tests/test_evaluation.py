@@ -245,7 +245,7 @@ def inputs(folder):
 def arguments(inputs, output, **changes):
     """A learning rate so large that the loss soon gets worse: the run ends early."""
     chosen = {**inputs, "output_dir": str(output), "max_steps": 12, "learning_rate": 0.02, "warmup_ratio": 0}
-    chosen |= {"per_device_train_batch_size": 2, "max_length": 64, "prompt_template": "none"}
+    chosen |= {"per_device_train_batch_size": 2, "max_length": 128, "prompt_template": "none"}
     chosen |= {"lr_scheduler_type": "constant", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     chosen |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "eval_on_start": False}
     chosen |= {"eval_exact_match": True, "eval_max_samples": 3, "max_new_tokens": 3, "disable_tqdm": True}
@@ -318,7 +318,7 @@ def test_rows_of_all_kinds(whole):
     asked = [row["step"] for row in samples]
     assert asked == sorted([*range(0, steps[-1] + 1, 3)] * 2) + [best] * 2
     assert all(set(row) == {"step", "prompt", "answer", "reference"} for row in samples)
-    assert samples[0]["reference"].endswith(samples[0]["reference"].split("#### ")[1])
+    assert "#### " in samples[0]["reference"]
 
 
 def test_tensorboard_and_wandb_have_every_row(whole):
