@@ -13,7 +13,8 @@ import datasets
 import pytest
 from launch_runs import flags, make_inputs, read_json, read_metrics, train_here
 from ranks import run_ranks
-from test_reporters import assert_history, numbers
+from test_reporters import assert_history, numbers, silent_server
+from wandb_file import described, offline_run
 
 from hdpissa.engine import folders
 from hdpissa.engine.answers import extract, is_right, style_of
@@ -243,23 +244,25 @@ def inputs(folder):
 
 
 def arguments(inputs, output, **changes):
-    """A learning rate so large that the loss soon gets worse: the run ends early."""
-    chosen = {**inputs, "output_dir": str(output), "max_steps": 12, "learning_rate": 0.02, "warmup_ratio": 0}
+    """The loss falls, and what is asked for is a large one: the first evaluation is the best, the run ends early."""
+    chosen = {**inputs, "output_dir": str(output), "max_steps": 12, "learning_rate": 0.01, "warmup_ratio": 0}
     chosen |= {"per_device_train_batch_size": 2, "max_length": 128, "prompt_template": "none"}
     chosen |= {"lr_scheduler_type": "constant", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     chosen |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "eval_on_start": False}
+    chosen |= {"metric_for_best_model": "eval_loss", "greater_is_better": "True"}
     chosen |= {"eval_exact_match": True, "eval_max_samples": 3, "max_new_tokens": 3, "disable_tqdm": True}
     chosen |= {"sample_steps": 3, "num_samples": 2, "slice_metrics_steps": 2, "integrity_steps": 3}
     chosen |= {"logging_steps": 2, "logging_first_step": True, "run_name": "all of it"}
     return chosen | changes
 
 
-def train_with_reports(argv, cache):
-    """Without an account of W&B's."""
+def train_with_reports(argv, cache, url):
+    """With an account of W&B's, whose server does not answer."""
     import os
 
-    os.environ.update(NETRC=f"{cache}/none", WANDB_PROJECT="molehills", WANDB_X_DISABLE_STATS="true")
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_NAME", "WANDB_DIR"):
+    os.environ.update(WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url, WANDB_PROJECT="molehills")
+    os.environ.update(WANDB_X_DISABLE_STATS="true", NO_PROXY="127.0.0.1")
+    for name in ("WANDB_MODE", "WANDB_NAME", "WANDB_DIR"):
         os.environ.pop(name, None)
     return train_here([*argv, "--report_to", "tensorboard", "wandb"], cache)
 
@@ -267,7 +270,8 @@ def train_with_reports(argv, cache):
 @pytest.fixture(scope="module")
 def whole(folder, inputs):
     output = folder / "whole"
-    results = run_ranks(2, train_with_reports, flags(arguments(inputs, output)), str(folder / "cache"))
+    with silent_server() as url:
+        results = run_ranks(2, train_with_reports, flags(arguments(inputs, output)), str(folder / "cache"), url)
     assert [(r["code"], r["error"]) for r in results] == [(0, None)] * 2, results
     return output
 
@@ -279,9 +283,8 @@ def rows_of(output, name="metrics.jsonl"):
 def test_the_run_ends_early_and_exports_the_best(whole, capsys):
     steps, evaluations = read_metrics(whole)
     losses = {row["step"]: row["eval_loss"] for row in evaluations}
-    best = min(losses, key=losses.get)
-    assert list(losses) == list(range(2, best + 5, 2))  # no first evaluation, two more after the best
-    assert max(losses) < 12
+    best = max(losses, key=losses.get)
+    assert (best, list(losses)) == (2, [2, 4, 6])  # no evaluation before training, two more after the best
     state = read_json(whole / "run_state.json")
     assert (state["state"], state["step"]) == ("finished", max(losses))
     assert (state["best_metric"], state["best_global_step"]) == (losses[best], best)
@@ -326,6 +329,9 @@ def test_tensorboard_and_wandb_have_every_row(whole):
 
     rows = rows_of(whole)
     assert_history(whole, rows)
+    assert offline_run(whole).parent.name.startswith("offline-run-")
+    project, name, config = described(offline_run(whole))
+    assert (project, name, config["total_steps"]) == ("molehills", "all of it", 12)
     (event_file,) = (whole / "runs").rglob("events*")
     events = EventAccumulator(str(event_file), size_guidance={"scalars": 0}).Reload()
     found = {(e.step, tag.split("/", 1)[1]): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}

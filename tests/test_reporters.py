@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from wandb_file import described, history, offline_run
+from wandb_file import history, offline_run
 
 from hdpissa.engine import reporters
-from hdpissa.engine.reporters import Reporters, TensorBoard, WeightsAndBiases, choose_mode, flatten, is_reachable
+from hdpissa.engine.reporters import Reporters, WeightsAndBiases, choose_mode, flatten, is_reachable
 from hdpissa.launch import options_reporting, train_arguments
 
 ROWS = [
@@ -188,18 +188,6 @@ def numbers(row):
     return {k: float(v) for k, v in parts if isinstance(v, int | float) and k != "step"}
 
 
-def test_an_event_file_has_every_figure(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    said, *_ = run(TensorBoard(tmp_path / "runs"))
-    assert said == [f"tensorboard: {tmp_path / 'runs'}"]
-    events = EventAccumulator(str(tmp_path / "runs"), size_guidance={"scalars": 0}).Reload()
-    found = {(e.step, tag.split("/", 1)[1]): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    wanted = {(row["step"], k.removeprefix("eval_")): v for row in ROWS for k, v in numbers(row).items()}
-    assert found == pytest.approx(wanted, rel=1e-6)
-    assert "run/text_summary" in events.Tags()["tensors"]
-
-
 @pytest.fixture
 def no_account(monkeypatch, tmp_path):
     """As on a machine where nobody has logged in."""
@@ -216,17 +204,6 @@ def assert_history(folder, rows):
     for one, row in zip(found, rows, strict=True):
         plain = {k.split("/", 1)[1]: v for k, v in one.items() if not isinstance(v, str) and k != "train/global_step"}
         assert plain == {k.removeprefix("eval_"): v for k, v in numbers(row).items()}
-
-
-def test_an_offline_run_of_wandb_has_every_row(tmp_path, no_account, monkeypatch):
-    """Without an account, and then without a name: offline, and told how to send it later."""
-    monkeypatch.setenv("WANDB_NAME", "by the environment")
-    said, *_ = run(WeightsAndBiases(tmp_path, "mole"))
-    file = offline_run(tmp_path)
-    assert said == [f"wandb: offline (no API key here; `wandb login` stores one); afterwards: wandb sync {file.parent}"]
-    assert_history(tmp_path, ROWS)
-    project, name, config = described(file)
-    assert (project, name, config["path"]) == ("molehills", "mole", "x")
 
 
 @pytest.mark.slow
