@@ -272,13 +272,13 @@ class WeightsAndBiases:
         self._sync = ""
 
     def start(self) -> str:
+        # W&B's reports of its own errors: at exit they would try for up to half a minute to get out
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         from wandb.sdk import wandb_setup
 
         url = str(wandb_setup.singleton().settings.base_url)
         wanted = os.environ.get("WANDB_MODE", "")
         mode, why = choose_mode(wanted, has_credentials(url), lambda: is_reachable(url), url)
-        if mode == "offline":  # nothing at all goes out, nor do W&B's reports of its own errors
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             self._open(mode)
         except Exception as error:  # a key that is none, a project that is not ours, …
@@ -325,9 +325,14 @@ class WeightsAndBiases:
         """Ends W&B's own process, for which Python would wait at exit; it has written what it got."""
         import psutil
 
-        for child in psutil.Process().children():
-            if child.name() == "wandb-core":
-                child.kill()
+        found = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+        for child in found:
+            child.kill()
+        psutil.wait_procs(found, timeout=2)
+        with contextlib.suppress(Exception):  # or W&B would complain at exit that it is gone
+            from wandb.sdk import wandb_setup
+
+            wandb_setup.singleton()._connection._cleanup()  # type: ignore[union-attr, misc]
         return f"what it has not sent: {self._sync}" if self._sync else ""
 
 

@@ -233,7 +233,7 @@ def test_wandb_itself_hangs(tmp_path, no_account, monkeypatch, hangs):
                 all_of_it.row(row)
             sent = time.monotonic() - begun
             all_of_it.close(failed=False)
-            assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+            assert not core.is_running()
             assert "wandb sync" in said[-1]
     assert sent < 0.5
     assert not math.isnan(sent)
