@@ -122,15 +122,21 @@ def _arguments(run: Path) -> dict[str, Any]:
 # --- the command line ------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, list[str]]:
-    """(arguments, filled up with the run's; the model; what is lm-eval's own); ConfigError for what does not fit."""
+def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[str]]:
+    """(arguments, filled up with the run's; the model; options that were set here or in the run; what is lm-eval's own).
+
+    Raises:
+        ConfigError: what does not fit.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = command_line.make_parser({"evaluate": EvaluateOptions, "data": DataOptions})
     values, given = command_line.read(parser, argv[:cut])
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
     found = locate(values["model"])
-    args = EvaluateArguments(**(values | _as_in_the_run(found.run, given)))
+    inherited = _as_in_the_run(found.run, given)
+    given |= {name for name, value in inherited.items() if value != values[name]}
+    args = EvaluateArguments(**(values | inherited))
     options_data.check(args)
     at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
     at_least(args, 0, "num_fewshot", "limit")
@@ -139,7 +145,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, list[str]]:
         raise ConfigError(f"-- {more[0]}: what stands after -- is for lm-eval; give --tasks, or leave it out")
     if not args.tasks and not args.dataset_name:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
-    return args, found, more
+    return args, found, given, more
 
 
 def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -190,21 +196,26 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
 # --- a dataset -------------------------------------------------------------------------------------
 
 
-def evaluate_dataset(args: EvaluateArguments, folder: str, base: str | None) -> dict[str, Any]:
-    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path."""
+def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base: str | None) -> dict[str, Any]:
+    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path.
+
+    Args:
+        given: options that the command line or the run has set.
+    """
     import torch
 
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
-    from hdpissa.engine.prompts import resolve_template
-    from hdpissa.launch.train_checks import read_data, read_tokenizer
+    from hdpissa.launch.train_checks import read_tokenizer
+    from hdpissa.launch.train_data import read_rows
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
     alone = copy.copy(args)
     alone.eval_dataset_name = alone.eval_split = None
-    rows, _ = read_data(alone, tokenizer, resolve_template(args.prompt_template))
+    alone.packing = alone.group_by_length = alone.streaming = False
+    rows = read_rows(alone, frozenset(given), tokenizer).train
     asked = []
     if args.eval_exact_match:
         asked = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
@@ -266,7 +277,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, found, more = parse(list(sys.argv[1:] if argv is None else argv))
+    args, found, given, more = parse(list(sys.argv[1:] if argv is None else argv))
     if args.tasks:
         refuse_without_lm_eval()
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
@@ -281,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
             if code:
                 raise SystemExit(code)
         else:
-            figures = evaluate_dataset(args, folder, found.base)
+            figures = evaluate_dataset(args, given, folder, found.base)
             print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
 
 

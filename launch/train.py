@@ -29,7 +29,7 @@ from hdpissa.launch.train_checkpoints import (
     stopping_on_signals,
 )
 from hdpissa.launch.train_checks import Job, check, model_options
-from hdpissa.launch.train_evaluation import Evaluation
+from hdpissa.launch.train_evaluation import Evaluation, make_evaluator
 from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
 from hdpissa.launch.train_preview import show_rows
@@ -175,27 +175,6 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     )
     recorder.state("running", start)
     return recorder
-
-
-def make_evaluator(args: Any, job: Job) -> Any:
-    from hdpissa.engine.batches import EvalBatches
-    from hdpissa.engine.evaluate import Evaluator
-
-    batches = job.rows.held_out and EvalBatches(
-        job.rows.held_out.dataset,
-        rank=job.plan.rank,
-        world_size=job.plan.world_size,
-        batch_size=args.per_device_eval_batch_size,
-        pad_token_id=job.tokenizer.pad_token_id,
-    )
-    return Evaluator(
-        batches,
-        job.tokenizer,
-        graded=job.graded,
-        asked=job.asked,
-        batch_size=args.per_device_eval_batch_size,
-        max_new_tokens=args.max_new_tokens,
-    )
 
 
 def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:

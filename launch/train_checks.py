@@ -38,6 +38,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.train_data import make_batches, read_rows
+    from hdpissa.launch.train_questions import read_questions
 
     if not args.preview:
         check_output_dir(args)

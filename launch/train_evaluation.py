@@ -151,6 +151,28 @@ class Evaluation:
             )
 
 
+def make_evaluator(args: Any, job: Any) -> Any:
+    """What evaluates, of all that the run has read."""
+    from hdpissa.engine.batches import EvalBatches
+    from hdpissa.engine.evaluate import Evaluator
+
+    batches = job.rows.held_out and EvalBatches(
+        job.rows.held_out.dataset,
+        rank=job.plan.rank,
+        world_size=job.plan.world_size,
+        batch_size=args.per_device_eval_batch_size,
+        pad_token_id=job.tokenizer.pad_token_id,
+    )
+    return Evaluator(
+        batches,
+        job.tokenizer,
+        graded=job.graded,
+        asked=job.asked,
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+
+
 def make_best(args: Any, reader: Any) -> Best:
     """What is known of the best evaluation at the start of a run."""
     name = METRICS[metric_name(args)]

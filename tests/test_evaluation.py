@@ -457,13 +457,15 @@ def test_a_comma_would_be_two_arguments(tmp_path):
 
 
 def test_rows_to_evaluate_on_are_needed():
-    from hdpissa.launch.train_checks import read_questions
+    from hdpissa.launch.train_questions import read_questions
 
+    nothing = SimpleNamespace(held_out=None)
     for name, value in {"eval_exact_match": True, "sample_steps": 2, "early_stopping_patience": 1}.items():
         args = train_arguments.TrainArguments(**{name: value})
         with pytest.raises(ConfigError, match=f"--{name} needs evaluation rows"):
-            read_questions(args, None, None, None)
+            read_questions(args, None, nothing)
     plain = SimpleNamespace(dataset=datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]))
+    answers_only = SimpleNamespace(held_out=plain)
     for name, value in {"eval_exact_match": True, "sample_steps": 2}.items():
         with pytest.raises(ConfigError, match="no evaluation row has a prompt"):
-            read_questions(train_arguments.TrainArguments(**{name: value}), Words(), None, plain)
+            read_questions(train_arguments.TrainArguments(**{name: value}), Words(), answers_only)
