@@ -33,6 +33,7 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line, options_data
 from hdpissa.launch.command_line import at_least, option
 from hdpissa.launch.options_data import DataOptions
+from hdpissa.launch.options_training import TrainingOptions
 
 INSTALL = 'pip install "lm-eval[hf]"'
 
@@ -123,7 +124,7 @@ def _arguments(run: Path) -> dict[str, Any]:
 
 
 def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[str]]:
-    """(arguments, filled up with the run's; the model; options that were set here or in the run; what is lm-eval's own).
+    """(arguments, filled up with the run's; the model; options that were set here or there; what is lm-eval's own).
 
     Raises:
         ConfigError: what does not fit.
@@ -212,7 +213,8 @@ def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
-    alone = copy.copy(args)
+    alone: Any = copy.copy(args)
+    alone.seed = TrainingOptions.seed  # draws the rows, where a share of a dataset is asked for
     alone.eval_dataset_name = alone.eval_split = None
     alone.packing = alone.group_by_length = alone.streaming = False
     rows = read_rows(alone, frozenset(given), tokenizer).train
