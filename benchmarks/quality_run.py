@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hdpissa.benchmarks import answers, methods, task, timing
+from hdpissa.benchmarks import methods, task, timing
 from hdpissa.benchmarks.quality_record import (
     Job,
     Log,
@@ -27,8 +27,9 @@ from hdpissa.benchmarks.quality_record import (
     train_info,
     write_whole,
 )
-from hdpissa.engine import zero3
+from hdpissa.engine import answers, zero3
 from hdpissa.engine.batches import EvalBatches, count_target_tokens
+from hdpissa.engine.generation import generate
 
 # Of a loss, between training's forward pass and a plain model's in fp32: rounding of W, and of activations to 8 bits.
 MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -156,7 +157,14 @@ def test(model: nn.Module, job: Job, args: Training, work: task.Task) -> dict[st
     loss = validate(Plain(model), eval_batches(work.test, args, work.tokenizer))  # type: ignore[arg-type]
     prompts = [work.template.render(str(text)) for text in work.test_rows[args.prompt_field]]
     references = [str(text) for text in work.test_rows[args.response_field]]
-    found = answers.generate(model, work.tokenizer, prompts, batch=args.eval_batch, max_new_tokens=args.max_new_tokens)
+    found = generate(
+        model,
+        work.tokenizer,
+        work.tokenizer(prompts)["input_ids"],
+        batch_size=args.eval_batch,
+        max_new_tokens=args.max_new_tokens,
+        device=zero3.device(),
+    )
     rows: list[dict[str, Any]] = [
         {"prompt": p, "reference": r, "answer": a, "result": answers.extract(a), "right": answers.is_right(a, r)}
         for p, r, a in zip(prompts, references, found, strict=True)

@@ -221,6 +221,7 @@ class HDPissaEngine:
         kind: Kind = "full",
         async_save: bool = False,
         save_total_limit: int | None = None,
+        best: bool = False,
     ) -> Path:
         """Saves the run as `save_dir`/`tag` and points `save_dir`/latest to it; collective, between two steps.
 
@@ -231,6 +232,7 @@ class HDPissaEngine:
             async_save: returns when the state is copied to host memory. A failure then shows in
                 `StepResult.failed_save`, or is raised by `wait_for_checkpoint`; call that before the end.
             save_total_limit: how many `checkpoint-N` to keep; None: all.
+            best: it is the best so far: `save_dir`/best names it, and it is kept whatever the limit.
 
         Raises:
             SaveError: on all ranks alike; earlier checkpoints are intact.
@@ -254,7 +256,7 @@ class HDPissaEngine:
             residual=residual.overall if residual else None,
             client_state=client_state or {},
         )
-        self._saver.save(Job(folder, files, manifest, save_total_limit), background=async_save)
+        self._saver.save(Job(folder, files, manifest, save_total_limit, best), background=async_save)
         pulse.reach("saved")
         return folder
 

@@ -1,70 +1,136 @@
-"""Evaluation during a run: loss on held-out rows, and one generated answer.
+"""Evaluation during a run: loss on held-out rows, right answers among them, and answers to look at.
 
-All ranks take part in every forward, because each gathers weights; what is found goes to the recorder.
+All ranks take part in every forward, because each gathers weights; what is found goes to the recorder. `mean_loss`
+also serves one process with a plain model (launch/evaluate.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import zero3
+from . import pulse, zero3
+from .answers import extract, is_right
 from .batches import EvalBatches, count_target_tokens
-from .metrics import Recorder
+from .generation import Question, generate
+from .recorder import Recorder
 
 
 @dataclass
 class Evaluator:
-    """Loss on held-out rows, weighted by target tokens, and one generated answer."""
+    """One rank's part in every evaluation.
+
+    Attributes:
+        batches: held-out rows for the loss; None: no evaluation.
+        graded: questions for the exact match; none: none.
+        asked: prompts whose answers are kept in samples.jsonl.
+        batch_size: of generation. max_new_tokens: of an answer.
+    """
 
     batches: EvalBatches | None
     tokenizer: Any
-    prompt: str | None
-    max_new_tokens: int
+    graded: Sequence[Question] = ()
+    asked: Sequence[Question] = ()
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    _ranks: tuple[int, int] = field(default=(0, 1))
 
-    def evaluate(self, engine: Any, recorder: Recorder, *, step: int) -> None:
-        """Writes an evaluation row; all ranks take part in every forward."""
+    def __post_init__(self) -> None:
+        if dist.is_initialized():
+            self._ranks = dist.get_rank(), dist.get_world_size()
+
+    def evaluate(self, engine: Any, recorder: Recorder, *, step: int) -> dict[str, Any] | None:
+        """Writes an evaluation row, and returns it, the same on all ranks; None where there are no rows."""
         if self.batches is None:
-            return
-        loss, tokens = mean_loss(engine, self.batches)
-        perplexity = math.exp(min(loss, 700.0))
-        recorder.evaluation({"step": step, "eval_loss": loss, "perplexity": perplexity, "eval_tokens": tokens})
+            return None
+        engine.eval()
+        loss, tokens = mean_loss(engine, self.batches, zero3.device())
+        row: dict[str, Any] = {"step": step, **loss_figures(loss, tokens)}
+        if self.graded:
+            answers = self._answer(engine, self.graded)
+            row |= match_figures(answers, self.graded)
+        engine.train()
+        recorder.evaluation(row)
         recorder.resume_clock()
+        return row
 
-    def sample(self, engine: Any, recorder: Recorder, *, title: str) -> None:
-        """Prints the greedy answer to the sample prompt; all ranks generate it together."""
-        if self.prompt is None:
+    def sample(self, engine: Any, recorder: Recorder, *, step: int, title: str = "") -> None:
+        """Keeps the greedy answers to the sample prompts; all ranks generate them together.
+
+        Args:
+            title: "before training" or "after training", whose first answer is also a file of its own.
+        """
+        if not self.asked:
             return
         engine.eval()
-        inputs = zero3.to_device(dict(self.tokenizer(self.prompt, return_tensors="pt")))
-        ids = engine.generate(
-            **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        answers = self._answer(engine, self.asked)
         engine.train()
-        answer = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        recorder.say(f"answer {title}:\n" + "\n".join(f"    {line}" for line in answer.strip().splitlines()))
-        recorder.save_json(f"sample_{title.replace(' ', '_')}.json", {"prompt": self.prompt, "answer": answer})
+        rows: list[dict[str, Any]] = []
+        for question, answer in zip(self.asked, answers, strict=True):
+            known = {} if question.reference is None else {"reference": question.reference}
+            rows.append({"step": step, "prompt": question.text, "answer": answer, **known})
+        recorder.samples(rows)
+        first = "\n".join(f"    {line}" for line in answers[0].strip().splitlines())
+        recorder.say(f"answer {title or f'after step {step}'}:\n{first}")
+        if title and self.asked[0].reference is None:
+            content = {"prompt": self.asked[0].text, "answer": answers[0]}
+            recorder.save_json(f"sample_{title.replace(' ', '_')}.json", content)
         recorder.resume_clock()
 
+    def _answer(self, engine: Any, asked: Sequence[Question]) -> list[str]:
+        pulse.reach("eval.answers")
+        rank, world_size = self._ranks
+        prompts = [question.ids for question in asked]
+        return generate(
+            engine,
+            self.tokenizer,
+            prompts,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            device=zero3.device(),
+            rank=rank,
+            world_size=world_size,
+        )
 
-def mean_loss(engine: Any, batches: EvalBatches) -> tuple[float, int]:
-    """(loss per target token over all ranks' batches, number of target tokens); collective."""
-    total = torch.zeros(2, dtype=torch.float64, device=zero3.device())
-    engine.eval()
+
+def loss_figures(loss: float, tokens: int) -> dict[str, Any]:
+    """What an evaluation row says of the loss."""
+    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": tokens}
+
+
+def match_figures(answers: Sequence[str], asked: Sequence[Question]) -> dict[str, Any]:
+    """What an evaluation row says of answers: the share that is right, of how many."""
+    right = [is_right(answer, question.reference or "") for answer, question in zip(answers, asked, strict=True)]
+    return {"eval_exact_match": sum(right) / len(right), "eval_samples": len(right)}
+
+
+def graded_rows(answers: Sequence[str], asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """Every answer with its reference, the result that was read from it, and whether it is right."""
+    return [
+        {"reference": q.reference, "answer": a, "result": extract(a), "right": is_right(a, q.reference or "")}
+        for a, q in zip(answers, asked, strict=True)
+    ]
+
+
+def mean_loss(model: Any, batches: EvalBatches, device: torch.device) -> tuple[float, int]:
+    """(loss per target token over all ranks' batches, number of target tokens); collective where there are several.
+
+    Args:
+        model: in eval mode; an engine, or a plain model in one process.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch, real in batches:
-            loss = engine(**zero3.to_device(batch)).loss
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             tokens = count_target_tokens(batch["labels"])
             if real and tokens:
                 total += torch.stack([loss.double() * tokens, torch.full_like(loss, tokens, dtype=torch.float64)])
-    engine.train()
-    dist.all_reduce(total)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     loss_sum, tokens = total.tolist()
     return loss_sum / max(tokens, 1), int(tokens)

@@ -2,6 +2,7 @@
 
     checkpoint-10/ checkpoint-20/       complete: a folder gets such a name only when all in it is on the disk
     latest                              the name of the one to resume from, as DeepSpeed has it
+    best                                the name of the one with the best evaluation, which is never too old
     .checkpoint-30.partial/             being written, or left by a run that died
     .checkpoint-20.replaced/            while a new checkpoint-20 takes its place; counts until the new one has its name
     .checkpoint-10.removed/             being removed
@@ -21,14 +22,14 @@ from .checkpoint_format import MANIFEST
 from .errors import ConfigError
 from .faults import fault
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")
 
 
 def check_tag(tag: str) -> str:
     """Raises ConfigError for what is no plain folder name."""
-    if not _TAG.fullmatch(tag) or tag == LATEST:
+    if not _TAG.fullmatch(tag) or tag in (LATEST, BEST):
         raise ConfigError(
             f"checkpoint tag {tag[:80]!r}: must be letters, digits, '_', '-' and '.', as in checkpoint-100"
         )
@@ -43,8 +44,12 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
-def publish(written: Path, folder: Path) -> None:
-    """Gives a complete folder its name and makes it the latest one; raises OSError, the one before it in its place."""
+def publish(written: Path, folder: Path, *, best: bool = False) -> None:
+    """Gives a complete folder its name and makes it the latest one; raises OSError, the one before it in its place.
+
+    Args:
+        best: it is also the best one so far.
+    """
     replaced = _replaced(folder) if folder.exists() else None
     if replaced is not None:
         disk.remove(replaced)
@@ -58,12 +63,14 @@ def publish(written: Path, folder: Path) -> None:
     fault("save.before_latest")
     disk.replace_text(folder.parent / LATEST, folder.name + "\n")
     fault("save.after_latest")
+    if best:
+        disk.replace_text(folder.parent / BEST, folder.name + "\n")
     if replaced is not None:
         disk.remove(replaced)
 
 
 def retire(newest: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints beyond `keep` that came before a numbered one.
+    """Removes the oldest checkpoints beyond `keep` that came before a numbered one, but never the best one.
 
     Those with a higher number are of a run that went on from further back; they are left alone. What cannot be removed
     is no reason to call a save failed.
@@ -72,13 +79,16 @@ def retire(newest: Path, keep: int | None) -> None:
     if keep is None or step is None:
         return
     with contextlib.suppress(OSError):
+        spared = best(newest.parent)
         for folder in [f for f in by_step(newest.parent) if number(f) < step][keep - 1 :]:  # type: ignore[operator]
-            disk.remove(folder)
+            if folder.name != spared:
+                disk.remove(folder)
 
 
 def discard(parent: Path) -> None:
     """Removes all checkpoints: those of a run that is being replaced."""
-    (parent / LATEST).unlink(missing_ok=True)
+    for pointer in (LATEST, BEST):
+        (parent / pointer).unlink(missing_ok=True)
     for folder in by_step(parent):
         disk.remove(folder)
     clean(parent)
@@ -130,8 +140,25 @@ def _whole(folder: Path) -> Path | None:
 
 def latest(parent: Path) -> str | None:
     """The name in `latest`; None where there is none, or it is no name."""
+    return _named(parent / LATEST)
+
+
+def best(parent: Path) -> str | None:
+    """The name in `best`; None where there is none, or it is no name."""
+    return _named(parent / BEST)
+
+
+def point_to_best(parent: Path, tag: str | None) -> None:
+    """Makes `best` name a checkpoint, or none."""
+    if tag is None:
+        (parent / BEST).unlink(missing_ok=True)
+    else:
+        disk.replace_text(parent / BEST, tag + "\n")
+
+
+def _named(pointer: Path) -> str | None:
     try:
-        tag = (parent / LATEST).read_text().strip()
+        tag = pointer.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
     return tag if _TAG.fullmatch(tag) else None

@@ -35,6 +35,7 @@ from .checksum import checksum
 from .errors import StopError
 from .factors import FactorStore
 from .optimizer import SliceOptimizer
+from .slice_figures import SliceNorms
 
 MOST_TOLD = 3  # findings in a message
 FEWEST_SLICES = 4  # of fewer no robust statistic can say which one is odd
@@ -66,8 +67,8 @@ class IntegrityCheck:
     def __init__(self, module: nn.Module, optimizer: SliceOptimizer) -> None:
         self._module, self._optimizer, self._store = module, optimizer, optimizer.store
         self._first = {name: checksum(tensor) for name, tensor in self._fixed()}
-        self._squares: Tensor | None = None
-        optimizer.observe = self._observe
+        self._slice_norms = SliceNorms.of(optimizer)
+        self._slice_norms.with_updates = True
 
     # --- what is looked at ---------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class IntegrityCheck:
             fixed[name] = checksum(tensor)
             pulse.tick()
         changed = [name for name, value in fixed.items() if value != self._first[name]]
-        mine = (changed, self._agreed(fixed), self._shared(), self._norms())
+        mine = (changed, self._agreed(fixed), self._shared(), self._slice_norms.updates())
         told = [mine] * self._store.plan.world_size
         dist.all_gather_object(told, mine)
         findings = self._findings(told)
@@ -144,19 +145,6 @@ class IntegrityCheck:
                 if odd:
                     found.append(f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {name} differs between ranks")
         return found
-
-    # --- norms of the slices' updates ----------------------------------------------------------------
-
-    def _observe(self, bucket: Bucket, delta: Tensor) -> None:
-        """Called by the optimizer with each bucket's Δ: one reading of it, no waiting for the device."""
-        own = self._store.plan.slices_per_rank
-        if bucket is self._store.buckets[0] or self._squares is None:
-            self._squares = torch.zeros(own, dtype=torch.float64, device=delta.device)
-        for part in (*bucket.views_A(delta[: bucket.numel_A]), *bucket.views_B(delta[bucket.numel_A :])):
-            self._squares += torch.linalg.vector_norm(part.reshape(own, -1), dim=1, dtype=torch.float64).square()
-
-    def _norms(self) -> list[float]:
-        return [] if self._squares is None else self._squares.sqrt().tolist()
 
 
 def outliers(norms: Sequence[float]) -> list[int]:

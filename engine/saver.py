@@ -84,12 +84,13 @@ class OwnFile:
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint to be written: where, what, and how many to keep (None: all)."""
+    """A checkpoint to be written: where, what, how many to keep (None: all), and whether it is the best so far."""
 
     folder: Path
     files: list[OwnFile]
     manifest: Manifest  # without its files
     keep: int | None
+    best: bool = False
 
 
 class Saver:
@@ -255,7 +256,7 @@ class Saver:
         manifest = job.manifest.model_copy(update={"files": stored})
         disk.write_file(partial / MANIFEST, [manifest.render().encode()])
         disk.sync_folder(partial)
-        folders.publish(partial, job.folder)
+        folders.publish(partial, job.folder, best=job.best)
 
 
 # --- copies ----------------------------------------------------------------------------------------

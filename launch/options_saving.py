@@ -12,7 +12,7 @@ from hdpissa.launch.command_line import at_least, one_of, option
 class SavingOptions:
     """What is kept of the run."""
 
-    save_strategy: str = option("steps", "when to save a checkpoint: steps (and at the end), epoch, or no")
+    save_strategy: str = option("steps", "when to save a checkpoint: steps or epoch (and at the end), best, or no")
     save_steps: int = option(500, "optimizer steps between two checkpoints")
     save_total_limit: int | None = option(None, "checkpoints to keep; default: all")
     checkpoint_kind: str = option("full", "full: exact; small: without weights, exact to first order")
@@ -28,7 +28,7 @@ class SavingOptions:
     overwrite_output_dir: bool = option(False, "let this run replace the one in --output_dir")
 
 
-SAVE_STRATEGIES, CHECKPOINT_KINDS = ("steps", "epoch", "no"), ("full", "small")
+SAVE_STRATEGIES, CHECKPOINT_KINDS = ("steps", "epoch", "best", "no"), ("full", "small")
 EXPORT_FORMATS = ("hf", "peft", "both", "none")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
+from hdpissa.launch.options_reporting import reporters
 from hdpissa.launch.train_checkpoints import (
     PREEMPTED,
     Checkpoints,
@@ -28,6 +29,7 @@ from hdpissa.launch.train_checkpoints import (
     stopping_on_signals,
 )
 from hdpissa.launch.train_checks import Job, check, model_options
+from hdpissa.launch.train_evaluation import Evaluation, make_evaluator
 from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
 from hdpissa.launch.train_preview import show_rows
@@ -39,7 +41,7 @@ from hdpissa.launch.train_preview import show_rows
 def fit(
     engine: Any,
     data: Any,
-    evaluator: Any,
+    evaluation: Any,
     scheduler: Any,
     recorder: Any,
     checkpoints: Any,
@@ -50,13 +52,15 @@ def fit(
 ) -> bool:
     """Trains up to `total_steps` optimizer steps; a rank works off its slices' micro-batches in order.
 
-    Returns: whether it got there; False when the run was asked to stop.
+    Returns: whether it got there, or ended early because nothing improved; False when the run was asked to stop.
     """
     from hdpissa.engine import pulse, zero3
 
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
     for step in range(engine.global_steps, total_steps):
+        if evaluation.stops:
+            break
         pulse.at_step(step + 1)
         # --- accumulate; the engine steps after the last micro-batch
         for slice_id, micro_batch in engine.plan.schedule(accumulation):
@@ -69,12 +73,13 @@ def fit(
         done = step + 1
         figures = {**report(result), "epoch": round(done / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
-        recorder.step(figures, log=done % args.logging_steps == 0 or done == total_steps)
+        recorder.step(figures, log=is_logged(args, done, total_steps))
         # --- refuse to go on
         guard.after(result, engine.skipped_in_a_row, recorder)
         # --- evaluate
-        if args.eval_steps and done % args.eval_steps == 0 and done < total_steps:
-            evaluator.evaluate(engine, recorder, step=done)
+        if evaluation.due(done, total_steps):
+            evaluation.evaluate(engine, done)
+        evaluation.ask(engine, done, total_steps)
         # --- save
         if result.failed_save:
             checkpoints.failed(result.failed_save)
@@ -83,6 +88,11 @@ def fit(
         if checkpoints.due(done):
             checkpoints.save(engine, done)
     return True
+
+
+def is_logged(args: Any, done: int, total_steps: int) -> bool:
+    """Whether a step has its line and its row."""
+    return done % args.logging_steps == 0 or done == total_steps or (done == 1 and args.logging_first_step)
 
 
 def report(result: Any) -> dict[str, Any]:
@@ -135,7 +145,9 @@ def meet(args: Any, job: Job) -> Any:
 def make_recorder(args: Any, job: Job, start: int) -> Any:
     """Makes the output folder, where of an earlier run only the steps before `start` count any more."""
     from hdpissa.engine import folders, pulse, zero3
-    from hdpissa.engine.metrics import Recorder, keep_rows
+    from hdpissa.engine.metrics import keep_rows
+    from hdpissa.engine.recorder import Recorder
+    from hdpissa.engine.reporters import make_reporters
 
     folder = Path(args.output_dir)
     lock_folder(folder, job.plan.rank)
@@ -146,8 +158,11 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
         with pulse.alone("folder"):
             (folder / "run.json").unlink(missing_ok=True)
             keep_rows(folder / "metrics.jsonl", start)
+            if (folder / "samples.jsonl").exists():
+                keep_rows(folder / "samples.jsonl", start)
             if start == 0 and args.overwrite_output_dir:
                 folders.discard(folder)
+    names = reporters(args) if job.plan.rank == 0 else []
     recorder = Recorder(
         folder,
         total_steps=job.total_steps,
@@ -155,24 +170,11 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
         device_name=zero3.accelerator_name(),
         devices=job.plan.world_size,
         rank=job.plan.rank,
+        reporters=make_reporters(names, folder, logging_dir=args.logging_dir, run_name=args.run_name),
+        bar=not args.disable_tqdm,
     )
     recorder.state("running", start)
     return recorder
-
-
-def make_evaluator(args: Any, job: Job) -> Any:
-    from hdpissa.engine.batches import EvalBatches
-    from hdpissa.engine.evaluate import Evaluator
-
-    batches = job.rows.held_out and EvalBatches(
-        job.rows.held_out.dataset,
-        rank=job.plan.rank,
-        world_size=job.plan.world_size,
-        batch_size=args.per_device_eval_batch_size,
-        pad_token_id=job.tokenizer.pad_token_id,
-    )
-    prompt = None if args.sample_prompt is None else job.rows.template.render(args.sample_prompt)
-    return Evaluator(batches, job.tokenizer, prompt, args.max_new_tokens)
 
 
 def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
@@ -240,15 +242,14 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
-    evaluator = make_evaluator(args, job)
-    recorder.save_json("run.json", describe_run(args, engine, job))
-    if start == 0:
-        evaluator.evaluate(engine, recorder, step=0)
-        evaluator.sample(engine, recorder, title="before training")
+    recorder.describe(describe_run(args, engine, job))
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)
-    guard = Guard(engine, args.max_skipped_steps, args.integrity_steps)
-    parts = engine, job.data, evaluator, scheduler, recorder, checkpoints, guard
+    evaluation = Evaluation(args, make_evaluator(args, job), recorder, checkpoints, job.data.steps_per_epoch)
+    if start == 0:
+        evaluation.before(engine)
+    guard = Guard(engine, args)
+    parts = engine, job.data, evaluation, scheduler, recorder, checkpoints, guard
     with stopping_on_signals(engine):
         try:
             finished = fit(*parts, args=args, total_steps=job.total_steps)
@@ -262,11 +263,11 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         recorder.state("preempted", engine.global_steps, "" if stopped.saved else stopped.words)
         recorder.say(stopped.words)
         return False
-    evaluator.evaluate(engine, recorder, step=job.total_steps)
-    evaluator.sample(engine, recorder, title="after training")
+    last = engine.global_steps
+    evaluation.end(engine)
     model.config.use_cache = use_cache  # the export is configured as its base
     exported = export(args, job, engine, recorder)
-    recorder.state("finished", job.total_steps)
+    recorder.state("finished", last)
     zero3.part()
     recorder.say(f"outputs: {args.output_dir}/ ({', '.join(['metrics.jsonl, run.json, run_state.json', *exported])})")
     return True

@@ -159,11 +159,14 @@ def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[s
 def _convert(name: str, value: Any, declared: Any) -> Any:
     """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
     kinds = get_args(declared) or (declared,)  # of `int | None` both
-    words_of_yaml = {("save_strategy", False): "no", ("resume_from_checkpoint", True): "auto"}
+    words_of_yaml = {(name, False): "no" for name in ("save_strategy", "eval_strategy")}
+    words_of_yaml |= {("resume_from_checkpoint", True): "auto"}
     if isinstance(value, bool) and (name, value) in words_of_yaml:
         return words_of_yaml[name, value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
+    if list[str] in kinds and (type(value) is str or (isinstance(value, list) and all(type(v) is str for v in value))):
+        return [value] if isinstance(value, str) else value
     if float in kinds and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             return float(value)

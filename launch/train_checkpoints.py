@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.options_evaluation import needs_best
 from hdpissa.launch.train_checks import AUTO, Job
+from hdpissa.launch.train_evaluation import best_home, make_best
 
 PREEMPTED = 143  # 128 + SIGTERM: what schedulers take for "ended because it was asked to"
 
@@ -156,9 +158,12 @@ class Checkpoints:
 
     Attributes:
         data_offset: steps done when the data began; not 0 after --ignore_data_skip, and then for the rest of the run.
+        best: the best evaluation so far; it stands in every checkpoint.
     """
 
     def __init__(self, args: Any, job: Job, recorder: Any, reader: Any) -> None:
+        from hdpissa.engine import folders
+
         self._args, self._recorder, self._total = args, recorder, job.total_steps
         self._steps_per_epoch = job.data.steps_per_epoch
         data = describe_data(args, job)
@@ -168,9 +173,30 @@ class Checkpoints:
         arguments = {k: _plain(v) for k, v in asdict(args).items()}
         self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
         self._saved_at = -1
+        self.best, self._tracks = make_best(args, reader), needs_best(args)
+        self._best_home = best_home(args, reader, self.best)
+        self._found_before = self.best.step
+        if self._tracks and job.plan.rank == 0:  # a run that goes on from further back has left others behind
+            here = self.best.step is not None and self.best_folder.is_dir() and self._best_home == Path(args.output_dir)
+            folders.point_to_best(Path(args.output_dir), self.best_folder.name if here else None)
+
+    @property
+    def best_folder(self) -> Path:
+        """The best checkpoint's folder; there is one once `best` has a step."""
+        home = self._best_home if self.best.step == self._found_before else Path(self._args.output_dir)
+        return home / f"checkpoint-{self.best.step}"
+
+    def can_keep(self, done: int) -> bool:
+        """Whether an evaluation after `done` steps would have its checkpoint, if it is the best."""
+        return self._args.save_strategy == "best" or self._scheduled(done)
 
     def due(self, done: int) -> bool:
         """Whether `done` optimizer steps are a moment to save; with a strategy the end is one, too, as in Trainer."""
+        if self._args.save_strategy in ("best", "no"):
+            return self._args.save_strategy == "best" and self.best.step == done
+        return self._scheduled(done) or self.best.stops
+
+    def _scheduled(self, done: int) -> bool:
         if self._args.save_strategy == "no":
             return False
         every = self._steps_per_epoch if self._args.save_strategy == "epoch" else self._args.save_steps
@@ -194,10 +220,11 @@ class Checkpoints:
         args = self._args
         folder = engine.save_checkpoint(
             args.output_dir,
-            client_state=self._client_state,
+            client_state=self._client_state | {"best": self.best.state()},
             kind=args.checkpoint_kind,
             async_save=background,
             save_total_limit=args.save_total_limit,
+            best=self._tracks and self.best.step == engine.global_steps,
         )
         self._saved_at = engine.global_steps
         return folder

@@ -30,12 +30,15 @@ class Job:
     rows: Any  # what was read
     data: Any  # training batches
     total_steps: int
+    graded: Any = ()  # questions of evaluation rows, for the exact match
+    asked: Any = ()  # questions whose answers are kept
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.train_data import make_batches, read_rows
+    from hdpissa.launch.train_questions import read_questions
 
     if not args.preview:
         check_output_dir(args)
@@ -56,9 +59,8 @@ def check(args: Any, given: frozenset[str]) -> Job:
     )
     total_steps = count_steps(args, data.steps_per_epoch)
     check_vocabulary(rows, data, model_config)
-    if args.sample_prompt is not None and not rows.template.render(args.sample_prompt).strip():
-        raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps)
+    graded, asked = read_questions(args, tokenizer, rows)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked)
 
 
 def check_output_dir(args: Any) -> None:

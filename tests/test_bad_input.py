@@ -209,12 +209,37 @@ DATA = [
     argument("empty sample prompt", ("--sample_prompt", "empty"), sample_prompt=" ", prompt_template="none"),
     argument("template that is not there", ("'alpacca'", "alpaca, none"), prompt_template="alpacca"),
 ]
+EVALUATION = [
+    argument(
+        "unknown strategy", ("--eval_strategy is often", "must be one of steps, epoch, no"), eval_strategy="often"
+    ),
+    argument("steps without their number", ("--eval_steps 0", "give --eval_steps"), eval_strategy="steps"),
+    argument(
+        "answers without evaluation rows",
+        ("--eval_exact_match needs evaluation rows", "give --eval_dataset_name"),
+        eval_exact_match=True,
+        eval_dataset_name=None,
+    ),
+    argument("the best of nothing", ("--load_best_model_at_end", "give --eval_steps"), load_best_model_at_end=True),
+    argument(
+        "what is evaluated is not saved",
+        ("--save_steps 3", "--eval_steps 2", "multiple", "--save_strategy best"),
+        load_best_model_at_end=True,
+        eval_steps=2,
+        save_steps=3,
+    ),
+    argument("unknown metric", ("is bleu:", "one of loss, perplexity, exact_match"), metric_for_best_model="bleu"),
+    argument("a metric that is not measured", ("give --eval_exact_match",), metric_for_best_model="exact_match"),
+    argument("negative patience", ("early_stopping_patience is -1", "negative"), early_stopping_patience=-1),
+    argument("unknown reporter", ("--report_to is mlflow", "none, all, tensorboard, wandb"), report_to="mlflow"),
+    argument("negative slice steps", ("--slice_metrics_steps is -1", "negative"), slice_metrics_steps=-1),
+]
 OUTPUT = [
     argument("output folder of another run", ("DIR/used", "--overwrite_output_dir"), output_dir="DIR/used"),
     argument("output folder that is a file", ("DIR/notes.txt is a file", "give a folder"), output_dir="DIR/notes.txt"),
     argument("output folder below a file", ("DIR/notes.txt is a file",), output_dir="DIR/notes.txt/run"),
 ]
-CASES = [*COMMAND_LINE, *YAML, *DEEPSPEED, *HD_PISSA, *MODEL, *DATA, *OUTPUT]
+CASES = [*COMMAND_LINE, *YAML, *DEEPSPEED, *HD_PISSA, *MODEL, *DATA, *EVALUATION, *OUTPUT]
 
 
 # --- the files that are wrong ----------------------------------------------------------------------

@@ -26,13 +26,13 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
-errors faults pulse verdict checksum precision config slicing eigen krylov svd bounds delta shards targets buckets
-    prompts tensor_file results families data_formats data_sources
+errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
+    buckets prompts tensor_file results families data_formats data_sources
 launcher peers watch disk checkpoint_format folders base_files adapter export_report
-zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics batches ds_config
-    slice_cache streams hf_folder stacks
-settings factors decompose adapt optimizer residual export peft_export pretrained sharded_load evaluate nonfinite
-    integrity
+zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics display reporters
+    batches ds_config slice_cache streams hf_folder stacks
+recorder generation settings factors decompose adapt optimizer residual export peft_export pretrained sharded_load
+    evaluate nonfinite slice_figures integrity
 saver checkpoint
 engine
 build

@@ -13,9 +13,9 @@ import pytest
 
 from hdpissa.engine import peers, pulse
 from hdpissa.engine.errors import LostError
-from hdpissa.engine.metrics import Recorder
 from hdpissa.engine.peers import Door, Peer, Peers
 from hdpissa.engine.pulse import Report
+from hdpissa.engine.recorder import Recorder
 from hdpissa.engine.watch import Watch, asked_after
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.1]:1234")

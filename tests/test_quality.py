@@ -10,11 +10,14 @@ from pathlib import Path
 
 import launch_runs
 import pytest
+import torch
 from ranks import run_ranks
 
-from hdpissa.benchmarks import answers, apart, quality, quality_record, quality_report, quality_run, task
+from hdpissa.benchmarks import apart, quality, quality_record, quality_report, quality_run, task
 from hdpissa.benchmarks.quality import Arguments, make_arms
+from hdpissa.engine import answers
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.generation import generate
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
@@ -49,12 +52,12 @@ def test_batched_answers_are_those_of_each_alone(inputs):
     folder = inputs["model_name_or_path"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     prompts = ["a b c d e f", "x", "What is 3 + 4?", "one two three four five"]
+    ids, device = tokenizer(prompts)["input_ids"], torch.device("cpu")
     alone, batched = (
-        list(answers.generate(model, tokenizer, prompts, batch=n, max_new_tokens=6)) for n in (1, len(prompts))
+        generate(model, tokenizer, ids, batch_size=n, max_new_tokens=6, device=device) for n in (1, len(prompts))
     )
     assert alone == batched
     assert len(set(alone)) == len(prompts)
-    assert tokenizer.padding_side == "right"
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from launch_runs import (
 )
 from ranks import run_ranks
 
-from hdpissa.engine.metrics import Recorder
+from hdpissa.engine.recorder import Recorder
 from hdpissa.launch import train, train_arguments
 
 STEPS, LR = 8, 3e-3

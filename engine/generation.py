@@ -1,0 +1,118 @@
+"""Greedy answers to prompts of token ids: in batches, by one process or by all ranks together.
+
+Under ZeRO-3 every generated token is a collective on all ranks, so all of them generate equally many batches (a rank
+that has run out of prompts repeats one), and a rank whose answers have ended goes on until the others' have
+(`synced_gpus`). Prompts of a like length share a batch, and are padded on the left, so that all answers begin at the
+same position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .data import IGNORE
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as the model reads it and as text, and the answer that is expected; None where none is known."""
+
+    ids: list[int]
+    text: str
+    reference: str | None = None
+
+
+def questions(
+    rows: datasets.Dataset, tokenizer: Any, *, limit: int | None = None, max_length: int | None = None
+) -> list[Question]:
+    """The first rows with a prompt, as questions: what comes before the last answer, and that answer.
+
+    Rows that are all answer (plain text) have no question. An answer that was cut at `max_length` has lost its
+    result, so it is no reference, and left out.
+
+    Args:
+        rows: tokenised, with `labels`. limit: None for all.
+    """
+    found: list[Question] = []
+    for number in range(len(rows)):
+        if limit is not None and len(found) >= limit:
+            break
+        row = rows[number]
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORE), 0)
+        start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORE), 0)
+        cut = max_length is not None and len(ids) >= max_length and ids[-1] != tokenizer.eos_token_id
+        if start and not cut:
+            prompt, answer = (
+                tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:stop])
+            )
+            found.append(Question(ids[:start], prompt, answer.strip()))
+    return found
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[str]:
+    """Greedy answers in the order of the prompts, on every rank; collective where there are several.
+
+    Args:
+        model: in eval mode; has `generate` and `generation_config`, or a `module` that has the latter.
+    """
+    if not prompts:
+        return []
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    mine, longest_share = order[rank::world_size], -(-len(order) // world_size)
+    stops = _stop_tokens(model, tokenizer)
+    answers: dict[int, str] = {}
+    for start in range(0, longest_share, batch_size):
+        chosen = mine[start : start + batch_size]
+        inputs = _pad_left([prompts[i] for i in chosen or order[:1]], tokenizer.pad_token_id)
+        ids = model.generate(
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        if chosen:
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
+    if world_size > 1:
+        told: list[Any] = [None] * world_size
+        dist.all_gather_object(told, answers)
+        answers = {number: text for part in told for number, text in part.items()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The end that was trained, and those that the model had before."""
+    config = getattr(getattr(model, "module", model), "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    own = [own] if isinstance(own, int) else list(own or [])
+    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (prompts, longest)."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}

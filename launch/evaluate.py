@@ -1,0 +1,302 @@
+"""Evaluates a trained model: with lm-eval's tasks, or on a dataset, by loss and right answers.
+
+    python launch/evaluate.py --model outputs/run1 --tasks gsm8k,hellaswag --num_fewshot 5 --limit 100
+    python launch/evaluate.py --model outputs/run1 --dataset_name test.jsonl --eval_exact_match
+
+`--model` is a run's output folder, its model/ or adapter/, a checkpoint (which is exported to a temporary folder
+first), or any Hugging Face folder or hub name. A dataset is read as the run read its own (template, columns, lengths
+from run.json), unless the command line says otherwise; without one it is the run's evaluation set. What stands after
+`--` is handed to lm-eval as it is. One process; what a person can get wrong: one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "evaluate":
+    # A script of launch/ has this folder first on sys.path; whoever imports PyPI's `evaluate` there must get that.
+    sys.path[:] = [folder for folder in sys.path if f"{folder}/evaluate.py" != __file__]
+    del sys.modules["evaluate"]
+    __import__("evaluate")
+
+import copy
+import importlib.util
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import command_line, options_data
+from hdpissa.launch.command_line import at_least, option
+from hdpissa.launch.options_data import DataOptions
+from hdpissa.launch.options_training import TrainingOptions
+
+INSTALL = 'pip install "lm-eval[hf]"'
+
+
+@dataclass
+class EvaluateOptions:
+    """What is evaluated, and how."""
+
+    model: str = option("", "a run's folder, model/, adapter/, a checkpoint, a Hugging Face folder or hub name")
+    tasks: str | None = option(None, "lm-eval's tasks, with commas between them")
+    num_fewshot: int | None = option(None, "examples in lm-eval's prompts; default: the task's")
+    limit: float | None = option(None, "rows per task, or their share, for a quick look (lm-eval)")
+    batch_size: int = option(8, "rows at a time")
+    eval_exact_match: bool = option(False, "ask the rows of the dataset, too, and count the right answers")
+    eval_max_samples: int | None = option(None, "rows that are asked, the first ones; default: all")
+    max_new_tokens: int = option(256, "length of an answer")
+    output_path: str | None = option(None, "folder for the results")
+    device: str | None = option(None, "cpu, cuda, cuda:1, …; default: the GPUs, where there are some")
+    trust_remote_code: bool = option(False, "run model code that comes with the model")
+
+
+@dataclass
+class EvaluateArguments(DataOptions, EvaluateOptions):
+    """Evaluates a trained model, with lm-eval's tasks or on a dataset."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on disk or on the hub.
+
+    Attributes:
+        folder: to load. base: of an adapter, the model that it belongs to.
+        run: arguments of the run that made it, by run.json; empty where that is not there.
+        checkpoint: it has to be exported from there first.
+    """
+
+    folder: str
+    base: str | None
+    run: dict[str, Any]
+    checkpoint: Path | None = None
+
+
+# --- which model -----------------------------------------------------------------------------------
+
+
+def locate(name: str) -> Located:
+    """Finds out what a folder holds; ConfigError where it holds no model."""
+    from hdpissa.engine import folders
+    from hdpissa.engine.checkpoint_format import MANIFEST
+
+    path = Path(name)
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(f"--model {name}: no such folder; give a run's folder, a model's, or a hub name")
+        return Located(name, None, {})
+    if (path / MANIFEST).is_file():
+        return Located(str(path), None, _arguments(path.parent), path)
+    for folder, run in ((path, path.parent), (path / "model", path), (path / "adapter", path)):
+        if (folder / "adapter_config.json").is_file():
+            return Located(str(folder), _base_of(folder), _arguments(run))
+        if (folder / "config.json").is_file():
+            return Located(str(folder), None, _arguments(run))
+    best = folders.best(path)
+    found = [path / best] if best and (path / best / MANIFEST).is_file() else folders.candidates(path)
+    if not found:
+        raise ConfigError(f"--model {name}: holds no model, no adapter and no checkpoint; give a folder that does")
+    return Located(str(found[0]), None, _arguments(path), found[0])
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        return str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--model {adapter}: its adapter_config.json names no base model ({error}); mend it"
+        ) from None
+
+
+def _arguments(run: Path) -> dict[str, Any]:
+    """The arguments of a run; none where there is no run.json."""
+    try:
+        return dict(json.loads((run / "run.json").read_text())["arguments"])
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[str]]:
+    """(arguments, filled up with the run's; the model; options that were set here or there; what is lm-eval's own).
+
+    Raises:
+        ConfigError: what does not fit.
+    """
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = command_line.make_parser({"evaluate": EvaluateOptions, "data": DataOptions})
+    values, given = command_line.read(parser, argv[:cut])
+    if not values["model"]:
+        raise ConfigError("missing --model; see --help")
+    found = locate(values["model"])
+    inherited = _as_in_the_run(found.run, given)
+    given |= {name for name, value in inherited.items() if value != values[name]}
+    args = EvaluateArguments(**(values | inherited))
+    options_data.check(args)
+    at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
+    at_least(args, 0, "num_fewshot", "limit")
+    more = argv[cut + 1 :]
+    if more and not args.tasks:
+        raise ConfigError(f"-- {more[0]}: what stands after -- is for lm-eval; give --tasks, or leave it out")
+    if not args.tasks and not args.dataset_name:
+        raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
+    return args, found, given, more
+
+
+def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The run's own way to read data, without what the command line says; its evaluation set if that names no other."""
+    known = {f.name for f in fields(DataOptions)}
+    values = {name: value for name, value in run.items() if name in known and name not in given}
+    if "dataset_name" in given:
+        return {name: value for name, value in values.items() if not name.startswith(("dataset_", "eval_"))}
+    held_out = bool(run.get("eval_dataset_name") or run.get("eval_split"))
+    if "dataset_name" in known:
+        values["dataset_name"] = (run.get("eval_dataset_name") or run.get("dataset_name")) if held_out else ""
+    if "dataset_split" in known and "dataset_split" not in given:
+        values["dataset_split"] = run.get("eval_split") or "train"
+    return values
+
+
+# --- lm-eval ---------------------------------------------------------------------------------------
+
+
+def refuse_without_lm_eval() -> None:
+    """ConfigError with how to install it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"--tasks needs lm-eval, which is not installed: {INSTALL}")
+
+
+def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more: list[str]) -> list[str]:
+    """lm-eval's command line, as its users would type it."""
+    model = {"pretrained": base or folder, "dtype": "auto"}
+    model |= {"peft": folder} if base else {}
+    model |= {"trust_remote_code": "True"} if args.trust_remote_code else {}
+    if any("," in value for value in model.values()):
+        raise ConfigError(f"--model {args.model}: lm-eval takes no comma in a name; rename the folder")
+    options = {
+        "--model": "hf",
+        "--model_args": ",".join(f"{key}={value}" for key, value in model.items()),
+        "--tasks": args.tasks,
+        "--num_fewshot": args.num_fewshot,
+        "--limit": args.limit,
+        "--batch_size": args.batch_size,
+        "--device": args.device,
+        "--output_path": args.output_path,
+    }
+    words = [word for name, value in options.items() if value is not None for word in (name, f"{value}")]
+    # -P: neither this folder nor the current one answers in place of a package that lm-eval imports
+    return [sys.executable, "-P", "-m", "lm_eval", *words, *more]
+
+
+# --- a dataset -------------------------------------------------------------------------------------
+
+
+def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base: str | None) -> dict[str, Any]:
+    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path.
+
+    Args:
+        given: options that the command line or the run has set.
+    """
+    import torch
+
+    from hdpissa.engine.batches import EvalBatches
+    from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
+    from hdpissa.engine.generation import generate, questions
+    from hdpissa.launch.train_checks import read_tokenizer
+    from hdpissa.launch.train_data import read_rows
+
+    where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
+    tokenizer = read_tokenizer(where)
+    alone: Any = copy.copy(args)
+    alone.seed = TrainingOptions.seed  # draws the rows, where a share of a dataset is asked for
+    alone.eval_dataset_name = alone.eval_split = None
+    alone.packing = alone.group_by_length = alone.streaming = False
+    rows = read_rows(alone, frozenset(given), tokenizer).train
+    asked = []
+    if args.eval_exact_match:
+        asked = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        if not asked:
+            raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
+    model = load(args, folder, base)
+    device = torch.device(model.device)
+    batches = EvalBatches(
+        rows.dataset, rank=0, world_size=1, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id
+    )
+    figures = loss_figures(*mean_loss(model, batches, device))
+    if asked:
+        ids, limits = [q.ids for q in asked], {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        with torch.no_grad():
+            answers = generate(model, tokenizer, ids, device=device, **limits)  # type: ignore[arg-type]
+        figures |= match_figures(answers, asked)
+        if args.output_path:
+            _write(Path(args.output_path) / "answers.jsonl", graded_rows(answers, asked))
+    if args.output_path:
+        _write(
+            Path(args.output_path) / "evaluation.json", [{"model": args.model, "dataset": args.dataset_name, **figures}]
+        )
+    return figures
+
+
+def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
+    """The model in eval mode, on all GPUs, on the one that is asked for, or on the CPU; in the dtype that it has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    several = args.device is None and torch.cuda.device_count() > 1
+    place = {"device_map": "auto"} if several else {}
+    name = base or folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", trust_remote_code=args.trust_remote_code, **place
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {args.model}: {name} cannot be loaded ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if base:
+        if importlib.util.find_spec("peft") is None:
+            raise ConfigError(f"--model {args.model}: an adapter needs peft, which is not installed: pip install peft")
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    if not several:
+        model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval()
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- wiring ----------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, found, given, more = parse(list(sys.argv[1:] if argv is None else argv))
+    if args.tasks:
+        refuse_without_lm_eval()
+    with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
+        folder = found.folder
+        if found.checkpoint is not None:
+            from hdpissa.launch.export_checkpoint import export, open_checkpoint
+
+            folder = f"{scratch}/model"
+            print(export(open_checkpoint(str(found.checkpoint)), Path(folder), format="hf"))
+        if args.tasks:
+            code = subprocess.run(lm_eval_command(args, folder, found.base, more), check=False).returncode
+            if code:
+                raise SystemExit(code)
+        else:
+            figures = evaluate_dataset(args, given, folder, found.base)
+            print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.exit_code(main))
