@@ -142,6 +142,10 @@ def _check_targets(value: Any) -> list[str] | str:
     raise ValueError("must be a non-empty list of module-name suffixes, or one regular expression")
 
 
+def _check_exclusions(value: Any) -> list[str] | str:
+    return [] if value in ([], ()) else _check_targets(value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -203,7 +207,7 @@ class HDPissaConfig(_Section):
     target_modules: Annotated[list[str] | str, PlainValidator(_check_targets)] = Field(
         default_factory=lambda: list(DEFAULT_TARGETS)
     )
-    exclude_modules: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    exclude_modules: Annotated[list[str] | str, PlainValidator(_check_exclusions)] = Field(default_factory=list)
     # PEFT's meaning: a module-name suffix or regex, and the r of the modules that it matches.
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     init: InitConfig = Field(default_factory=InitConfig)
@@ -221,14 +225,14 @@ class HDPissaConfig(_Section):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> HDPissaConfig:
-        """Checks a section read from JSON.
+        """Checks a section read from JSON; "auto", where nobody has filled it in, stands for the default.
 
         Raises ConfigError: one line with every unknown key and every bad value of the section.
         """
         if not isinstance(section, dict):
             fail([f'hd_pissa is {show(section)}: must be an object such as {{"r": 16}}'])
         try:
-            return cls.model_validate(section)
+            return cls.model_validate({k: v for k, v in section.items() if v != "auto"})
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors(include_url=False)]
         fail(problems)

@@ -26,14 +26,16 @@ class Evaluator:
     prompt: str | None
     max_new_tokens: int
 
-    def evaluate(self, engine: Any, recorder: Recorder, *, step: int) -> None:
-        """Writes an evaluation row; all ranks take part in every forward."""
+    def evaluate(self, engine: Any, recorder: Recorder, *, step: int) -> dict[str, Any] | None:
+        """Writes an evaluation row, and returns it; all ranks take part in every forward."""
         if self.batches is None:
-            return
+            return None
         loss, tokens = mean_loss(engine, self.batches)
         perplexity = math.exp(min(loss, 700.0))
-        recorder.evaluation({"step": step, "eval_loss": loss, "perplexity": perplexity, "eval_tokens": tokens})
+        row = {"step": step, "eval_loss": loss, "perplexity": perplexity, "eval_tokens": tokens}
+        recorder.evaluation(row)
         recorder.resume_clock()
+        return row
 
     def sample(self, engine: Any, recorder: Recorder, *, title: str) -> None:
         """Prints the greedy answer to the sample prompt; all ranks generate it together."""

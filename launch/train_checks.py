@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import model_checks
+from hdpissa.launch.options_method import section_options
+from hdpissa.launch.train_callbacks import load
+from hdpissa.launch.train_model import check_model, model_options
 
 MOST_STEPS = 10**9
 AUTO = ("auto", "true", "True")  # --resume_from_checkpoint; the latter two are how Hugging Face's True arrives
@@ -30,12 +33,14 @@ class Job:
     rows: Any  # what was read
     data: Any  # training batches
     total_steps: int
+    callbacks: list[Any] = field(default_factory=list)  # instances
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.train_data import make_batches, read_rows
+    from hdpissa.launch.train_schedule import check_schedule
 
     if not args.preview:
         check_output_dir(args)
@@ -44,6 +49,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     plan = make_plan(hd, values.gradient_accumulation_steps)
     check_kernels(hd)
     weights = check_targets(model_config, hd, plan, args)
+    callbacks = load(args.callbacks or [])
     tokenizer = read_tokenizer(args)
     rows = read_rows(args, given, tokenizer)
     data = make_batches(
@@ -55,10 +61,11 @@ def check(args: Any, given: frozenset[str]) -> Job:
         size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
+    check_schedule(args, values.learning_rate, total_steps)
     check_vocabulary(rows, data, model_config)
     if args.sample_prompt is not None and not rows.template.render(args.sample_prompt).strip():
         raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, callbacks)
 
 
 def check_output_dir(args: Any) -> None:
@@ -117,9 +124,11 @@ def reason(error: Exception) -> str:
 
 def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
     """(DeepSpeed config with every "auto" filled, hd_pissa config, the values both sides agree on)."""
-    from hdpissa.engine import ds_config, zero3
+    from hdpissa.engine import ds_config, overrides, zero3
 
-    raw, hd = ds_config.split_section(ds_config.read_ds_config(args.ds_config))
+    adam = {name: getattr(args, name) for name in overrides.ADAM if name in given}
+    merged, differ = overrides.merge(ds_config.read_ds_config(args.ds_config), section_options(args), adam)
+    raw, hd = ds_config.split_section(merged)
     ds_config.check_ds_config(raw)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     values = ds_config.TrainValues(
@@ -132,7 +141,7 @@ def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tu
         hidden_size=getattr(text_config, "hidden_size", None),
         given=given,
     )
-    filled, values = ds_config.fill_auto(raw, values)
+    filled, values = ds_config.fill_auto(raw, values, differ)
     zero3.check_zero_section(ds_config.engine_ds_config(filled)["zero_optimization"])
     return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
 
@@ -159,8 +168,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
         refuse_stateful(model)
     if args.export_format in ("peft", "both"):
         peft_export.refuse_tied(model, targets)
-    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-        raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
+    check_model(args, model)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -173,12 +181,6 @@ def refuse_stateful(model: Any) -> None:
             f"--packing: {type(model).__name__} carries a state from one packed row into the next"
             f"{f' ({chr(44).join(sorted(kinds))})' if kinds else ''}; leave it out"
         )
-
-
-def model_options(args: Any) -> dict[str, Any]:
-    """What the command line says about the model's code."""
-    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    return {"trust_remote_code": args.trust_remote_code, **attention}
 
 
 def read_tokenizer(args: Any) -> Any:
