@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from .errors import ConfigError
 
@@ -210,6 +218,9 @@ class HDPissaConfig(_Section):
     exclude_modules: Annotated[list[str] | str, PlainValidator(_check_exclusions)] = Field(default_factory=list)
     # PEFT's meaning: a module-name suffix or regex, and the r of the modules that it matches.
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    # PEFT's name: parameters that DeepSpeed's AdamW trains beside the slices.
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    modules_to_save_learning_rate: PositiveFloat | None = None  # None: the slices'
     init: InitConfig = Field(default_factory=InitConfig)
     delta: DeltaConfig = Field(default_factory=DeltaConfig)
     adam: AdamConfig = Field(default_factory=AdamConfig)
@@ -221,6 +232,13 @@ class HDPissaConfig(_Section):
     def _keys_compile(cls, value: dict[str, int]) -> dict[str, int]:
         for pattern in value:
             _check_regex(pattern)
+        return value
+
+    @field_validator("modules_to_save_learning_rate")
+    @classmethod
+    def _has_modules(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and not info.data.get("modules_to_save"):
+            raise ValueError("is for modules_to_save, of which there are none")
         return value
 
     @classmethod

@@ -29,6 +29,10 @@ class MethodOptions:
     )
     exclude_modules: list[str] | None = option(None, "names or suffixes to leave out, or one regular expression")
     rank_pattern: str | None = option(None, "JSON: name, suffix or regular expression → its own r")
+    modules_to_save: list[str] | None = option(
+        None, "parameters that DeepSpeed's AdamW trains beside: names or parts of them, such as norm, lm_head, bias"
+    )
+    modules_to_save_learning_rate: float | None = option(None, "their peak learning rate (default --learning_rate)")
 
 
 def check(args: MethodOptions) -> None:
@@ -48,6 +52,9 @@ def section_options(args: MethodOptions) -> dict[str, Any]:
     values["rank_pattern"] = None if args.rank_pattern is None else json_object(args, "rank_pattern")
     for name in ("target_modules", "exclude_modules"):
         values[name] = modules(getattr(args, name))
+    if args.modules_to_save is not None:
+        values["modules_to_save"] = [part for word in args.modules_to_save for part in word.split(",") if part]
+    values["modules_to_save_learning_rate"] = args.modules_to_save_learning_rate
     return {key: value for key, value in values.items() if value is not None}
 
 

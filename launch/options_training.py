@@ -9,7 +9,14 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.command_line import at_least, at_most, json_object, one_of, option
 
 # transformers' names, of those that are a function of the step alone
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay")
+SCHEDULES: tuple[str, ...] = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+)
 SCHEDULES += ("inverse_sqrt", "polynomial")
 
 

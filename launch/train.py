@@ -193,6 +193,7 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
         "world_size": plan.world_size,
         "slices": plan.slices,
         "targets": len(engine.targets),
+        "modules_to_save": engine.optimizer.beside.numels if engine.optimizer.beside else {},
         "target_modules": sorted({t.name.rsplit(".", 1)[-1] for t in engine.targets}),
         "total_steps": job.total_steps,
         "steps_per_epoch": job.data.steps_per_epoch,
@@ -240,6 +241,8 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
+    if engine.optimizer.beside:
+        recorder.say(str(engine.optimizer.beside))
     evaluator = make_evaluator(args, job)
     recorder.save_json("run.json", describe_run(args, engine, job))
     if start == 0:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
-CALLED = ("init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end")
+CALLED: tuple[str, ...] = ("init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end")
 CALLED += ("log", "evaluate", "save")
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")
 

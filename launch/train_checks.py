@@ -151,7 +151,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.engine import adapt, peft_export
+    from hdpissa.engine import adapt, modules_to_save, peft_export
 
     try:
         with torch.device("meta"), model_checks.quiet_transformers():
@@ -164,10 +164,12 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
         ) from None
     model_checks.check_causal(args.model_name_or_path, model)
     targets = adapt.find_targets(model, hd, plan)
+    modules_to_save.find(model, hd.modules_to_save, targets)
     if args.packing:
         refuse_stateful(model)
     if args.export_format in ("peft", "both"):
         peft_export.refuse_tied(model, targets)
+        peft_export.refuse_beside(hd.modules_to_save)
     check_model(args, model)
     return sum(p.numel() for p in model.parameters())
 

@@ -31,8 +31,8 @@ errors faults pulse verdict checksum precision config slicing eigen krylov svd b
 launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report
 zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics batches ds_config
     slice_cache streams hf_folder stacks
-settings factors decompose adapt optimizer residual export peft_export pretrained sharded_load evaluate nonfinite
-    integrity
+settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained sharded_load evaluate
+    nonfinite integrity
 saver checkpoint
 engine
 build
