@@ -94,7 +94,7 @@ BAD_SCHEDULES = [
     ("cosine_with_min_lr", None, "One of min_lr or min_lr_rate should be set"),
     ("cosine_with_min_lr", {"min_lr": 1e-5, "min_lr_rate": 0.1}, "Only one of min_lr or min_lr_rate"),
     ("cosine_with_min_lr", {"min_lr_rate": "small"}, r"min_lr_rate\": \"small\"}.*correct it"),
-    ("cosine_with_min_lr", {"min_lr_rate": -2}, "gives -.* times the learning rate in step"),
+    ("polynomial", {"lr_end": -1.0}, "gives -.* times the learning rate in step"),
     ("cosine", {"min_lr": 1e-5}, "cosine has no min_lr; its keys: num_cycles"),
     ("linear", {"power": 2}, "linear has no power; it takes none"),
     ("constant", {"a": 1}, "constant takes none; leave it out"),
@@ -167,8 +167,8 @@ def test_the_command_line_fills_what_the_json_leaves_open(section):
 def test_where_both_speak_they_must_agree():
     _, differ = merged({"r": 16, "target_modules": ["v_proj", "q_proj"]}, r=8, target_modules=["q_proj", "v_proj"])
     assert differ == ["hd_pissa.r is 16 but --r is 8"]
+    values = ds_config.TrainValues(1, 1, 1, 1.0, 1e-4, False, given=frozenset({"max_grad_norm"}))
     with pytest.raises(ConfigError, match=r"hd_pissa.r is 16 but --r is 8, gradient_clipping .*; set these config val"):
-        values = ds_config.TrainValues(1, 1, 1, 1.0, 1e-4, False, given=frozenset({"max_grad_norm"}))
         ds_config.fill_auto({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}, values, differ)
 
 
@@ -232,7 +232,7 @@ BAD = {
     "a module that is not there": ({"callbacks": "no_such_module:C"}, "cannot be imported .ModuleNotFoundError"),
     "a callback that is none": ({"callbacks": "pathlib:Path"}, "must be a subclass of transformers.TrainerCallback"),
     "a callback that needs arguments": (
-        {"callbacks": "transformers:CallbackHandler"},
+        {"callbacks": "transformers.trainer_callback:CallbackHandler"},
         r"CallbackHandler\(\) fails .TypeError.*; give a class that needs no arguments",
     ),
 }
