@@ -47,7 +47,7 @@ class TrainingOptions:
     )
     neftune_noise_alpha: float | None = option(None, "NEFTune: noise on the embeddings while training; 5 is usual")
     use_liger_kernel: bool = option(False, "Liger's kernels for norms, rotary embedding, MLP and loss, where installed")
-    torch_compile: bool = option(False, "refused, with the reason: ZeRO-3's hooks leave nothing to compile")
+    torch_compile: bool = option(False, "refused, with the reason: ZeRO-3 leaves nothing to compile")
     attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, …")
     callbacks: list[str] | None = option(
         None, "TrainerCallbacks of transformers: package.module:Class or path/to/file.py:Class, one or more"

@@ -7,7 +7,11 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
-TORCH_COMPILE = "--torch_compile: TBD"
+TORCH_COMPILE = (
+    "--torch_compile: must be off, because ZeRO-3's hooks, which gather each module's weights, are not compiled and "
+    "cut every layer into small pieces: the same numbers, slower (docs/training.md); leave it out, or take "
+    "--use_liger_kernel for fused operators"
+)
 
 
 def model_options(args: Any) -> dict[str, Any]:

@@ -226,7 +226,7 @@ BAD = {
         r"an adapter cannot hold hd_pissa.modules_to_save \(norm\)",
     ),
     "Liger, which is not there": ({"use_liger_kernel": True}, "liger-kernel is not installed; pip install"),
-    "torch.compile": ({"torch_compile": True}, "--torch_compile"),
+    "torch.compile": ({"torch_compile": True}, "cut every layer into small pieces: the same numbers, slower"),
     "a callback without class": ({"callbacks": "os"}, "must be package.module:Class"),
     "a callback that is not there": ({"callbacks": "os:Missing"}, "cannot be imported .AttributeError"),
     "a module that is not there": ({"callbacks": "no_such_module:C"}, "cannot be imported .ModuleNotFoundError"),
