@@ -109,10 +109,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """Two ranks under bf16, four steps at once; and two, saved in both kinds."""
+    """Two ranks under bf16, four steps at once; and two. Both are saved, the first is exported as well."""
     folder = tmp_path_factory.mktemp("trained")
     config, common = settings(bf16=True), {"lr": LR, "source": base}
-    whole = run_ranks(2, train_beside, config, stop=STEPS, export_to=str(folder / "model"), **common)
+    kept = {"export_to": str(folder / "model"), "save_to": str(folder / "end")}
+    whole = run_ranks(2, train_beside, config, stop=STEPS, **kept, **common)
     run_ranks(2, train_beside, config, stop=2, save_to=str(folder / "half"), **common)
     return folder, config, common, whole
 
@@ -120,9 +121,7 @@ def trained(base, tmp_path_factory):
 def test_resuming_is_exact(trained):
     """fp32 weights and moments, bit for bit; the bf16 weights that the model computes with are their rounding."""
     folder, config, common, whole = trained
-    resumed = run_ranks(
-        2, train_beside, config, stop=STEPS, start_from=str(folder / "half"), save_to=str(folder / "end"), **common
-    )
+    resumed = run_ranks(2, train_beside, config, stop=STEPS, start_from=str(folder / "half"), **common)
     for now, before in zip(resumed, whole, strict=True):
         assert now["losses"] == before["losses"][2:]
         assert now["own"].keys() == before["own"].keys()
@@ -140,6 +139,16 @@ def test_resuming_on_another_number_of_ranks(trained):
     (alone,) = run_ranks(1, train_beside, config, stop=STEPS, start_from=str(folder / "half"), **common)
     assert alone["losses"] == pytest.approx(whole[0]["losses"][2:], rel=1e-3)
     assert_near(alone["beside"], {n: w.double() for n, w in whole[0]["beside"].items()}, 2e-3)
+
+
+def test_small_checkpoints_hold_them(tmp_path):
+    """Weights of targets are computed from sums there; these are stored."""
+    common = {"stop": 1, "lr": LR, "model": BIASES}
+    config = settings(accumulation=4, delta={"second_order": False})
+    (saved,) = run_ranks(1, train_beside, config, save_to=str(tmp_path), kind="small", **common)
+    (found,) = run_ranks(1, train_beside, config, start_from=str(tmp_path), **common)
+    assert found["losses"] == []
+    assert all(torch.equal(found["own"][key], values) for key, values in saved["own"].items())
 
 
 def test_exports_hold_them(trained, base):
