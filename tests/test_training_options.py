@@ -368,6 +368,9 @@ def test_the_section_is_as_given(launched):
     section = run["ds_config"]["hd_pissa"]
     assert (section["r"], section["lora_alpha"], section["slices"]) == (2, 4.0, 2)
     assert section["adam"] == {"betas": [0.8, 0.9], "eps": 1e-6}
+    assert section["target_modules"] == ["q_proj", "up_proj"]
+    assert section["exclude_modules"] == ["model.layers.0.self_attn.q_proj"]
+    assert (section["rank_pattern"], section["modules_to_save_learning_rate"]) == ({"up_proj": 3}, 1e-3)
     assert (run["targets"], run["slices"]) == (3, 2)  # two up_proj, one q_proj
     assert list(run["modules_to_save"]) == ["model.norm.weight", "lm_head.weight"]
     steps, (before, after) = read_metrics(launched["plain"])
