@@ -150,8 +150,8 @@ def check_ds_config(ds: dict[str, Any]) -> None:
 
 
 # What DeepSpeed would pass over in silence if it were misspelt, and what looks like one of them but is another key.
-_SPELT: tuple[str, ...] = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-_SPELT += ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16")
+_SPELT: tuple[str, ...] = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_SPELT += ("gradient_clipping", "zero_optimization", "optimizer", "scheduler", "fp16", "bf16")
 _ALIKE = ("bfloat16", "fp8")
 
 
