@@ -103,7 +103,9 @@ def _refuse_idle_entries(model: nn.Module, config: HDPissaConfig) -> None:
     """An entry that matches nothing is a misspelling, except in the default list, which serves many models."""
     names = [n for n, _ in model.named_modules()]
     entries: list[tuple[str, str, Sequence[str] | str]] = []
-    entries += [("exclude_modules", key, [key]) for key in config.exclude_modules]
+    unwanted = config.exclude_modules
+    entries += [("exclude_modules", key, [key]) for key in unwanted if isinstance(unwanted, list)]
+    entries += [("exclude_modules", unwanted, unwanted)] if isinstance(unwanted, str) else []
     entries += [("rank_pattern", key, rf"(.*\.)?({key})") for key in config.rank_pattern]
     if isinstance(config.target_modules, list) and not families.is_default(config.target_modules):
         entries += [("target_modules", key, [key]) for key in config.target_modules]

@@ -14,13 +14,25 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import adapt, base_files, checkpoint, decompose, ds_config, pretrained, pulse, sharded_load, zero3
+from . import (
+    adapt,
+    base_files,
+    checkpoint,
+    decompose,
+    ds_config,
+    modules_to_save,
+    pretrained,
+    pulse,
+    sharded_load,
+    zero3,
+)
 from .buckets import make_buckets
 from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
 from .engine import HDPissaEngine
 from .exchange import FactorExchange, choose_kinds
 from .factors import FactorStore
+from .modules_to_save import ModulesToSave
 from .optimizer import SliceOptimizer
 from .settings import check_kernels, make_plan, make_rule, resolve_config
 from .shards import make_shard
@@ -65,6 +77,9 @@ def initialize(
     targets = adapt.find_targets(model, hd, plan)
     for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
         logger.warning("%s", line)
+    beside = modules_to_save.find(model, hd.modules_to_save, targets)
+    for param in beside.values():
+        param.requires_grad_(True)
     kept = _shard(model, settings, targets, plan)
     zero3.attach_anchor(model, settings)
     ds = zero3.wrap(model, settings)
@@ -79,7 +94,8 @@ def initialize(
     if isinstance(resume_from, str | Path):
         resume_from = checkpoint.open_checkpoint(resume_from)
     if resume_from is not None:
-        checkpoint.refuse_others(resume_from, store, rule, base)
+        numels = {name: zero3.full_numel(p) for name, p in beside.items()}
+        checkpoint.refuse_others(resume_from, store, rule, base, numels)
         report = checkpoint.fill_factors(resume_from, store, exchange)
     else:
         report = decompose.compute_slices(
@@ -92,7 +108,15 @@ def initialize(
             progress=progress,
         )
     adapt.install(targets, store)
-    optimizer = SliceOptimizer(store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm)
+    rate = hd.modules_to_save_learning_rate or values.learning_rate
+    optimizer = SliceOptimizer(
+        store,
+        exchange,
+        rule,
+        lr=values.learning_rate,
+        max_grad_norm=values.max_grad_norm,
+        beside=ModulesToSave(beside, ds, lr=rate) if beside else None,
+    )
     accumulation = values.gradient_accumulation_steps
     engine = HDPissaEngine(ds, optimizer, plan, accumulation=accumulation, report=report, base=base)
     if resume_from is not None:

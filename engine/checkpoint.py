@@ -1,6 +1,7 @@
 """What of a run goes into a checkpoint, and back: state by slice id and by range of a weight, at any number of ranks.
 
 full     every target's exact fp32 values, moments, running sums, factors. Resumes bit for bit at the same world size.
+         Both kinds: exact fp32 weights and moments of `modules_to_save`, if any.
 small    all that but the weights, which first-order training needs no more of: A_i and B_i never change, so
          W = W_0 − scale · Σ_i (ΣΔB_i A_i + B_i ΣΔA_i). With the second-order term it leaves Σ_t ΔB_i ΔA_i out; the
          manifest says how much of ΔW that is, where it was measured.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 
 from . import checkpoint_format as layout
 from . import folders, pulse, zero3
-from .checkpoint_format import STATE, Base, CheckpointError, CheckpointReader, Manifest, TargetSpec
+from .checkpoint_format import STATE, Base, Beside, CheckpointError, CheckpointReader, Manifest, TargetSpec
 from .checksum import MASK, checksum, forget, signed
 from .decompose import InitReport
 from .delta import DeltaRule
 from .exchange import FactorExchange
 from .factors import FactorStore
+from .modules_to_save import ModulesToSave
 from .optimizer import SliceOptimizer
 from .saver import OwnFile, Part
 from .slicing import SlicePlan
@@ -66,12 +68,14 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
 # --- what is written -------------------------------------------------------------------------------
 
 
-def own_files(kind: str, store: FactorStore) -> list[OwnFile]:
+def own_files(kind: str, optimizer: SliceOptimizer) -> list[OwnFile]:
     """What this rank contributes."""
-    plan = store.plan
+    store, plan = optimizer.store, optimizer.store.plan
     files = [OwnFile(layout.rng_file(plan.rank), *_generators())]
     if kind == "full":
         files.append(OwnFile(layout.weights_file(plan.rank, plan.world_size), list(_weights(store))))
+    if optimizer.beside is not None:
+        files.append(OwnFile(layout.beside_file(plan.rank, plan.world_size), list(_beside(optimizer.beside, plan))))
     if plan.replica == 0:
         for index, slice_id in enumerate(plan.owned):
             files.append(OwnFile(layout.slice_file(slice_id), list(_slice_state(store, index))))
@@ -86,6 +90,13 @@ def _weights(store: FactorStore) -> Iterator[Part]:
             assert target.shard is not None
             key = layout.range_key(target.name, owned.start, owned.stop)
             yield Part(key, (owned.numel,), torch.float32, _reader(target.shard.read, 0, owned.numel))
+
+
+def _beside(beside: ModulesToSave, plan: SlicePlan) -> Iterator[Part]:
+    for name, state, values in beside.views():
+        owned = beside.own_range(name, plan.rank, plan.world_size)
+        if owned.numel:
+            yield _fixed(layout.range_key(f"{name}.{state}", owned.start, owned.stop), values)
 
 
 def _slice_state(store: FactorStore, index: int) -> Iterator[Part]:
@@ -156,6 +167,7 @@ def make_manifest(
         versions={name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers")},
         client_state=client_state,
         files={},
+        beside=_describe_beside(optimizer),
     )
     try:
         Manifest.model_validate_json(json.dumps(manifest.model_dump(mode="json")))
@@ -163,6 +175,12 @@ def make_manifest(
         told = " ".join(str(error).split())[:160]
         raise CheckpointError(f"client_state would not be read back ({told}): use plain text and numbers") from None
     return manifest
+
+
+def _describe_beside(optimizer: SliceOptimizer) -> Beside | None:
+    if optimizer.beside is None:
+        return None
+    return Beside(numels=optimizer.beside.numels, learning_rate=float(optimizer.param_groups[1]["lr"]))
 
 
 def _adam(rule: DeltaRule) -> dict[str, float]:
@@ -227,21 +245,33 @@ def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReade
     return reader, next((a for a in answers if a is not None), None)
 
 
-def refuse_others(reader: CheckpointReader, store: FactorStore, rule: DeltaRule, base: Base) -> None:
-    """Raises CheckpointError, on all ranks alike, for a checkpoint of another run than this one."""
-    found = list(_differences(reader.manifest, store, rule)) or _other_base(reader.manifest.base, base, store.targets)
+def refuse_others(
+    reader: CheckpointReader, store: FactorStore, rule: DeltaRule, base: Base, beside: Mapping[str, int]
+) -> None:
+    """Raises CheckpointError, on all ranks alike, for a checkpoint of another run than this one.
+
+    Args:
+        beside: name → elements of the parameters that DeepSpeed trains here.
+    """
+    found = list(_differences(reader.manifest, store, rule, beside)) or _other_base(
+        reader.manifest.base, base, store.targets
+    )
     if found:
         raise CheckpointError(
             f"{reader.folder} does not fit this run: {'; '.join(found)}; {layout.REMEDY}, or the same settings"
         )
 
 
-def _differences(manifest: Manifest, store: FactorStore, rule: DeltaRule) -> Iterator[str]:
+def _differences(manifest: Manifest, store: FactorStore, rule: DeltaRule, beside: Mapping[str, int]) -> Iterator[str]:
     pairs = [
         ("hd_pissa.slices", manifest.slices, store.plan.slices),
         ("hd_pissa.delta.second_order", manifest.second_order, rule.second_order),
     ]
     yield from (f"{name} is {there} in the checkpoint, {here} here" for name, there, here in pairs if there != here)
+    saved = manifest.beside.numels if manifest.beside else {}
+    if saved != beside:
+        odd = next(iter([n for n in {**saved, **beside} if saved.get(n) != beside.get(n)]))
+        yield f"hd_pissa.modules_to_save are {len(saved)} in the checkpoint, {len(beside)} here (first other: {odd})"
     there = {t.name: t for t in manifest.targets}
     here = {t.name: _spec(t) for t in store.targets}
     for name in sorted(there.keys() ^ here.keys())[:1]:
@@ -316,6 +346,8 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             owned = target.own_range(store.plan)
             assert target.shard is not None
             target.shard.write(reader.weights(target.name, owned.start, owned.stop))
+    if optimizer.beside is not None:
+        _restore_beside(reader, optimizer)
     if store.plan.rank == 0 and manifest.adam != _adam(optimizer.rule):
         logger.warning("Adam goes on with %s, not with %s as before", _adam(optimizer.rule), manifest.adam)
     optimizer.resume(manifest.updates, manifest.largest_grad, manifest.learning_rate)
@@ -330,6 +362,17 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
         logger.warning(
             "%d ranks saved, %d go on: dropout, if any, draws anew", manifest.world_size, store.plan.world_size
         )
+
+
+def _restore_beside(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
+    beside, plan = optimizer.beside, optimizer.store.plan
+    assert beside is not None
+    assert reader.manifest.beside is not None
+    for name, state, values in beside.views():
+        owned = beside.own_range(name, plan.rank, plan.world_size)
+        values.copy_(reader.beside(name, state, owned.start, owned.stop))
+    beside.restored(reader.manifest.updates)
+    optimizer.param_groups[1]["lr"] = reader.manifest.beside.learning_rate
 
 
 # --- random number generators ----------------------------------------------------------------------

@@ -4,6 +4,8 @@
     weights-00000-of-00002.safetensors    full kind: a saving rank's exact fp32 values, `<target>[start:stop]`
     slice-00003.safetensors               a slice's running sums of ΔA, ΔB and its Adam moments
     factors-00003.safetensors             a slice's A and B, which never change: the same file in every checkpoint
+    beside-00000-of-00002.safetensors     of `modules_to_save`, if any, a saving rank's part of the fp32 weights and
+                                          Adam moments, `<parameter>.<state>[start:stop]`
     rng-00001.safetensors                 a saving rank's random number generators
 
 State is named by slice and by range of a weight, never by rank, so any number of ranks can read it. Weights that are
@@ -34,6 +36,7 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 MAX_MANIFEST_BYTES = 2**28
 STATE = ("exp_avg", "exp_avg_sq", "delta_sum")  # names of flat buffers of `FactorStore`
+BESIDE_STATE = ("weight", "exp_avg", "exp_avg_sq")  # of `modules_to_save`
 Kind = Literal["full", "small"]
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -70,6 +73,13 @@ class Base(_Strict):
     checksums: dict[str, str]
 
 
+class Beside(_Strict):
+    """What DeepSpeed trains beside the slices: name → elements, and the last learning rate."""
+
+    numels: dict[str, int]
+    learning_rate: float
+
+
 class StoredFile(_Strict):
     """Size and SHA-256 of a file."""
 
@@ -89,6 +99,7 @@ class Manifest(_Strict):
         residual: small kind: ‖ΔW that it leaves out‖ / ‖ΔW‖ where it was measured, else None.
         init_residual, init_worst: what the decomposition had reached, and where.
         client_state: the caller's, JSON-serialisable.
+        beside: the `modules_to_save`, None where there are none.
     """
 
     kind: Kind
@@ -111,10 +122,13 @@ class Manifest(_Strict):
     versions: dict[str, str]
     client_state: dict[str, Any]
     files: dict[str, StoredFile]
+    beside: Beside | None = None
 
     def render(self) -> str:
         """The file's text, with the SHA-256 of its content."""
         content = self.model_dump(mode="json")
+        if self.beside is None:  # as it was written before there was such a thing
+            del content["beside"]
         return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1) + "\n"
 
 
@@ -137,6 +151,10 @@ def factors_file(slice_id: int) -> str:
     return f"factors-{slice_id:05d}.safetensors"
 
 
+def beside_file(rank: int, world_size: int) -> str:
+    return f"beside-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
 def rng_file(rank: int) -> str:
     return f"rng-{rank:05d}.safetensors"
 
@@ -146,9 +164,10 @@ def range_key(target: str, start: int, stop: int) -> str:
     return f"{target}[{start}:{stop}]"
 
 
-def file_names(kind: str, slices: int, world_size: int) -> list[str]:
+def file_names(kind: str, slices: int, world_size: int, *, beside: bool = False) -> list[str]:
     """All files of a checkpoint beside the manifest."""
-    names = [slice_file(i) for i in range(slices)] + [factors_file(i) for i in range(slices)]
+    names = [beside_file(k, world_size) for k in range(world_size) if beside]
+    names += [slice_file(i) for i in range(slices)] + [factors_file(i) for i in range(slices)]
     names += [rng_file(k) for k in range(world_size)]
     return names + [weights_file(k, world_size) for k in range(world_size) if kind == "full"]
 
@@ -192,7 +211,8 @@ def _reason(error: BaseException) -> str:
 def _check_files(folder: Path, manifest: Manifest) -> None:
     if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
         raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
-    wanted = set(file_names(manifest.kind, manifest.slices, manifest.world_size))
+    beside = manifest.beside is not None
+    wanted = set(file_names(manifest.kind, manifest.slices, manifest.world_size, beside=beside))
     odd = sorted(wanted ^ set(manifest.files))
     odd += [name for name, record in manifest.files.items() if not _SHA256.fullmatch(record.sha256)]
     if odd:
@@ -245,6 +265,11 @@ class CheckpointReader:
         if kind == "rng":
             return None
         found: dict[str, tuple[int, ...]] = {}
+        if kind == "beside":
+            for param, part in self._beside_parts(number).items():
+                keys = (range_key(f"{param}.{state}", part.start, part.stop) for state in BESIDE_STATE if part.numel)
+                found |= dict.fromkeys(keys, (part.numel,))
+            return found
         for t in self.manifest.targets:
             A, B = (t.r, t.cols), (t.rows, t.r)
             if kind == "factors":
@@ -295,6 +320,24 @@ class CheckpointReader:
             key, file = range_key(target, part.start, part.stop), self._open(weights_file(rank, world))
             values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
             found[first - start : last - start] = values
+        return found
+
+    def _beside_parts(self, rank: int) -> dict[str, ShardRange]:
+        """Parameter → the range that a saving rank had of it."""
+        numels = self.manifest.beside.numels if self.manifest.beside else {}
+        return {name: ShardRange.of(rank, self.manifest.world_size, numel, 1) for name, numel in numels.items()}
+
+    def beside(self, param: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a parameter of `modules_to_save`, or of a moment of it, flat fp32."""
+        found = torch.empty(stop - start, dtype=torch.float32)
+        for rank in range(self.manifest.world_size):
+            part = self._beside_parts(rank)[param]
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                key = range_key(f"{param}.{state}", part.start, part.stop)
+                file = self._open(beside_file(rank, self.manifest.world_size))
+                values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
+                found[first - start : last - start] = values
         return found
 
     def rng(self, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:

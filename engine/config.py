@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from .errors import ConfigError
 
@@ -142,6 +150,10 @@ def _check_targets(value: Any) -> list[str] | str:
     raise ValueError("must be a non-empty list of module-name suffixes, or one regular expression")
 
 
+def _check_exclusions(value: Any) -> list[str] | str:
+    return [] if value in ([], ()) else _check_targets(value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -203,9 +215,12 @@ class HDPissaConfig(_Section):
     target_modules: Annotated[list[str] | str, PlainValidator(_check_targets)] = Field(
         default_factory=lambda: list(DEFAULT_TARGETS)
     )
-    exclude_modules: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    exclude_modules: Annotated[list[str] | str, PlainValidator(_check_exclusions)] = Field(default_factory=list)
     # PEFT's meaning: a module-name suffix or regex, and the r of the modules that it matches.
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    # PEFT's name: parameters that DeepSpeed's AdamW trains beside the slices.
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    modules_to_save_learning_rate: PositiveFloat | None = None  # None: the slices'
     init: InitConfig = Field(default_factory=InitConfig)
     delta: DeltaConfig = Field(default_factory=DeltaConfig)
     adam: AdamConfig = Field(default_factory=AdamConfig)
@@ -219,16 +234,23 @@ class HDPissaConfig(_Section):
             _check_regex(pattern)
         return value
 
+    @field_validator("modules_to_save_learning_rate")
+    @classmethod
+    def _has_modules(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and not info.data.get("modules_to_save"):
+            raise ValueError("is for modules_to_save, of which there are none")
+        return value
+
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> HDPissaConfig:
-        """Checks a section read from JSON.
+        """Checks a section read from JSON; "auto", where nobody has filled it in, stands for the default.
 
         Raises ConfigError: one line with every unknown key and every bad value of the section.
         """
         if not isinstance(section, dict):
             fail([f'hd_pissa is {show(section)}: must be an object such as {{"r": 16}}'])
         try:
-            return cls.model_validate(section)
+            return cls.model_validate({k: v for k, v in section.items() if v != "auto"})
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors(include_url=False)]
         fail(problems)

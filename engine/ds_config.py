@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from .config import HDPissaConfig, fail, show
@@ -150,13 +150,8 @@ def check_ds_config(ds: dict[str, Any]) -> None:
 
 
 # What DeepSpeed would pass over in silence if it were misspelt, and what looks like one of them but is another key.
-_SPELT: tuple[str, ...] = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
-_SPELT += ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16")
+_SPELT: tuple[str, ...] = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_SPELT += ("gradient_clipping", "zero_optimization", "optimizer", "scheduler", "fp16", "bf16")
 _ALIKE = ("bfloat16", "fp8")
 
 
@@ -238,19 +233,20 @@ _FILLED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
 }
 
 
-def fill_auto(ds: dict[str, Any], args: TrainValues) -> tuple[dict[str, Any], TrainValues]:
+def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ()) -> tuple[dict[str, Any], TrainValues]:
     """Fills "auto" and absent values from the command line: (the config, the values both agree on).
 
     A concrete value in the JSON wins over a default of ours. If `train_batch_size` is concrete and
     nobody fixed the accumulation, the accumulation follows from it. Sizes that depend on the model stay
-    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults).
+    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ` is what was found elsewhere that
+    JSON and command line say differently (`overrides.merge`), to be told with the rest.
 
     Raises ConfigError: one line with all values that are invalid, and all that the JSON and an
     argument given by the user set differently.
     """
     if problems := _malformed(ds):
         fail(problems)
-    out, values, differ = copy.deepcopy(ds), args, []
+    out, values, differ = copy.deepcopy(ds), args, list(differ)
     if "bfloat16" in out:  # DeepSpeed's older spelling; transformers reads only the newer one
         old = out.pop("bfloat16")
         out["bf16"] = old if out.get("bf16") is None else out["bf16"]

@@ -126,7 +126,9 @@ class HDPissaEngine:
         else:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
-            vote = replace(vote, refusal=vote.refusal + nonfinite.locate(self.optimizer.store, self.module, self._loss))
+            beside = self.optimizer.beside.bad() if self.optimizer.beside else ()
+            where = nonfinite.locate(self.optimizer.store, self.module, self._loss, beside)
+            vote = replace(vote, refusal=vote.refusal + where)
             if self.plan.rank == 0:
                 logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
             self.ds.optimizer.zero_grad()
@@ -140,14 +142,19 @@ class HDPissaEngine:
     def _refuse_unreached(self) -> None:
         """A weight that gets no gradient anywhere would be left out in silence for the whole run."""
         names = self.optimizer.store.unreached()
-        missing = torch.tensor([float(t.name in names) for t in self.targets], device=zero3.device())
+        trained = {t.name: t.name in names for t in self.targets} | self._beside_unreached()
+        missing = torch.tensor([float(silent) for silent in trained.values()], device=zero3.device())
         dist.all_reduce(missing)
-        silent = [t.name for t, n in zip(self.targets, missing.tolist(), strict=True) if n == self.plan.world_size]
+        silent = [name for name, n in zip(trained, missing.tolist(), strict=True) if n == self.plan.world_size]
         if silent:
             raise RuntimeError(
-                f"{len(silent)} of {len(self.targets)} targets got no gradient in the first step (first: {silent[0]}): "
+                f"{len(silent)} of {len(trained)} targets got no gradient in the first step (first: {silent[0]}): "
                 "the loss does not depend on them, or checkpointing is reentrant; exclude them or mend the model"
             )
+
+    def _beside_unreached(self) -> dict[str, bool]:
+        beside = self.optimizer.beside
+        return {} if beside is None else dict(zip(beside.params, beside.unreached(), strict=True))
 
     def _finish(self, vote: Vote) -> StepResult:
         self.global_steps += 1
@@ -246,7 +253,7 @@ class HDPissaEngine:
         store, residual = self.optimizer.store, None
         if kind == "small" and not checkpoint.sums_are_exact(self.optimizer):
             residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
-        files = checkpoint.own_files(kind, store)
+        files = checkpoint.own_files(kind, self.optimizer)
         manifest = checkpoint.make_manifest(
             kind,
             self.optimizer,
@@ -282,7 +289,8 @@ class HDPissaEngine:
         path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
         reader = checkpoint.open_checkpoint(path)
         store = self.optimizer.store
-        checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base)
+        beside = self.optimizer.beside.numels if self.optimizer.beside else {}
+        checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base, beside)
         checkpoint.refuse_changed(reader, self.optimizer)
         self.init_report = checkpoint.fill_factors(reader, store, self.optimizer.exchange)
         self.restore(reader)
@@ -320,6 +328,7 @@ class HDPissaEngine:
         step = self.global_steps
         if format == "hf":
             return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype, step=step)
+        peft_export.refuse_beside(self.optimizer.beside.params if self.optimizer.beside else ())
         store, updates = self.optimizer.store, self.optimizer.updates
         return peft_export.export_peft(
             self.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates
@@ -357,7 +366,7 @@ class HDPissaEngine:
             "factors": store.nbytes_factors,
             "slice_state": store.nbytes_state,
             "buffers": self.optimizer.buffer_bytes,
-        }
+        } | ({} if self.optimizer.beside is None else {"modules_to_save": self.optimizer.beside.nbytes})
 
 
 def _count_tokens(batch: dict[str, Any]) -> Tensor | int:

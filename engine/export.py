@@ -29,7 +29,7 @@ def export_hf(
 
     Args:
         dtype: "bf16", "fp32" or "auto" (the compute dtype). Under bf16 compute "fp32" gives the exact
-            master of every target; what is not a target has only its bf16 value.
+            master of every target and of `modules_to_save`; everything else has only its bf16 value.
         step: for the report.
 
     Raises:
@@ -81,6 +81,8 @@ def _part(param: nn.Parameter, target: Target | None, out: torch.dtype) -> Calla
     def part(begin: int, end: int) -> Tensor:
         if target is not None and target.shard is not None and out == torch.float32:
             return target.shard.read(begin, end)
+        if param.requires_grad and out == torch.float32:
+            return zero3.trained_state(param)[begin:end]
         return zero3.shard_view(param)[begin:end].to(out)
 
     return part

@@ -178,7 +178,8 @@ def _spoilable(point: str, some: Sequence[tuple[str, Tensor]]) -> Sequence[tuple
 def _frozen(module: nn.Module, store: FactorStore) -> list[tuple[str, Tensor]]:
     """This rank's shards of weights that are not trained."""
     trained = {id(t.param) for t in store.targets}
-    named = [(n, p) for n, p in module.named_parameters() if id(p) not in trained and not zero3.is_anchor(n)]
+    trained |= {id(p) for p in module.parameters() if p.requires_grad}  # modules_to_save, and the anchor
+    named = [(n, p) for n, p in module.named_parameters() if id(p) not in trained]
     return [(f"frozen {name}", zero3.shard_view(param)) for name, param in named]
 
 

@@ -82,7 +82,7 @@ class SliceLinear(nn.Linear):
 
 
 class _SliceLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + bias with gradients for x, A and B; W and bias are frozen.
+    """y = x Wᵀ + bias with gradients for x, A, B, and for a bias that is trained (`modules_to_save`); W is frozen.
 
     A and B are inputs so that the graph reaches this node even where x needs no gradient. Their gradients are
     added to `.grad` here, in fp32 and without a copy; autograd gets None for them.
@@ -112,7 +112,8 @@ class _SliceLinearFunction(torch.autograd.Function):
         else:
             ctx.group.deposit(grad_A_RI, q_TR, x_TI)
         factors.reached = True
-        return dx, None, None, None, None, None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, dbias, None
 
 
 class SliceConv1D(nn.Module):

@@ -7,7 +7,7 @@ backward met first, the last one of the model, is nearest to the cause and is na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from .factors import FactorStore
 
 
-def locate(store: FactorStore, module: nn.Module, loss: Tensor) -> str:
+def locate(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence[str] = ()) -> str:
     """The end of a sentence about a refused step: ": on rank 1 the gradient of A of layers.1.mlp.up_proj, …".
 
     Empty where everything is finite (the step was refused for another reason). Collective.
 
     Args:
         loss: this rank's own sum over the step.
+        beside: parameters of `modules_to_save` whose gradient is not finite in this rank's shard. They are averages,
+            so they do not say on which rank it began.
     """
-    mine = _describe(store, module, loss)
+    mine = _describe(store, module, loss, beside)
     told: list[str] = [mine] * store.plan.world_size
     dist.all_gather_object(told, mine)
     found = {rank: text for rank, text in enumerate(told) if text}
@@ -36,13 +38,15 @@ def locate(store: FactorStore, module: nn.Module, loss: Tensor) -> str:
     return f": {where}" + (f"; also on rank{'s' * (len(others) > 1)} {', '.join(others)}" if others else "")
 
 
-def _describe(store: FactorStore, module: nn.Module, loss: Tensor) -> str:
+def _describe(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence[str]) -> str:
     bad = {name: factor for name, factor, grad in _gradients(store) if not grad.isfinite().all()}
     parts = [] if loss.isfinite().all() else [f"the loss is {loss.item()}"]
     if bad:
         last = [name for name, _ in module.named_modules() if name in bad][-1]
         many = f"gradients of {len(bad)} of {len(store.targets)} weights"
         parts.append(f"{many}, in backward's order first {last}'s (of {bad[last]})")
+    if beside:
+        parts.append(f"the averaged gradient of {beside[-1]}")
     return " and ".join(parts)
 
 

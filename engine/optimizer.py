@@ -14,7 +14,8 @@ result that is not finite all the same is never written, but counted on the devi
 vote, and any raises on all ranks.
 
 Buffers beside the state are bounded per bucket by `delta.bucket_bytes` (`buckets.Bucket.buffer_bytes`).
-The caller drops gathered copies before `step` and fences after it (`zero3`).
+The caller drops gathered copies before `step` and fences after it (`zero3`). Where DeepSpeed trains parameters beside
+the slices (`modules_to_save`) their gradients are voted on, too, and the caller lets DeepSpeed step after `step`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .buckets import Bucket, Piece
 from .delta import DeltaRule
 from .exchange import FactorExchange, predicted_bytes
 from .factors import FactorStore
+from .modules_to_save import ModulesToSave
 from .precision import full_fp32
 from .shards import staging_bytes
 from .slicing import ShardRange
@@ -68,9 +70,11 @@ class SliceOptimizer(torch.optim.Optimizer):
         rule: betas, eps, second order, dtypes.
         lr: learning rate.
         max_grad_norm: gradients are scaled down to this norm (see `Vote.grad_norm`); 0 turns it off.
+        beside: what DeepSpeed trains; it takes part in the vote, and has a group of its own, the second one, whose
+            learning rate schedulers set as well. Its clipping is DeepSpeed's, by its own norm.
     """
 
-    OWN_BALLOT = 3  # numbers of its own in the vote: square of the norm, lost weights, learning rate
+    OWN_BALLOT = 3  # numbers of its own in the vote: square of the norm, lost weights, learning rate; and of `beside`
 
     def __init__(
         self,
@@ -80,8 +84,9 @@ class SliceOptimizer(torch.optim.Optimizer):
         *,
         lr: float,
         max_grad_norm: float = 0.0,
+        beside: ModulesToSave | None = None,
     ) -> None:
-        self.store, self.exchange, self.rule = store, exchange, rule
+        self.store, self.exchange, self.rule, self.beside = store, exchange, rule, beside
         self.max_grad_norm = max_grad_norm
         self.updates = 0  # Adam's t: steps really taken
         self.bounds = _measure_bounds(store, exchange, rule)
@@ -91,6 +96,9 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.observe: Callable[[Bucket, Tensor], None] | None = None  # is shown every bucket's Δ (`integrity`)
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
+        if beside is not None:
+            params = list(beside.params.values())
+            self.add_param_group({"params": params, "lr": beside.lr, "peak_lr": beside.lr})
 
     @property
     def grad_scale(self) -> float:
@@ -129,15 +137,18 @@ class SliceOptimizer(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(norms) * self.grad_scale
         once = norm.square() / self.store.plan.ranks_per_slice  # sharers hold equal copies
         own = [once, self._bad[0].to(once), once.new_tensor(abs(self.param_groups[0]["lr"]))]
+        if self.beside is not None:
+            own.append(self.beside.square().to(once))
         ballot = torch.cat([torch.stack(own), tallies.to(once)])
         self.exchange.sum_over_world(ballot)
         squared, lost, lr, *summed = ballot.tolist()
+        beside = summed.pop(0) if self.beside is not None else 0.0
         pulse.reach("step.voted")
         _refuse_lost(lost)
         grad_norm = math.sqrt(squared) if math.isfinite(squared) else squared
         clipped = 0 < self.max_grad_norm < grad_norm
         self._clip = self.max_grad_norm / grad_norm if clipped and math.isfinite(grad_norm) else 1.0
-        return Vote(grad_norm, summed, self._refusal(grad_norm, lr, summed))
+        return Vote(grad_norm, summed, _refusal_beside(beside) or self._refusal(grad_norm, lr, summed))
 
     def _refusal(self, grad_norm: float, lr: float, tallies: list[float]) -> str:
         """Why the step cannot be taken, on all ranks alike; decided from summed numbers only.
@@ -174,6 +185,8 @@ class SliceOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Phase 3: Adam, exchange, apply, bucket by bucket. Call after a vote that did not refuse."""
         self.updates += 1
+        if self.beside is not None:
+            self.beside.set_lr(self.param_groups[1]["lr"])
         self.bounds.grow(self._change)
         with full_fp32():
             for bucket in self.store.buckets:
@@ -261,6 +274,8 @@ class SliceOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears the flat gradient buffer; the leaves keep their views of it."""
         self.store.zero_grad()
+        if self.beside is not None:
+            self.beside.zero_grad()
 
     # --- resuming ------------------------------------------------------------------------------------
 
@@ -289,7 +304,7 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     def predicted_bytes(self, tallies: int) -> int:
         """Bytes that this rank sends per step, vote included; see `exchange.predicted_bytes`."""
-        ballot = self.OWN_BALLOT + tallies
+        ballot = self.OWN_BALLOT + (self.beside is not None) + tallies
         return predicted_bytes(self.store.targets, self.store.plan, self.rule.dtype.itemsize, ballot=ballot)
 
     @property
@@ -317,6 +332,15 @@ def _measure_bounds(store: FactorStore, exchange: FactorExchange, rule: DeltaRul
         for t, (A, B, W) in zip(store.targets, largest.tolist(), strict=True)
     ]
     return WeightBounds(extents, second_order=rule.second_order)
+
+
+def _refusal_beside(squared: float) -> str:
+    """Why a step cannot be taken because of the gradients of `modules_to_save`; empty when it can."""
+    if not math.isfinite(squared):
+        return "a gradient of modules_to_save is not finite"
+    if squared > bounds.LARGEST_GRADIENT**2:
+        return f"gradients of modules_to_save of norm {math.sqrt(squared):.1e}: their squares would leave fp32"
+    return ""
 
 
 def _refuse_lost(count: float) -> None:

@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import psutil
 import torch.distributed as dist
 
 from . import pulse, verdict
@@ -55,6 +56,21 @@ def reason(error: BaseException) -> str:
 
 def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address; None for the loopback one."""
+    if is_loopback(address):
+        return None
+    found = [name for name, given in psutil.net_if_addrs().items() if any(a.address == address for a in given)]
+    return found[0] if found else None
+
+
+def free_port() -> int:
+    """A port of this host that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def own_address(master_addr: str) -> str:

@@ -8,7 +8,7 @@ dense.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -81,6 +81,15 @@ def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
         of_slice = functools.partial(_of_slice, store, target, sums[target.name])
         of_rows = functools.partial(_of_rows, store, target, sums[target.name])
         yield Stack(adapted, store.plan, of_slice, of_rows)
+
+
+def refuse_beside(names: Collection[str]) -> None:
+    """Raises ConfigError where something is trained that is not in the adapter."""
+    if names:
+        raise ConfigError(
+            f"an adapter cannot hold hd_pissa.modules_to_save ({', '.join(names)}), what is trained there would be "
+            f"lost: export as 'hf', or train without"
+        )
 
 
 def refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:

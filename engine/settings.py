@@ -5,6 +5,7 @@ Nothing here reads weights or communicates, so that a mistake is told before eit
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from .errors import ConfigError
 from .layer import FUSED_MOST_R
 from .slicing import SlicePlan
 
+REDUCED_AT_ONCE = 50_000_000  # gradient elements; no buffer is kept for them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,8 +39,20 @@ def resolve_config(
     )
     filled, values = ds_config.fill_auto(raw, defaults)
     final = ds_config.engine_ds_config(filled)
+    if hd.modules_to_save:
+        final = train_beside(final, hd)
     zero3.check_zero_section(final["zero_optimization"])
     return final, hd, values
+
+
+def train_beside(final: dict, hd: HDPissaConfig) -> dict:
+    """The config with which DeepSpeed trains `modules_to_save`, and not only its anchor."""
+    out = copy.deepcopy(final)
+    out["optimizer"]["params"] |= {"betas": list(hd.adam.betas), "eps": hd.adam.eps}
+    # micro-batches are added up in fp32; a sum in bf16 loses the small ones
+    out.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    out["zero_optimization"]["reduce_bucket_size"] = REDUCED_AT_ONCE
+    return out
 
 
 def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import psutil
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.torch import TorchBackend
@@ -100,7 +98,7 @@ def init_distributed(timeout_s: float | None = None) -> None:
 
 def _set_environment(launch: Launch) -> None:
     """What torch, DeepSpeed and transformers look up, whoever launched this process."""
-    port = launch.master_port or _free_port()
+    port = launch.master_port or peers.free_port()
     where = {"MASTER_ADDR": launch.master_addr or "127.0.0.1", "MASTER_PORT": str(port)}
     local = {"LOCAL_RANK": str(_device_index(launch)), "LOCAL_WORLD_SIZE": str(launch.local_world_size)}
     os.environ.update(where, RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), **local)
@@ -108,17 +106,9 @@ def _set_environment(launch: Launch) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     if launch.local_world_size < launch.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Left alone, gloo takes the interface that the host's own name stands for, which often is the loopback one.
-        name = _interface_of(peers.own_address(where["MASTER_ADDR"]))
+        name = peers.interface_of(peers.own_address(where["MASTER_ADDR"]))
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def _interface_of(address: str) -> str | None:
-    """The network interface that has this address; None for the loopback one."""
-    if peers.is_loopback(address):
-        return None
-    found = [name for name, given in psutil.net_if_addrs().items() if any(a.address == address for a in given)]
-    return found[0] if found else None
 
 
 def meet(timeout_s: float, hang_s: float) -> peers.Peers:
@@ -150,12 +140,6 @@ def _share_cores(local_world_size: int) -> None:
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def device() -> torch.device:
@@ -294,6 +278,47 @@ def wrap(model: nn.Module, ds_config: dict) -> Any:
     """`deepspeed.initialize` over the model; returns DeepSpeed's engine."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trainable, config=ds_config)[0]
+
+
+# --- what DeepSpeed trains -------------------------------------------------------------------------
+
+
+def begin_adam(engine: Any) -> None:
+    """Makes the AdamW state that torch would make in the first step, so that it can be saved and restored before."""
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        engine.optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
+
+
+def set_adam_step(engine: Any, updates: int) -> None:
+    """AdamW's t."""
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].fill_(updates)
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """The learning rate of DeepSpeed's own optimizer."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def trained_state(param: nn.Parameter, key: str | None = None) -> Tensor:
+    """This rank's exact fp32 elements of a parameter that DeepSpeed trains, in place; or of a moment of it."""
+    if key is None:
+        found = deepspeed.utils.safe_get_local_fp32_param(param)
+    else:
+        found = deepspeed.utils.safe_get_local_optimizer_state(param, key)
+    return found.detach()[: shard_view(param).numel()]
+
+
+def trained_grad(param: nn.Parameter) -> Tensor:
+    """The averaged gradient of this rank's elements, fp32, since the last step."""
+    return deepspeed.utils.safe_get_local_grad(param)[: shard_view(param).numel()]
+
+
+def drop_trained_grads(engine: Any) -> None:
+    """Zeros: DeepSpeed overwrites gradients, and those of a parameter that a step does not use would stay."""
+    engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def is_anchor(name: str) -> bool:

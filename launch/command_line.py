@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
@@ -78,6 +79,18 @@ def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
     """Raises ConfigError for an option that has none of these values."""
     if getattr(args, name) not in valid:
         raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
+
+
+def json_object(args: Any, name: str) -> dict[str, Any]:
+    """An option whose value is a JSON object; empty where it is not given. ConfigError when it is something else."""
+    text = getattr(args, name)
+    try:
+        found = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text}: not valid JSON ({error}); quote it as '{{\"key\": 1}}'") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--{name} {text}: must be a JSON object; give '{{\"key\": 1}}'")
+    return found
 
 
 def exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

@@ -177,6 +177,12 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
                 f"the base model {base.name} holds no {name} of {t.rows} x {t.cols}: give the one that training began "
                 f"with as --base_model"
             )
+    beside = reader.manifest.beside.numels if reader.manifest.beside else {}
+    if lost := sorted(beside.keys() - base.source.keys()):
+        raise ConfigError(
+            f"the base model {base.name} holds no {lost[0]}, which was trained: give the one that training began with "
+            f"as --base_model"
+        )
     entries = []
     for name in sorted(base.source):
         stored = base.slice(name)[:0] if base.shape(name) else base.slice(name)[...]
@@ -185,6 +191,8 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
         part = functools.partial(_copied, base, name, kind)
         if name in targets:
             part = functools.partial(_trained, _weights(reader, base, targets[name]), kind, compute)
+        elif name in beside:
+            part = functools.partial(_beside, reader, name, kind)
         entries.append(Entry(name, base.shape(name), kind, functools.partial(_one_block, numel, part)))
     files = plan_files(entries)
     outbox = Outbox(folder, World(), nbytes=sum(e.nbytes for e in entries))
@@ -209,6 +217,11 @@ def _trained(
     """Rounded as the run's own bf16 weights are, so that both exports hold the same bits."""
     values = exact(begin, end)
     return split_fp32(values)[0] if dtype == compute == torch.bfloat16 else values.to(dtype)
+
+
+def _beside(reader: CheckpointReader, name: str, dtype: torch.dtype, begin: int, end: int) -> Tensor:
+    """A parameter of `modules_to_save`, rounded as DeepSpeed does."""
+    return reader.beside(name, "weight", begin, end).to(dtype)
 
 
 def _weights(reader: CheckpointReader, base: CheckedBase, t: TargetSpec) -> Callable[[int, int], Tensor]:
@@ -261,6 +274,11 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 def _export_peft(
     reader: CheckpointReader, base: CheckedBase, folder: Path, dtype: str, rank: int | None
 ) -> ExportReport:
+    if reader.manifest.beside:
+        raise ConfigError(
+            f"{reader.folder} holds modules_to_save ({', '.join(reader.manifest.beside.numels)}), which an adapter "
+            f"cannot hold: give --format hf"
+        )
     plan = SlicePlan(reader.manifest.slices, 1, 0)
     stacks = [_stack(reader, t, plan) for t in reader.manifest.targets]
     whole = max(stack.adapted.r for stack in stacks)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
 from hdpissa.launch.options_reporting import reporters
+from hdpissa.launch.train_callbacks import Callbacks
 from hdpissa.launch.train_checkpoints import (
     PREEMPTED,
     Checkpoints,
@@ -28,11 +29,13 @@ from hdpissa.launch.train_checkpoints import (
     find_checkpoint,
     stopping_on_signals,
 )
-from hdpissa.launch.train_checks import Job, check, model_options
+from hdpissa.launch.train_checks import Job, check
 from hdpissa.launch.train_evaluation import Evaluation, make_evaluator
 from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
+from hdpissa.launch.train_model import load_model
 from hdpissa.launch.train_preview import show_rows
+from hdpissa.launch.train_schedule import make_scheduler
 
 # ---------------------------------------------------------------------------------------------------
 # the loop
@@ -46,22 +49,26 @@ def fit(
     recorder: Any,
     checkpoints: Any,
     guard: Any,
+    callbacks: Any,
     *,
     args: Any,
     total_steps: int,
 ) -> bool:
     """Trains up to `total_steps` optimizer steps; a rank works off its slices' micro-batches in order.
 
-    Returns: whether it got there, or ended early because nothing improved; False when the run was asked to stop.
+    Returns: whether it got there, or ended early: nothing improved, or a callback said that this is enough. False
+        when the run was asked to stop.
     """
     from hdpissa.engine import pulse, zero3
 
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
+    callbacks.train_begin()
     for step in range(engine.global_steps, total_steps):
         if evaluation.stops:
             break
         pulse.at_step(step + 1)
+        callbacks.step_begin(step)
         # --- accumulate; the engine steps after the last micro-batch
         for slice_id, micro_batch in engine.plan.schedule(accumulation):
             at = step - checkpoints.data_offset, slice_id, micro_batch
@@ -69,24 +76,38 @@ def fit(
             engine.backward(loss * data.loss_weight(*at) if args.loss_normalization == "tokens" else loss)
             result = engine.step()
         scheduler.step()
+        # --- what is to be done now: by the arguments, and by callbacks
+        done, due = step + 1, checkpoints.due(step + 1)
+        wanted = callbacks.step_end(
+            done,
+            result.tokens,
+            should_log=is_logged(args, done, total_steps),
+            should_evaluate=evaluation.due(done, total_steps),
+            should_save=due,
+        )
         # --- log
-        done = step + 1
         figures = {**report(result), "epoch": round(done / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
-        recorder.step(figures, log=is_logged(args, done, total_steps))
+        row = recorder.step(figures, log=wanted.should_log)
+        if wanted.should_log:
+            callbacks.log(row)
         # --- refuse to go on
         guard.after(result, engine.skipped_in_a_row, recorder)
         # --- evaluate
-        if evaluation.due(done, total_steps):
-            evaluation.evaluate(engine, done)
+        if wanted.should_evaluate:
+            callbacks.evaluate(evaluation.evaluate(engine, done))
         evaluation.ask(engine, done, total_steps)
         # --- save
         if result.failed_save:
             checkpoints.failed(result.failed_save)
         if result.interrupted and done < total_steps:
             return False
-        if checkpoints.due(done):
+        if wanted.should_save or (checkpoints.due(done) and not due):  # an evaluation may have found the best
             checkpoints.save(engine, done)
+            callbacks.save()
+        if callbacks.should_stop():
+            break
+    callbacks.train_end()
     return True
 
 
@@ -102,22 +123,6 @@ def report(result: Any) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------
 # the parts
-
-
-def make_scheduler(args: Any, optimizer: Any, total_steps: int, start: int = 0) -> Any:
-    """transformers' schedule, `start` steps done; step t (from 0) has the learning rate that method.md gives."""
-    from transformers import get_scheduler
-
-    warmup = args.warmup_steps if args.warmup_steps is not None else int(args.warmup_ratio * total_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = optimizer.defaults["lr"]  # a checkpoint's is a later step's
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
-    )
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that the optimizer has not stepped yet
-        for _ in range(start):
-            scheduler.step()
-    return scheduler
 
 
 def meet(args: Any, job: Job) -> Any:
@@ -191,6 +196,7 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
         "world_size": plan.world_size,
         "slices": plan.slices,
         "targets": len(engine.targets),
+        "modules_to_save": engine.optimizer.beside.numels if engine.optimizer.beside else {},
         "target_modules": sorted({t.name.rsplit(".", 1)[-1] for t in engine.targets}),
         "total_steps": job.total_steps,
         "steps_per_epoch": job.data.steps_per_epoch,
@@ -224,16 +230,12 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     """Shard, decompose or resume, train, export; False when the run was asked to stop before its end."""
     from transformers import set_seed
 
-    from hdpissa.engine import initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, zero3
     from hdpissa.launch.train_data import refuse_leaks, tell_sources
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
-    model = load_pretrained(args.model_name_or_path, job.ds, **model_options(args))
+    model = load_model(args, job.ds)
     use_cache, model.config.use_cache = model.config.use_cache, False  # of no use in training
-    if args.gradient_checkpointing:
-        # renamed in transformers 5; the old name warns
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     engine = initialize(model=model, config=job.ds, resume_from=reader, progress=recorder.slices)
     start = engine.global_steps
     if args.packing:
@@ -242,6 +244,8 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
+    if engine.optimizer.beside:
+        recorder.say(str(engine.optimizer.beside))
     recorder.describe(describe_run(args, engine, job))
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)
@@ -249,7 +253,10 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     if start == 0:
         evaluation.before(engine)
     guard = Guard(engine, args)
-    parts = engine, job.data, evaluation, scheduler, recorder, checkpoints, guard
+    callbacks = Callbacks(job.callbacks, args, job, engine=engine, scheduler=scheduler)
+    for name in callbacks.never_called():
+        recorder.say(f"warning: {name} is never called: there is no such event here")
+    parts = engine, job.data, evaluation, scheduler, recorder, checkpoints, guard, callbacks
     with stopping_on_signals(engine):
         try:
             finished = fit(*parts, args=args, total_steps=job.total_steps)
@@ -292,14 +299,19 @@ def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
     return [f"{folders[format]}/" for format in formats]
 
 
-def main(argv: list[str] | None = None) -> bool:
-    """Checks, then trains; what ends a run early is told in run_state.json. False when it was asked to stop."""
+def main(argv: list[str] | None = None, *, callbacks: Sequence[Any] = ()) -> bool:
+    """Checks, then trains; what ends a run early is told in run_state.json. False when it was asked to stop.
+
+    Args:
+        callbacks: instances of transformers' TrainerCallback, after those of --callbacks.
+    """
     args, given = train_arguments.parse(argv)
     job = check(args, given)
     if args.preview:
         if speaking_rank(os.environ) == "0":
             show_rows(args, job)
         return True
+    job.callbacks += callbacks
 
     from hdpissa.engine import zero3
     from hdpissa.engine.peers import is_loss
@@ -357,14 +369,14 @@ PATIENCE_S, GRACE_S = 15.0, 3.0
 LOST = STOPPED = 1
 
 
-def run(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None = None, **more: Any) -> int:
     """`main` with a user's mistakes as one line and exit code 2; lost peers and what all gave up for: one line, 1.
 
     Rank 0 speaks for all. Launchers end every rank as soon as one has exited, so the others wait until it
     has spoken; one that is then still there has a mistake of its own (a file that its node lacks).
     """
     try:
-        finished = main(argv)
+        finished = main(argv, **more)
     except (ConfigError, StopError) as error:
         rank = speaking_rank(os.environ)
         if rank != "0":

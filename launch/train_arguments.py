@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from hdpissa.launch import (
     help_pages,
     options_data,
     options_evaluation,
+    options_method,
     options_reporting,
     options_running,
     options_saving,
@@ -35,6 +37,7 @@ from hdpissa.launch import (
 OPTIONS = {  # in the order of --help; each file has its options and what their values may be
     "run": (options_running.RunningOptions, options_running.check),
     "data": (options_data.DataOptions, options_data.check),
+    "method": (options_method.MethodOptions, options_method.check),
     "training": (options_training.TrainingOptions, options_training.check),
     "evaluation": (options_evaluation.EvaluationOptions, options_evaluation.check),
     "logging": (options_reporting.ReportingOptions, options_reporting.check),
@@ -65,6 +68,7 @@ class TrainArguments(
     options_reporting.ReportingOptions,
     options_evaluation.EvaluationOptions,
     options_training.TrainingOptions,
+    options_method.MethodOptions,
     options_data.DataOptions,
     options_running.RunningOptions,
 ):
@@ -163,6 +167,10 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     words_of_yaml |= {("resume_from_checkpoint", True): "auto"}
     if isinstance(value, bool) and (name, value) in words_of_yaml:
         return words_of_yaml[name, value]
+    if isinstance(value, dict) and str in kinds:  # an option that takes JSON
+        return json.dumps(value)
+    if list[str] in kinds and isinstance(value, list | str):
+        return [str(part) for part in value] if isinstance(value, list) else [value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
     if list[str] in kinds and (type(value) is str or (isinstance(value, list) and all(type(v) is str for v in value))):
@@ -170,7 +178,8 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     if float in kinds and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             return float(value)
-    words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    names = {type(None): "null", list[str]: "list of str"}
+    words = " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
     raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 

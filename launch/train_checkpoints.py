@@ -113,6 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 SCHEDULE = {"learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_ratio", "warmup_steps"}
+SCHEDULE |= {"lr_scheduler_kwargs"}
 
 
 def changed_arguments(reader: Any, args: Any) -> dict[str, str]:

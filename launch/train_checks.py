@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import model_checks
+from hdpissa.launch.options_method import section_options
+from hdpissa.launch.train_callbacks import load
+from hdpissa.launch.train_model import check_model, model_options
 
 MOST_STEPS = 10**9
 AUTO = ("auto", "true", "True")  # --resume_from_checkpoint; the latter two are how Hugging Face's True arrives
@@ -32,6 +35,7 @@ class Job:
     total_steps: int
     graded: Any = ()  # questions of evaluation rows, for the exact match
     asked: Any = ()  # questions whose answers are kept
+    callbacks: list[Any] = field(default_factory=list)  # instances
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
@@ -39,6 +43,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.train_data import make_batches, read_rows
     from hdpissa.launch.train_questions import read_questions
+    from hdpissa.launch.train_schedule import check_schedule
 
     if not args.preview:
         check_output_dir(args)
@@ -47,6 +52,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     plan = make_plan(hd, values.gradient_accumulation_steps)
     check_kernels(hd)
     weights = check_targets(model_config, hd, plan, args)
+    callbacks = load(args.callbacks or [])
     tokenizer = read_tokenizer(args)
     rows = read_rows(args, given, tokenizer)
     data = make_batches(
@@ -58,9 +64,10 @@ def check(args: Any, given: frozenset[str]) -> Job:
         size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
+    check_schedule(args, values.learning_rate, total_steps)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked, callbacks)
 
 
 def check_output_dir(args: Any) -> None:
@@ -119,9 +126,11 @@ def reason(error: Exception) -> str:
 
 def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
     """(DeepSpeed config with every "auto" filled, hd_pissa config, the values both sides agree on)."""
-    from hdpissa.engine import ds_config, zero3
+    from hdpissa.engine import ds_config, overrides, zero3
 
-    raw, hd = ds_config.split_section(ds_config.read_ds_config(args.ds_config))
+    adam = {name: getattr(args, name) for name in overrides.ADAM if name in given}
+    merged, differ = overrides.merge(ds_config.read_ds_config(args.ds_config), section_options(args), adam)
+    raw, hd = ds_config.split_section(merged)
     ds_config.check_ds_config(raw)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     values = ds_config.TrainValues(
@@ -134,7 +143,7 @@ def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tu
         hidden_size=getattr(text_config, "hidden_size", None),
         given=given,
     )
-    filled, values = ds_config.fill_auto(raw, values)
+    filled, values = ds_config.fill_auto(raw, values, differ)
     zero3.check_zero_section(ds_config.engine_ds_config(filled)["zero_optimization"])
     return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
 
@@ -144,7 +153,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.engine import adapt, peft_export
+    from hdpissa.engine import adapt, modules_to_save, peft_export
 
     try:
         with torch.device("meta"), model_checks.quiet_transformers():
@@ -158,12 +167,13 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
     model_checks.check_causal(args.model_name_or_path, model)
     model_checks.check_weights(args.model_name_or_path)
     targets = adapt.find_targets(model, hd, plan)
+    modules_to_save.find(model, hd.modules_to_save, targets)
     if args.packing:
         refuse_stateful(model)
     if args.export_format in ("peft", "both"):
         peft_export.refuse_tied(model, targets)
-    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
-        raise ConfigError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
+        peft_export.refuse_beside(hd.modules_to_save)
+    check_model(args, model)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -176,12 +186,6 @@ def refuse_stateful(model: Any) -> None:
             f"--packing: {type(model).__name__} carries a state from one packed row into the next"
             f"{f' ({chr(44).join(sorted(kinds))})' if kinds else ''}; leave it out"
         )
-
-
-def model_options(args: Any) -> dict[str, Any]:
-    """What the command line says about the model's code."""
-    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    return {"trust_remote_code": args.trust_remote_code, **attention}
 
 
 def read_tokenizer(args: Any) -> Any:
