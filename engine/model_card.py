@@ -6,6 +6,7 @@ names on the hub, not folders of the machine that trained; the base's licence wh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -228,4 +229,4 @@ def prompt_lines(template: str | None) -> list[str] | None:
     """The template as lines of Python source, one literal per line of text; None for no template."""
     if template is None or template.strip() == PLACEHOLDER:
         return None
-    return [repr(line) for line in template.splitlines(keepends=True)]
+    return [json.dumps(line, ensure_ascii=False) for line in template.splitlines(keepends=True)]

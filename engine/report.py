@@ -21,6 +21,7 @@ from .run_record import EXTRA, SAMPLES, RunRecord, finite, number
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+WIDE = 8.0  # inches; such a picture gets the whole width of the page
 MOST_TEXT = 20_000  # characters of a prompt or an answer that a page shows
 # On a dark page: the same hues, lighter, so that a line has a contrast of at least 3 to the background.
 DARK = {
@@ -55,10 +56,11 @@ def write_report(folder: Path, *, defaults: Mapping[str, Any] | None = None) -> 
     for name in FILES:
         if name not in {p.name for p in drawn}:
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
-    shown = []
+    shown: list[dict[str, Any]] = []
     for picture in drawn:
         file = folder / f"{picture.name}.png"
         shown.append({"title": picture.title, "note": picture.note, "svg": picture.render(file), "file": file.name})
+        shown[-1]["wide"] = picture.size[0] > WIDE
         pulse.tick()
     _replace(folder / PAGE, render(record, shown, defaults or {}))
     return [*(s["file"] for s in shown), PAGE]
@@ -86,7 +88,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def render(record: RunRecord, shown: list[dict[str, str]], defaults: Mapping[str, Any]) -> str:
+def render(record: RunRecord, shown: list[dict[str, Any]], defaults: Mapping[str, Any]) -> str:
     """The page, with pictures by their title, note and svg."""
     from jinja2 import Environment, StrictUndefined
 
@@ -193,7 +195,7 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
         yield Table(f"The other {len(rest)} arguments", _rows(rest), folded=True)
     if isinstance(run.get("rows"), dict):
         yield Table("Rows of the data", _rows({**run["rows"], "steps per epoch": run.get("steps_per_epoch")}))
-    method = {k: run[k] for k in ("world_size", "slices", "targets", "total_steps") if k in run}
+    method: dict[str, Any] = {k: run[k] for k in ("world_size", "slices", "targets", "total_steps") if k in run}
     if method:
         yield Table("Run", _rows({**method, "device": run.get("device")}))
     if isinstance(run.get("init"), dict):

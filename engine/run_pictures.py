@@ -31,6 +31,8 @@ from .pictures import (
 )
 from .run_record import RunRecord, finite
 
+FEW_MARKED = 40  # points; the marks of more would hide the curve
+LONG = 200  # steps of a run in which a few wild ones are not what it is about
 EACH = 8  # slices that get a curve of their own; of more, the range and the median are drawn
 SLICE_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BROWN, GREY)
 SLICE_TITLES = {
@@ -98,7 +100,7 @@ def _loss(record: RunRecord) -> Picture | None:
     if not finite(record.column("loss")[1]) and not finite(record.column("eval_loss")[1]):
         return None
     note = "Cross entropy per target token, in nats; the validation loss is over the whole held-out set."
-    return Picture("training_loss", "Loss", note, functools.partial(draw_loss, record))
+    return Picture("training_loss", "Loss", note, functools.partial(draw_loss, record), (8.5, 3.8))
 
 
 def draw_loss(record: RunRecord, figure: Any) -> None:
@@ -109,8 +111,8 @@ def draw_loss(record: RunRecord, figure: Any) -> None:
         _limit_outliers(axes, y, record.column("eval_loss")[1])
     x, y = record.column("eval_loss")
     if finite(y):
-        style = {"color": RED, "linestyle": "--", "marker": "o", "markersize": 5, "linewidth": 1.4}
-        axes.plot(x, y, label="validation", **style)
+        style = {"color": RED, "linestyle": "--", "marker": "o", "markersize": 5 if len(x) < FEW_MARKED else 2.5}
+        axes.plot(x, y, label="validation", linewidth=1.4, **style)
         best = [i for i, step in enumerate(x) if step == record.state.get("best_global_step")]
         ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "none", "color": RED}
         if best:
@@ -127,7 +129,7 @@ def draw_loss(record: RunRecord, figure: Any) -> None:
 def _limit_outliers(axes: Any, training: Sequence[float], validation: Sequence[float]) -> None:
     """A few wild steps must not flatten the rest: the axis covers 99.5 % of the steps of a long run, and validation."""
     known = sorted(finite(training))
-    if len(known) < 10 * FEWEST_WILD:
+    if len(known) < LONG:
         return
     cut = max(1, len(known) // 200)
     low, high = known[cut], known[-1 - cut]
@@ -136,9 +138,6 @@ def _limit_outliers(axes: Any, training: Sequence[float], validation: Sequence[f
         margin = 0.05 * (max(inside) - min(inside))
         axes.set_ylim(min(inside) - margin, max(inside) + margin)
         axes.set_title("the axis leaves out the wildest 1 % of the steps", fontsize=8, loc="left")
-
-
-FEWEST_WILD = 20
 
 
 # --- learning rate --------------------------------------------------------------------------------
@@ -278,9 +277,6 @@ def _draw_slices(panel: Any, steps: list[float], slices: list[tuple[float, ...]]
     panel.plot(steps, middle, color=BLUE, linewidth=1.6, label="median")
 
 
-FEW_MARKED = 40
-
-
 def _wrapped(text: str, width: int = 26) -> list[str]:
     import textwrap
 
@@ -364,7 +360,7 @@ def _rank_marks(weights: list[dict[str, Any]]) -> dict[str, Any]:
     r, step = (
         f" = {n}" if len(pairs) == 1 else "" for n in (weights[0]["r"], 2 * weights[0]["r"] * weights[0]["slices"])
     )
-    look = {"color": INK, "linewidth": 0.8, "alpha": 0.6}
+    look: dict[str, Any] = {"color": INK, "linewidth": 0.8, "alpha": 0.6}
     return {f"r{r}": Line2D([], [], linestyle="--", **look), f"2·r·S{step}": Line2D([], [], linestyle=":", **look)}
 
 
