@@ -38,7 +38,8 @@ class Trained:
     Attributes:
         base: folder or hub name. arguments: of train.py. section: `hd_pissa` of the config, as far as it is known.
         slices, world_size, step: S, processes, optimizer steps done.
-        template: how an instruction becomes the prompt; None where it is not known.
+        template: how an instruction becomes the prompt: a text with {instruction}, or the tokenizer's chat template
+            (any other text); None where it is not known.
         figures: name → value, for people. versions: of packages.
     """
 
@@ -184,6 +185,7 @@ def content(trained: Trained, report: Mapping[str, Any]) -> dict[str, Any]:
         "versions": dict(trained.versions),
         "export": export_figures(report),
         "step": trained.step,
+        "chat": trained.template is not None and PLACEHOLDER not in trained.template,
         "prompt_lines": prompt_lines(trained.template),
         "question": QUESTION,
     }
@@ -206,7 +208,7 @@ def hyper_parameters(trained: Trained, batch: list[Any]) -> dict[str, str]:
     return found
 
 
-SECTION = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern")
+SECTION = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "modules_to_save")
 
 
 def export_figures(report: Mapping[str, Any]) -> dict[str, str]:
@@ -227,6 +229,6 @@ def export_figures(report: Mapping[str, Any]) -> dict[str, str]:
 
 def prompt_lines(template: str | None) -> list[str] | None:
     """The template as lines of Python source, one literal per line of text; None for no template."""
-    if template is None or template.strip() == PLACEHOLDER:
+    if template is None or template == PLACEHOLDER or PLACEHOLDER not in template:
         return None
     return [json.dumps(line, ensure_ascii=False) for line in template.splitlines(keepends=True)]

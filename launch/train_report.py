@@ -47,10 +47,16 @@ def write(args: Any, engine: Any, recorder: Any, *, spectra: bool) -> list[str]:
 
 
 def measure_spectra(args: Any, engine: Any, recorder: Any) -> dict[str, Any] | None:
-    """For report.json; collective. One process alone can fail without harm; several agree before each weight."""
-    from hdpissa.engine import spectra
+    """For report.json; collective. What goes wrong on all ranks alike is a warning; a lost peer is not."""
+    from hdpissa.engine import peers, spectra
 
-    found = spectra.measure(engine.module, engine.optimizer.store, most=args.report_spectra)
+    try:
+        found = spectra.measure(engine.module, engine.optimizer.store, most=args.report_spectra)
+    except Exception as error:
+        if peers.is_loss(error):
+            raise
+        recorder.say(f"{WARNING}no spectra: {_words(error)}")
+        return None
     if found["left_out"]:
         recorder.say(f"spectra of {len(found['left_out'])} weights left out to save time or memory")
     return {"step": engine.global_steps, **found}
@@ -83,6 +89,9 @@ def _try(what: str, recorder: Any, work: Any) -> Any:
         with pulse.alone(what):
             return work()
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        recorder.say(f"warning: no {what}: {type(error).__name__}: {said}; the run itself is complete")
+        recorder.say(f"{WARNING}no {what}: {_words(error)}; the run itself is complete")
         return None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

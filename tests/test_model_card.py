@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,21 +130,46 @@ def run_code(folder: Path, monkeypatch, capsys) -> dict:
     return names
 
 
-def test_the_code_of_a_model_runs(record, tmp_path, monkeypatch, capsys):
-    inputs = make_inputs(tmp_path / "inputs")
-    export = Path(inputs["model_name_or_path"])
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model with its tokenizer."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))["model_name_or_path"]
+
+
+def copied(base: str, folder: Path) -> Path:
+    return Path(shutil.copytree(base, folder / "export"))
+
+
+def prompt_of(names: dict) -> str:
+    """What the model was given."""
+    return names["tokenizer"].decode(names["inputs"]["input_ids"][0])
+
+
+def test_the_code_of_a_model_runs(record, base, tmp_path, monkeypatch, capsys):
+    export = copied(base, tmp_path)
     card(record, export, HF)
     names = run_code(export, monkeypatch, capsys)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
-    assert names["prompt"] == ALPACA.replace("{instruction}", model_card.QUESTION)
+    assert prompt_of(names) == ALPACA.replace("{instruction}", model_card.QUESTION)
 
 
-def test_the_code_of_an_adapter_runs(record, tmp_path, monkeypatch, capsys):
+def test_the_code_of_a_chat_runs(record, base, tmp_path, monkeypatch, capsys):
+    """A template without the placeholder is the tokenizer's own chat template."""
+    from transformers import AutoTokenizer
+
+    export = copied(base, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(export)
+    card(record, export, HF, template=tokenizer.chat_template)
+    assert prompt_of(run_code(export, monkeypatch, capsys)) == f"<user>{model_card.QUESTION}<assistant>"
+
+
+def test_the_code_of_an_adapter_runs(record, base, tmp_path, monkeypatch, capsys):
     """With the base that it names; without a template."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = make_inputs(tmp_path / "inputs")["model_name_or_path"]
     export = tmp_path / "adapter"
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(export)
@@ -151,7 +177,7 @@ def test_the_code_of_an_adapter_runs(record, tmp_path, monkeypatch, capsys):
     card(record, export, PEFT, template="{instruction}")
     names = run_code(export, monkeypatch, capsys)
     assert type(names["model"]).__name__ == "PeftModelForCausalLM"
-    assert names["prompt"] == model_card.QUESTION
+    assert prompt_of(names) == model_card.QUESTION
 
 
 # --- from a checkpoint -----------------------------------------------------------------------------

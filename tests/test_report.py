@@ -241,7 +241,7 @@ def test_which_weights():
     assert spectra.choose(names, 0) == []
 
 
-@pytest.mark.parametrize("exchange", ["factor", "dense"])
+@pytest.mark.parametrize("exchange", ["factor", pytest.param("dense", marks=pytest.mark.slow)])
 def test_spectra_of_a_run_are_those_of_its_change(exchange):
     """Two ranks, four slices. Without the second-order term the factors' spectrum is that of W_n − W_0 up to fp32
     rounding of W: each step rounds by at most 2⁻²⁴ |w|, here 6e-8 · 8 · √(rows · cols) ≈ 1e-5 in all singular values.
