@@ -32,6 +32,8 @@ from .pictures import (
 from .run_record import RunRecord, finite
 
 FEW_MARKED = 40  # points; the marks of more would hide the curve
+HALF = 5.4  # inches: a picture that has a neighbour on the page
+TIGHT: dict[str, Any] = {"frameon": False, "handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 1.0}  # legends
 LONG = 200  # steps of a run in which a few wild ones are not what it is about
 EACH = 8  # slices that get a curve of their own; of more, the range and the median are drawn
 SLICE_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BROWN, GREY)
@@ -90,7 +92,7 @@ def legend(figure: Any, axes: Any, columns: int = 4) -> None:
     """Beside the title, so that it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper right", ncols=min(columns, len(handles)), frameon=False)
+        figure.legend(handles, labels, loc="outside upper right", ncols=min(columns, len(handles)), **TIGHT)
 
 
 # --- loss -----------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def _learning_rate(record: RunRecord) -> Picture | None:
     if not finite(record.column("learning_rate")[1]):
         return None
     note = "The rate that each step used."
-    return Picture("learning_rate", "Learning rate", note, functools.partial(draw_learning_rate, record), (7.0, 2.6))
+    return Picture("learning_rate", "Learning rate", note, functools.partial(draw_learning_rate, record), (HALF, 2.4))
 
 
 def draw_learning_rate(record: RunRecord, figure: Any) -> None:
@@ -171,7 +173,7 @@ def _throughput(record: RunRecord) -> Picture | None:
     if finite(record.column("mfu")[1]):
         note += " MFU counts the forward pass and the input gradient, against the device's published dense bf16 peak."
     panels = 1 + _has_memory(record)
-    size = (7.0, 1.2 + 1.9 * panels)
+    size = (HALF, 1.1 + 1.7 * panels)
     return Picture("throughput", "Throughput", note, functools.partial(draw_throughput, record), size)
 
 
@@ -224,7 +226,7 @@ def _slice_norms(record: RunRecord) -> Picture | None:
     note = (
         "Per slice, over all weights. A slice that stays at 0, or is far from the others, learns nothing or is broken."
     )
-    size = (7.0, 1.0 + 2.2 * (len(fields) + bool(finite(record.column("bf16_moved")[1]))))
+    size = (HALF, 0.9 + 1.9 * (len(fields) + bool(finite(record.column("bf16_moved")[1]))))
     return Picture("slice_norms", "Slices", note, functools.partial(draw_slice_norms, record), size)
 
 
@@ -254,7 +256,7 @@ def draw_slice_norms(record: RunRecord, figure: Any) -> None:
         panels[-1].set_ylabel("weights that a step\nmoves in bf16 (%)")
         panels[-1].set_ylim(bottom=0)
         finish(panels[-1], record)
-    legend(figure, panels[0], columns=8 if len(slices) <= EACH else 3)
+    legend(figure, panels[0], columns=EACH if len(slices) <= EACH else 3)
 
 
 def _draw_slices(panel: Any, steps: list[float], slices: list[tuple[float, ...]]) -> None:
@@ -349,7 +351,7 @@ def draw_spectra(record: RunRecord, figure: Any) -> None:
     shown |= _rank_marks(weights)
     names = list(dict.fromkeys(name for name in (*places, *shown) if name in shown))
     lines = [shown[name] for name in names]
-    figure.legend(lines, names, loc="outside upper right", ncols=min(6, len(lines)), frameon=False)
+    figure.legend(lines, names, loc="outside upper right", ncols=min(6, len(lines)), **TIGHT)
 
 
 def _rank_marks(weights: list[dict[str, Any]]) -> dict[str, Any]:
