@@ -22,7 +22,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
     manifest = reader.manifest
     record = RunRecord.read(reader.folder.absolute().parent)
     arguments = _arguments(manifest)
-    template = _template(arguments or record.arguments)
+    template = _template(arguments or record.arguments, folder)
     if record.run:
         trained = model_card.from_record(record, step=manifest.step, template=template)
     else:
@@ -51,8 +51,11 @@ def _section(manifest: Manifest) -> dict[str, Any]:
     return {"r": max(set(ranks), key=ranks.count), "target_modules": list(kinds)} if ranks else {}
 
 
-def _template(arguments: dict[str, Any]) -> str | None:
-    """The prompt's text, where it can still be read."""
+def _template(arguments: dict[str, Any], folder: Path) -> str | None:
+    """The prompt's text, where it can still be read; the chat template where that was asked for and is there."""
+    if arguments.get("chat_template"):
+        file = folder / "chat_template.jinja"
+        return file.read_text() if file.is_file() else None
     try:
         return resolve_template(arguments["prompt_template"]).text
     except (ConfigError, KeyError, TypeError, AttributeError):

@@ -147,7 +147,7 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     from hdpissa.engine import folders, pulse, zero3
     from hdpissa.engine.metrics import keep_rows
     from hdpissa.engine.recorder import Recorder
-    from hdpissa.engine.report import clear
+    from hdpissa.engine.report import clear as clear_report
     from hdpissa.engine.reporters import make_reporters
 
     folder = Path(args.output_dir)
@@ -162,7 +162,7 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
             if (folder / "samples.jsonl").exists():
                 keep_rows(folder / "samples.jsonl", start)
             if start == 0:
-                clear(folder)
+                clear_report(folder)
             if start == 0 and args.overwrite_output_dir:
                 folders.discard(folder)
     names = reporters(args) if job.plan.rank == 0 else []
@@ -176,7 +176,6 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
         reporters=make_reporters(names, folder, logging_dir=args.logging_dir, run_name=args.run_name),
         bar=not args.disable_tqdm,
     )
-    train_report.keep_warnings(recorder)
     recorder.state("running", start)
     return recorder
 

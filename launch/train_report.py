@@ -9,20 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-WARNING = "warning: "
-
-
-def keep_warnings(recorder: Any) -> None:
-    """Has a recorder keep, in `warnings`, what it says that begins with the word; the report has them."""
-    say, recorder.warnings = recorder.say, []
-
-    def say_and_keep(text: str) -> None:
-        if text.startswith(WARNING):
-            recorder.warnings.append(text.removeprefix(WARNING))
-        say(text)
-
-    recorder.say = say_and_keep
-
 
 def write(args: Any, engine: Any, recorder: Any, *, spectra: bool) -> list[str]:
     """The report, after run_state.json says how the run ended; returns the files' names. Collective with `spectra`.
@@ -55,7 +41,7 @@ def measure_spectra(args: Any, engine: Any, recorder: Any) -> dict[str, Any] | N
     except Exception as error:
         if peers.is_loss(error):
             raise
-        recorder.say(f"{WARNING}no spectra: {_words(error)}")
+        recorder.say(f"warning: no spectra: {_words(error)}")
         return None
     if found["left_out"]:
         recorder.say(f"spectra of {len(found['left_out'])} weights left out to save time or memory")
@@ -89,7 +75,7 @@ def _try(what: str, recorder: Any, work: Any) -> Any:
         with pulse.alone(what):
             return work()
     except Exception as error:
-        recorder.say(f"{WARNING}no {what}: {_words(error)}; the run itself is complete")
+        recorder.say(f"warning: no {what}: {_words(error)}; the run itself is complete")
         return None
 
 

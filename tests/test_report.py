@@ -19,6 +19,7 @@ from report_runs import Page, spectra_here, text_boxes, write_run
 from tiny import ds_settings, tiny_llama
 
 from hdpissa.engine import pictures, report, run_pictures, spectra
+from hdpissa.engine.recorder import Recorder
 from hdpissa.engine.run_record import RunRecord
 from hdpissa.launch import command_line, train_report
 from hdpissa.launch import report as report_command
@@ -353,32 +354,23 @@ def test_report_spectra_is_not_negative():
 # --- never able to fail a run ----------------------------------------------------------------------
 
 
-class Told:
-    """As much of a recorder as the report needs."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def ended(folder: Path, **options) -> tuple[list[str], list[str]]:
     """What `train_report.write` returns for a run that ended in this folder, and what it says."""
     from hdpissa.launch.train_arguments import TrainArguments
 
-    recorder = Told()
-    train_report.keep_warnings(recorder)
+    lines: list[str] = []
+    recorder = Recorder(folder, total_steps=1, weights=1, device_name="cpu", devices=1, rank=0)
     recorder.say("warning: the disk was full")
     recorder.say("no warning")
+    recorder.say = lines.append
     engine = SimpleNamespace(plan=SimpleNamespace(rank=0))
     args = TrainArguments(output_dir=str(folder), **options)
-    return train_report.write(args, engine, recorder, spectra=False), recorder.lines[2:]
+    return train_report.write(args, engine, recorder, spectra=False), lines
 
 
 def test_the_report_is_an_option(tmp_path):
     assert ended(tmp_path, report=False) == ([], [])
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert ReportingOptions().report
 
 
