@@ -21,7 +21,7 @@ SAMPLES = ("samples.jsonl", "sample_before_training.json", "sample_after_trainin
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated answer. `when`: "before training", "step 20", … `reference`: the right one, where it is known."""
+    """A generated answer. `when`: "before training", "after step 20", … `reference`: the right one, where it is known."""
 
     when: str
     prompt: str
@@ -139,7 +139,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _samples(folder: Path) -> list[Sample]:
-    rows = [(f"step {row['step']}" if row["step"] else "before training", row) for row in _lines(folder / SAMPLES[0])]
+    rows = [
+        (f"after step {row['step']}" if row["step"] else "before training", row) for row in _lines(folder / SAMPLES[0])
+    ]
     if not rows:
         rows = [(" ".join(name.removesuffix(".json").split("_")[1:]), _json(folder / name)) for name in SAMPLES[1:]]
     whole = [(when, row) for when, row in rows if "prompt" in row and "answer" in row]

@@ -56,7 +56,7 @@ def write_card(args: Any, job: Any, recorder: Any, folder: Path, exported: Any) 
         from hdpissa.engine.run_record import RunRecord
 
         record = RunRecord.read(Path(args.output_dir))
-        trained = model_card.from_record(record, step=exported.step, template=getattr(job.template, "text", None))
+        trained = model_card.from_record(record, step=exported.step, template=job.rows.template.text)
         model_card.write_card(folder, trained, exported.as_dict())
 
     _try("model card", recorder, card)

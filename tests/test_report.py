@@ -294,12 +294,25 @@ def run(tmp_path_factory):
 def test_a_run_leaves_its_report(run):
     assert all((run / name).stat().st_size > 5000 for name in (*ALL, "report.html"))
     page = Page((run / "report.html").read_text())
-    for text in ("finished", "4 of 4", "before training", "after training", "Export adapter/", "How many?"):
+    for text in ("finished", "4 of 4", "before training", "after step 4", "Export adapter/", "How many?"):
         assert text in page.text, text
     extra = read_json(run / "report.json")
+    assert extra["warnings"] == []
     assert len(extra["spectra"]["weights"]) == 5  # --report_spectra
     assert all(w["values"][0] > 0 for w in extra["spectra"]["weights"])
     assert extra["spectra"]["step"] == 4
+
+
+def test_a_run_leaves_its_cards(run):
+    """Beside both exports, with the run's figures, its template (none) and the licence of the base."""
+    from huggingface_hub import ModelCard
+
+    losses = [row["eval_loss"] for row in RunRecord.read(run).evaluations]
+    for name, library in (("model", "transformers"), ("adapter", "peft")):
+        card = ModelCard.load(run / name / "README.md")
+        assert (card.data.library_name, card.data.to_dict()["license"]) == (library, "apache-2.0")
+        assert f"| validation loss after step 4 | {losses[-1]:.4f}" in card.text
+        assert "inputs = tokenizer(instruction" in card.text
 
 
 def test_spectra_of_the_run_are_those_of_what_it_exported(run):
