@@ -21,7 +21,7 @@ SAMPLES = ("samples.jsonl", "sample_before_training.json", "sample_after_trainin
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated answer. `when`: "before training", "after step 20", … `reference`: the right one, where it is known."""
+    """A generated answer. `when`: "before training", "after step 20"; `reference`: the right one, where it is known."""
 
     when: str
     prompt: str
