@@ -18,5 +18,5 @@ FOLDERS = ("engine", "kernels", "launch", "benchmarks", "ds_configs")
 setup(
     packages=[f"hdpissa.{folder}" for folder in FOLDERS],
     package_dir={f"hdpissa.{folder}": folder for folder in FOLDERS},
-    package_data={"hdpissa.ds_configs": ["*.json"]},
+    package_data={"hdpissa.ds_configs": ["*.json"], "hdpissa.engine": ["*.jinja"]},
 )

@@ -1,48 +1,28 @@
-"""The look of all pictures: one style, one colour and marker per method, PNG beside the table that it shows.
+"""Colours, markers and names of the methods in all pictures; the look itself is `engine/pictures.py`'s.
 
 Every axis has a label with its unit; nobody has to tell two lines apart by colour alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette, told apart by colour-blind readers, too: https://jfly.uni-koeln.de/color/
+from hdpissa.engine.pictures import BLUE, GREEN, GREY, ORANGE, PINK, RED, picture
+
+__all__ = ["LABELS", "STYLES", "line", "picture"]
+
 STYLES = {
-    "hd_pissa": ("#0072B2", "o"),
-    "lora": ("#E69F00", "s"),
-    "pissa": ("#009E73", "^"),
-    "full": ("#D55E00", "D"),
-    "frozen": ("#666666", "x"),
-    "reference": ("#CC79A7", "v"),
+    "hd_pissa": (BLUE, "o"),
+    "lora": (ORANGE, "s"),
+    "pissa": (GREEN, "^"),
+    "full": (RED, "D"),
+    "frozen": (GREY, "x"),
+    "reference": (PINK, "v"),
 }
 LABELS = {"hd_pissa": "HD-PiSSA", "lora": "LoRA", "pissa": "PiSSA", "full": "full fine-tuning"}
-STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 
 def line(method: str) -> dict[str, Any]:
     """Keyword arguments of `plot` for a method."""
     colour, marker = STYLES[method]
     return {"color": colour, "marker": marker, "label": LABELS.get(method, method), "markersize": 5}
-
-
-@contextmanager
-def picture(target: Path, *, columns: int = 1, width: float = 5.5, height: float = 4.0) -> Iterator[Any]:
-    """Axes to draw on, one or a row of them; saved to `target` at the end. Needs no display.
-
-    Args:
-        width, height: of one panel, in inches.
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots(1, columns)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=130)

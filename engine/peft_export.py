@@ -51,6 +51,7 @@ def export_peft(
         ConfigError: unknown dtype, a rank below 1, a weight that is also an embedding; or, on all ranks, rank 0 cannot
             write there.
     """
+    refuse_tied(model, store.targets)
     world = World(store.plan.rank, store.plan.world_size, zero3.device())
     file = AdapterFile(list(_stacks(model, store)), folder, world, dtype=dtype, rank=rank)
     try:
@@ -69,7 +70,6 @@ def _origin(model: nn.Module) -> str:
 
 def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
     names = {id(module): name for name, module in model.named_modules()}
-    refuse_tied(model, store.targets)
     sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index in range(store.plan.slices_per_rank):
         for name, sum_A, sum_B in store.state_views("delta_sum", index):

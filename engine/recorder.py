@@ -19,6 +19,8 @@ from .errors import StopError
 from .metrics import finite_row, peak_flops, write_json
 from .reporters import Reporters
 
+WARNING = "warning: "
+
 
 class Recorder:
     """A rank's record of a run; rank 0's is the one that is written.
@@ -55,9 +57,16 @@ class Recorder:
         self._best: dict[str, Any] = {}
         self._file: IO[str] | None = None if self.quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._display = Display(total_steps=total_steps, quiet=self.quiet, bar=bar)
-        self.slices, self.say = self._display.slices, self._display.say
+        self.slices = self._display.slices
+        self.warnings: list[str] = []  # what was said that begins so; the report of the run has them
         self._reporters = reporters or Reporters([])
         self._reporters.start(self.say)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar, on rank 0 only."""
+        if text.startswith(WARNING):
+            self.warnings.append(text.removeprefix(WARNING))
+        self._display.say(text)
 
     def start(self) -> None:
         """Starts the clock of the first step and the bar."""

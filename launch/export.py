@@ -4,8 +4,8 @@
     python launch/export.py --checkpoint outputs/run1 --format peft --output_dir adapter [--rank 64] [--dtype bf16]
 
 Tensors are streamed, a piece of a few ten MB at a time, whatever the size of the model. Weights that were not trained
-come from the base model's safetensors files; the checkpoint's checksums prove that it is the one. No code of a model
-is run, no pickle is read. What a person can get wrong: one line, exit code 2.
+come from the base model's safetensors files; the checkpoint's checksums prove that it is the one. A model card goes
+beside them. No code of a model is run, no pickle is read. What a person can get wrong: one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -55,11 +55,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
 
+    from hdpissa.launch.export_card import write_card
     from hdpissa.launch.export_checkpoint import export, open_checkpoint
 
     reader = open_checkpoint(args.checkpoint)
     folder = Path(args.output_dir)
-    print(export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model))
+    report = export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model)
+    print(report)
+    try:
+        write_card(reader, folder, report, args.base_model)
+    except Exception as error:  # the export is complete
+        said = " ".join(str(error).split())[:200]
+        print(f"warning: no model card: {type(error).__name__}: {said}", file=sys.stderr)
 
 
 if __name__ == "__main__":

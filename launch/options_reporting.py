@@ -25,6 +25,8 @@ class ReportingOptions:
     silent_slice_steps: int = option(
         10, "warn of a slice whose gradient or update was 0 for so many steps (with --slice_metrics_steps)"
     )
+    report: bool = option(True, "pictures and report.html in the output folder when the run ends")
+    report_spectra: int = option(21, "weights whose spectrum of what was learned is in the report; 0: none")
 
 
 REPORTERS = ("tensorboard", "wandb")
@@ -33,7 +35,7 @@ REPORTERS = ("tensorboard", "wandb")
 def check(args: ReportingOptions) -> None:
     """Raises ConfigError for values out of range."""
     at_least(args, 1, "logging_steps", "silent_slice_steps")
-    at_least(args, 0, "slice_metrics_steps")
+    at_least(args, 0, "slice_metrics_steps", "report_spectra")
     reporters(args)
 
 

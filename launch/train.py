@@ -152,6 +152,7 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     from hdpissa.engine import folders, pulse, zero3
     from hdpissa.engine.metrics import keep_rows
     from hdpissa.engine.recorder import Recorder
+    from hdpissa.engine.report import clear as clear_report
     from hdpissa.engine.reporters import make_reporters
 
     folder = Path(args.output_dir)
@@ -165,6 +166,8 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
             keep_rows(folder / "metrics.jsonl", start)
             if (folder / "samples.jsonl").exists():
                 keep_rows(folder / "samples.jsonl", start)
+            if start == 0:
+                clear_report(folder)
             if start == 0 and args.overwrite_output_dir:
                 folders.discard(folder)
     names = reporters(args) if job.plan.rank == 0 else []
@@ -231,6 +234,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     from transformers import set_seed
 
     from hdpissa.engine import initialize, zero3
+    from hdpissa.launch import train_report
     from hdpissa.launch.train_data import refuse_leaks, tell_sources
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
@@ -266,33 +270,39 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
         checkpoints.finish(engine)
         if not finished:
             stopped = checkpoints.last_save(engine)
-    if not finished:
-        recorder.state("preempted", engine.global_steps, "" if stopped.saved else stopped.words)
-        recorder.say(stopped.words)
-        return False
+            recorder.state("preempted", engine.global_steps, "" if stopped.saved else stopped.words)
+            recorder.say(stopped.words)
+            train_report.write(args, engine, recorder, spectra=False)
+            zero3.part()  # a launcher ends all ranks when one has left
+            return False
     last = engine.global_steps
     evaluation.end(engine)
     model.config.use_cache = use_cache  # the export is configured as its base
     exported = export(args, job, engine, recorder)
     recorder.state("finished", last)
+    drawn = train_report.write(args, engine, recorder, spectra=True)
     zero3.part()
-    recorder.say(f"outputs: {args.output_dir}/ ({', '.join(['metrics.jsonl, run.json, run_state.json', *exported])})")
+    outputs = ["metrics.jsonl, run.json, run_state.json", *exported, *drawn]
+    recorder.say(f"outputs: {args.output_dir}/ ({', '.join(outputs)})")
     return True
 
 
 def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
     """Writes what --export_format says; returns the names of the folders."""
     from hdpissa.engine import pulse
+    from hdpissa.launch import train_report
 
     folders = {"hf": "model", "peft": "adapter"}
     formats = {"both": ["hf", "peft"], "none": []}.get(args.export_format, [args.export_format])
     for format in formats:
         folder = Path(args.output_dir) / folders[format]
         cut = {"rank": args.export_rank} if format == "peft" else {}
-        recorder.say(str(engine.export(folder, format=format, dtype=args.export_dtype, **cut)))
+        exported = engine.export(folder, format=format, dtype=args.export_dtype, **cut)
+        recorder.say(str(exported))
         if job.plan.rank == 0:
             with pulse.alone("tokenizer"):
                 job.tokenizer.save_pretrained(folder)
+            train_report.write_card(args, job, recorder, folder, exported)
     for format in folders.keys() - set(formats):
         if (Path(args.output_dir) / folders[format]).exists():
             recorder.say(f"warning: {args.output_dir}/{folders[format]}/ is an earlier run's, not this one's")

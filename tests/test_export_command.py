@@ -113,6 +113,7 @@ def test_an_adapter_from_either_kind_is_the_engines(tmp_path, saved, kind, capsy
     reports = [json.loads((f / "hdpissa_export.json").read_text()) for f in (run["folder"] / "peft", tmp_path)]
     assert [report["step"] for report in reports] == [4, 4]
     assert (tmp_path / "tokenizer.json").exists()
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
     assert not (tmp_path / "config.json").exists()  # of the model: transformers would take the folder for one
     configs = [json.loads((f / adapter.CONFIG).read_text()) for f in (run["folder"] / "peft", tmp_path)]
     assert configs[0] == configs[1]

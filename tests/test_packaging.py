@@ -28,11 +28,12 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 FLOORS = """
 errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
     buckets prompts tensor_file results families data_formats data_sources
-launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report
+launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record pictures
+    run_pictures
 zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics display reporters
-    batches ds_config slice_cache streams hf_folder stacks
+    batches ds_config slice_cache streams hf_folder stacks report model_card
 recorder generation settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained
-    sharded_load evaluate nonfinite slice_figures integrity
+    sharded_load evaluate nonfinite slice_figures integrity spectra
 saver checkpoint
 engine
 build

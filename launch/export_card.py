@@ -1,0 +1,62 @@
+"""The model card of an export from a checkpoint: what the run's folder says, or the checkpoint alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine import model_card
+from hdpissa.engine.checkpoint_format import Manifest
+from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.prompts import resolve_template
+from hdpissa.engine.run_record import RunRecord
+
+
+def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -> Path:
+    """Writes README.md beside the export.
+
+    Args:
+        reader: of the checkpoint. report: of the export. base_model: where the base is now, if it has moved.
+    """
+    manifest = reader.manifest
+    record = RunRecord.read(reader.folder.absolute().parent)
+    arguments = _arguments(manifest)
+    template = _template(arguments or record.arguments, folder)
+    if record.run:
+        trained = model_card.from_record(record, step=manifest.step, template=template)
+    else:
+        trained = model_card.Trained(
+            base=manifest.base.name_or_path,
+            arguments=arguments,
+            section=_section(manifest),
+            slices=manifest.slices,
+            world_size=manifest.world_size,
+            step=manifest.step,
+            template=template,
+            versions=manifest.versions,
+        )
+    return model_card.write_card(folder, replace(trained, base=base_model or trained.base), report.as_dict())
+
+
+def _arguments(manifest: Manifest) -> dict[str, Any]:
+    found = manifest.client_state.get("arguments")
+    return found if isinstance(found, dict) else {}
+
+
+def _section(manifest: Manifest) -> dict[str, Any]:
+    """The part of `hd_pissa` that shows in the targets."""
+    ranks = [t.r for t in manifest.targets]
+    kinds = dict.fromkeys(t.name.rsplit(".", 1)[-1] for t in manifest.targets)
+    return {"r": max(set(ranks), key=ranks.count), "target_modules": list(kinds)} if ranks else {}
+
+
+def _template(arguments: dict[str, Any], folder: Path) -> str | None:
+    """The prompt's text, where it can still be read; the chat template where that was asked for and is there."""
+    if arguments.get("chat_template"):
+        file = folder / "chat_template.jinja"
+        return file.read_text() if file.is_file() else None
+    try:
+        return resolve_template(arguments["prompt_template"]).text
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return None
