@@ -19,12 +19,11 @@ if __name__ == "evaluate":
     del sys.modules["evaluate"]
     __import__("evaluate")
 
-import copy
 import importlib.util
 import json
 import subprocess
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line, options_data
 from hdpissa.launch.command_line import at_least, option
-from hdpissa.launch.options_data import DataOptions
+from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
 
 INSTALL = 'pip install "lm-eval[hf]"'
@@ -56,7 +55,7 @@ class EvaluateOptions:
 
 
 @dataclass
-class EvaluateArguments(DataOptions, EvaluateOptions):
+class EvaluateArguments(ReadingOptions, EvaluateOptions):
     """Evaluates a trained model, with lm-eval's tasks or on a dataset."""
 
 
@@ -130,7 +129,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[s
         ConfigError: what does not fit.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = command_line.make_parser({"evaluate": EvaluateOptions, "data": DataOptions})
+    parser = command_line.make_parser({"evaluate": EvaluateOptions, "data": ReadingOptions})
     values, given = command_line.read(parser, argv[:cut])
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
@@ -138,7 +137,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[s
     inherited = _as_in_the_run(found.run, given)
     given |= {name for name, value in inherited.items() if value != values[name]}
     args = EvaluateArguments(**(values | inherited))
-    options_data.check(args)
+    options_data.check_reading(args)
     at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
     at_least(args, 0, "num_fewshot", "limit")
     more = argv[cut + 1 :]
@@ -151,7 +150,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[s
 
 def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """The run's own way to read data, without what the command line says; its evaluation set if that names no other."""
-    known = {f.name for f in fields(DataOptions)}
+    known = {f.name for f in fields(ReadingOptions)}
     values = {name: value for name, value in run.items() if name in known and name not in given}
     if "dataset_name" in given:
         return {name: value for name, value in values.items() if not name.startswith(("dataset_", "eval_"))}
@@ -213,10 +212,8 @@ def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
-    alone: Any = copy.copy(args)
-    alone.seed = TrainingOptions.seed  # draws the rows, where a share of a dataset is asked for
-    alone.eval_dataset_name = alone.eval_split = None
-    alone.packing = alone.group_by_length = alone.streaming = False
+    # as a run without evaluation rows would read it; the seed draws rows, where a share of a dataset is asked for
+    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=TrainingOptions.seed)
     rows = read_rows(alone, frozenset(given), tokenizer).train
     asked = []
     if args.eval_exact_match:

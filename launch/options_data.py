@@ -9,8 +9,8 @@ from hdpissa.launch.command_line import at_least, at_most, one_of, option
 
 
 @dataclass
-class DataOptions:
-    """What the run learns from: sources, formats, prompts, lengths, what carries loss."""
+class ReadingOptions:
+    """Which rows are read, and what is made of them; also those of evaluate.py."""
 
     dataset_name: str = option(
         "",
@@ -20,8 +20,6 @@ class DataOptions:
     dataset_config: str | None = option(None, "configuration of a hub dataset")
     dataset_revision: str | None = option(None, "branch, tag or commit of a hub dataset")
     dataset_split: str = option("train", "split to train on; slices such as train[:80] work")
-    eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
-    eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
     dataset_format: str | None = option(
         None, "alpaca, sharegpt, messages, prompt_completion or text; default: what the columns say"
     )
@@ -40,6 +38,15 @@ class DataOptions:
     )
     max_length: int = option(512, "tokens of prompt and answer together")
     truncation: str = option("truncate", "of longer rows: truncate, drop, or error")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenise")
+
+
+@dataclass
+class DataOptions(ReadingOptions):
+    """What the run learns from: sources, formats, prompts, lengths, what carries loss."""
+
+    eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
+    eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
     packing: bool = option(False, "put several rows into one of max_length tokens; none sees another")
     group_by_length: bool = option(False, "give the slices rows of about the same length at the same time")
     loss_normalization: str = option(
@@ -47,7 +54,6 @@ class DataOptions:
     )
     streaming: bool = option(False, "read rows when they are needed; wants --max_steps")
     shuffle_buffer_size: int = option(10_000, "rows from which a stream is shuffled")
-    preprocessing_num_workers: int | None = option(None, "processes that tokenise")
     preview: int = option(0, "print this many training rows, with what carries loss marked, and train nothing")
 
 
@@ -55,16 +61,22 @@ FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text")
 TRUNCATIONS, NORMALIZATIONS = ("truncate", "drop", "error"), ("mean", "tokens")
 
 
-def check(args: DataOptions) -> None:
-    """Raises ConfigError for values out of range, and for options that exclude each other."""
-    at_least(args, 1, "max_length", "shuffle_buffer_size", "preprocessing_num_workers")
+def check_reading(args: ReadingOptions) -> None:
+    """Raises ConfigError for values out of range."""
+    at_least(args, 1, "max_length", "preprocessing_num_workers")
     at_most(args, 2**31 - 1, "max_length", why="what a row's length is counted in")
-    at_least(args, 0, "preview")
     one_of(args, "truncation", TRUNCATIONS)
-    one_of(args, "loss_normalization", NORMALIZATIONS)
     for format in (args.dataset_format or "").split():  # one for each dataset of a mix
         if format not in (*FORMATS, "-"):
             raise ConfigError(f"--dataset_format is {format}: must be one of {', '.join(FORMATS)}")
+
+
+def check(args: DataOptions) -> None:
+    """Raises ConfigError for values out of range, and for options that exclude each other."""
+    check_reading(args)
+    at_least(args, 1, "shuffle_buffer_size")
+    at_least(args, 0, "preview")
+    one_of(args, "loss_normalization", NORMALIZATIONS)
     if args.streaming and not getattr(args, "max_steps", 0) > 0:
         raise ConfigError("--streaming without --max_steps: a stream has no length; give the number of steps")
     for other in ("streaming", "packing"):

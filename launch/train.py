@@ -30,6 +30,7 @@ from hdpissa.launch.train_checkpoints import (
     stopping_on_signals,
 )
 from hdpissa.launch.train_checks import Job, check
+from hdpissa.launch.train_description import describe_run
 from hdpissa.launch.train_evaluation import Evaluation, make_evaluator
 from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
@@ -183,46 +184,6 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
     )
     recorder.state("running", start)
     return recorder
-
-
-def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
-    """run.json: everything that is needed to know, and to repeat, what was run."""
-    from importlib.metadata import version
-
-    from hdpissa.engine import zero3
-    from hdpissa.launch.train_data import describe_rows
-
-    plan = engine.plan
-    return {
-        "arguments": asdict(args),
-        "ds_config": job.ds,
-        "world_size": plan.world_size,
-        "slices": plan.slices,
-        "targets": len(engine.targets),
-        "modules_to_save": engine.optimizer.beside.numels if engine.optimizer.beside else {},
-        "target_modules": sorted({t.name.rsplit(".", 1)[-1] for t in engine.targets}),
-        "total_steps": job.total_steps,
-        "steps_per_epoch": job.data.steps_per_epoch,
-        "rows": describe_rows(job.rows, job.data),
-        "init": asdict(engine.init_report),
-        "exchange": asdict(engine.exchange_plan()),
-        "memory_bytes": engine.memory_bytes(),
-        "device": zero3.accelerator_name(),
-        "versions": {name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers", "datasets")},
-        "git_revision": git_revision(),
-    }
-
-
-def git_revision() -> str | None:
-    """Commit of this code, None when it was installed without its repository."""
-    import subprocess
-
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return found.stdout.strip() or None
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ from doc_commands import ROOT, Block, Place, blocks, check, commands
 from hdpissa.benchmarks import figures
 from hdpissa.engine import ds_config
 from hdpissa.engine.config import HDPissaConfig
-from hdpissa.launch import plan_arguments, reference_names, train_arguments, train_launcher
+from hdpissa.launch import evaluate, plan_arguments, reference_names, train_arguments, train_launcher
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.sh"))
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-OPTIONS = {f.name for f in fields(train_arguments.TrainArguments)}
 COMMANDS = [(block, command) for block in BLOCKS if block.language == "sh" for command in commands(block.text)]
 
 
@@ -55,8 +54,6 @@ def test_every_block_says_what_it_is():
     ("block", "command"), COMMANDS, ids=[f"{block.file}-{i}" for i, (block, _) in enumerate(COMMANDS)]
 )
 def test_command(block, command, place, capsys):
-    if "--ranks_per_gpu" in command and "r" not in OPTIONS:
-        pytest.skip("train.py has no options of the method")
     place.write(next((b for b in of("yaml") if b.file == block.file), None))
     check(command, place)
 
@@ -164,19 +161,17 @@ def test_python(block):
 
 # Options of programs that are not ours, or that have no parser to ask.
 OTHERS = {"help", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
-OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode"}
-# Options and pages of parts that are about to come.
-PENDING_OPTIONS = set() if "r" in OPTIONS else {"r", "lora_alpha", "target_modules"}
-PENDING_PAGES = {"training.md", "evaluation.md", "logging.md", "report.md", "training_loss.png"}
+OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode", "logdir", "apply_chat_template"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_in_the_text_exist(page):
     """A renamed option is still in the text of a page."""
-    known = {f.name for cls in (train_arguments.TrainArguments, plan_arguments.PlanArguments) for f in fields(cls)}
+    commands = train_arguments.TrainArguments, plan_arguments.PlanArguments, evaluate.EvaluateArguments
+    known = {f.name for cls in commands for f in fields(cls)}
     for cls in (train_arguments.TrainArguments, plan_arguments.PlanArguments):
         known |= {a.removeprefix("--") for f in fields(cls) for a in f.metadata.get("aliases") or []}
-    known |= {"config", *reference_names.NAMES, *OTHERS, *PENDING_OPTIONS}
+    known |= {"config", *reference_names.NAMES, *OTHERS}
     for values, switches in (train_launcher.DEEPSPEED, train_launcher.TORCHRUN):
         known |= values | switches
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -203,8 +198,6 @@ def test_links(page):
             continue
         name, _, anchor = target.partition("#")
         other = page.parent / name if name else page
-        if not other.exists() and other.name in PENDING_PAGES:
-            continue
         if not other.exists() or (anchor and anchor not in anchors(other)):
             broken.append(target)
     assert broken == []

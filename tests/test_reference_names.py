@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from hdpissa.launch import reference_names, train_arguments
 
 REQUIRED = {"ds_config": "zero3", "model_path": "M", "data_path": "D", "output_path": "O"}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "coming-from-the-reference.md"
-OPTIONS = {f.name for f in fields(train_arguments.TrainArguments)}
-has_method = pytest.mark.skipif("r" not in OPTIONS, reason="train.py has no options of the method")
 
 
 def translated(processes: int | None = 8, **theirs: str) -> tuple[dict[str, str], list[str]]:
@@ -106,7 +103,6 @@ def test_in_a_yaml_file(tmp_path):
         train_arguments.parse(["--config", str(file)])
 
 
-@has_method
 def test_target_modules_are_one_text_there(tmp_path):
     """Quoted, with spaces; ours are several words."""
     words = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]

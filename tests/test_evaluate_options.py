@@ -1,0 +1,215 @@
+"""launch/evaluate.py's options, and train.py's on evaluation and logging that no run of test_evaluation.py holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from launch_runs import flags, make_inputs
+from transformers import AutoTokenizer
+
+from hdpissa.engine.display import Display
+from hdpissa.engine.prompts import resolve_template
+from hdpissa.launch import evaluate, options_evaluation, train_arguments, train_checkpoints, train_evaluation
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model, and eight rows in three shapes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    made = make_inputs(folder)
+    rows = [json.loads(line) for line in Path(made["eval_dataset_name"]).read_text().splitlines()][:8]
+    shapes = {
+        "rows": [{"instruction": r["instruction"], "response": r["response"]} for r in rows],
+        "other": [{"q": r["instruction"], "a": r["response"], "text": r["response"]} for r in rows],
+        "texts": [{"body": r["response"]} for r in rows],
+        "chats": [
+            {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": "Yes."}]}
+            for r in rows
+        ],
+    }
+    for name, content in shapes.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    tokenizer = AutoTokenizer.from_pretrained(made["model_name_or_path"])
+    template = resolve_template("alpaca")
+    lengths = sorted(
+        len(tokenizer(template.render(r["instruction"]) + r["response"] + "\n" + tokenizer.eos_token)["input_ids"])
+        for r in rows
+    )
+    files = {name: str(folder / f"{name}.jsonl") for name in shapes}
+    return files | {"model": made["model_name_or_path"], "middle": str(lengths[len(lengths) // 2])}
+
+
+def figures(capsys, inputs, *words: str, data: str = "rows") -> dict[str, float]:
+    """What evaluate.py prints."""
+    evaluate.main(["--model", inputs["model"], "--dataset_name", inputs[data], *words])
+    told = capsys.readouterr().out.splitlines()[-1].split()
+    return dict(zip(told[::2], map(float, told[1::2]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "fewer"),
+    [
+        (["--dataset_split", "train[:3]"], True),
+        (["--max_length", "MIDDLE"], True),
+        (["--max_length", "MIDDLE", "--truncation", "drop"], True),
+        (["--train_on_prompt"], False),
+        (["--completion_only_loss", "false"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_which_tokens_count(capsys, inputs, words, fewer):
+    """Each option changes the number of target tokens, in its direction; cut rows are not dropped ones."""
+    words = [inputs["middle"] if word == "MIDDLE" else word for word in words]
+    plain, found = figures(capsys, inputs), figures(capsys, inputs, *words)
+    assert (found["tokens"] < plain["tokens"]) == fewer
+    if "drop" in words:
+        assert found["tokens"] != figures(capsys, inputs, *words[:2])["tokens"]
+
+
+def test_templates_and_columns(capsys, inputs):
+    plain = figures(capsys, inputs)
+    assert figures(capsys, inputs, "--prompt_template", "none")["loss"] != plain["loss"]
+    assert figures(capsys, inputs, "--prompt_field", "q", "--response_field", "a", data="other") == plain
+    texts = figures(capsys, inputs, "--dataset_format", "text", data="other")
+    assert texts == figures(capsys, inputs, "--dataset_text_field", "body", "--dataset_format", "text", data="texts")
+    assert texts["tokens"] != plain["tokens"]  # of a text everything counts but the first token
+    chat = figures(capsys, inputs, "--chat_template", CHAT, data="chats")
+    everything = figures(capsys, inputs, "--chat_template", CHAT, "--assistant_only_loss", "false", data="chats")
+    assert everything["tokens"] > chat["tokens"]
+
+
+def test_what_reaches_the_reader(monkeypatch, inputs):
+    """The hub cannot be asked here: what it would be asked for."""
+    from hdpissa.engine import data, data_sources
+
+    asked = []
+    load, encode = data_sources.load_rows, data.encode_rows
+    monkeypatch.setattr(
+        data_sources, "load_rows", lambda name, **how: asked.append(how) or load(inputs["rows"], split="train[:2]")
+    )
+    monkeypatch.setattr(
+        data, "encode_rows", lambda *args, num_proc: asked.append({"num_proc": num_proc}) or encode(*args)
+    )
+    words = ["--dataset_config", "main", "--dataset_revision", "v1", "--preprocessing_num_workers", "3"]
+    evaluate.main(["--model", inputs["model"], "--dataset_name", "org/name", *words])
+    assert (asked[0]["config_name"], asked[0]["revision"], asked[1]["num_proc"]) == ("main", "v1", 3)
+
+
+def test_answers_and_results(capsys, inputs, tmp_path):
+    words = ["--eval_exact_match", "--eval_max_samples", "2", "--max_new_tokens", "2", "--output_path", str(tmp_path)]
+    found = figures(capsys, inputs, *words, "--batch_size", "3", "--device", "cpu")
+    assert found["samples"] == 2
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert json.loads((tmp_path / "evaluation.json").read_text())["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
+    with pytest.raises((RuntimeError, AssertionError)):  # a device that is not there
+        figures(capsys, inputs, "--device", "cuda:7")
+
+
+def test_batches_are_of_that_size(monkeypatch, capsys, inputs):
+    from hdpissa.engine import batches
+
+    sizes, collate = [], batches.collate
+    monkeypatch.setattr(batches, "collate", lambda rows, pad: sizes.append(len(rows)) or collate(rows, pad))
+    figures(capsys, inputs, "--batch_size", "3")
+    assert max(sizes) == 3
+
+
+def test_training_options_are_unknown_here(inputs):
+    """evaluate.py takes what it reads, and nothing that it would pass over."""
+    from hdpissa.engine.errors import ConfigError
+
+    for word in ("--packing", "--streaming", "--preview", "--loss_normalization", "--group_by_length"):
+        with pytest.raises(ConfigError, match=f"unknown argument {word}"):
+            evaluate.parse(["--model", inputs["model"], "--dataset_name", inputs["rows"], word, "1"])
+
+
+# --- train.py --------------------------------------------------------------------------------------
+
+
+def parsed(tmp_path, **more):
+    required = dict.fromkeys(("ds_config", "model_name_or_path", "dataset_name"), "x") | {"output_dir": str(tmp_path)}
+    return train_arguments.parse(flags(required | more))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, []),
+        ({"eval_steps": 4}, [4, 8]),
+        ({"eval_strategy": "epoch"}, [5, 10]),
+        ({"eval_strategy": "epoch", "eval_steps": 4}, [5, 10]),
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 6, 9]),
+        ({"eval_strategy": "no"}, []),
+    ],
+    ids=str,
+)
+def test_when_it_evaluates(tmp_path, options, steps):
+    """Of twelve steps, five to an epoch; the last evaluation is made after training."""
+    args = parsed(tmp_path, **options)
+    best = train_evaluation.make_best(args, None)
+    recorder = SimpleNamespace(best=lambda found: None)
+    evaluation = train_evaluation.Evaluation(args, None, recorder, SimpleNamespace(best=best), 5)
+    assert [step for step in range(1, 13) if evaluation.due(step, 12)] == steps
+
+
+def test_saving_the_best_only(tmp_path):
+    """Due is what was just found to be the best, and nothing else."""
+    args = parsed(tmp_path, save_strategy="best", eval_steps=2)
+    assert options_evaluation.needs_best(args)
+    data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
+    job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1))
+    checkpoints = train_checkpoints.Checkpoints(args, job, None, None)
+    checkpoints.best.see(2, 1.0)
+    assert [step for step in range(1, 9) if checkpoints.due(step)] == [2]
+    checkpoints.best.see(4, 2.0)
+    checkpoints.best.see(6, 0.5)
+    assert [step for step in range(1, 9) if checkpoints.due(step)] == [6]
+
+
+def test_patience_threshold_and_metric(tmp_path):
+    best = train_evaluation.make_best(
+        parsed(
+            tmp_path, eval_steps=1, early_stopping_patience=3, early_stopping_threshold=0.5,
+            metric_for_best_model="perplexity", greater_is_better="true",
+        ),
+        None,
+    )  # fmt: skip
+    assert (best.patience, best.threshold, best.metric, best.greater) == (3, 0.5, "perplexity", True)
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_bar_on_a_terminal_unless_it_is_disabled(monkeypatch, tmp_path, bar):
+    assert parsed(tmp_path, **({} if bar else {"disable_tqdm": True})).disable_tqdm is not bar
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal's
+    assert Display(total_steps=3, quiet=False, bar=bar)._plain is not bar
+
+
+def test_patience_with_silent_slices(monkeypatch):
+    """What `test_slice_figures.test_silence` shows of the number is shown of the option's."""
+    from hdpissa.engine import slice_figures
+    from hdpissa.launch.train_guard import Guard
+
+    seen = []
+    monkeypatch.setattr(slice_figures, "SliceFigures", lambda optimizer, **how: seen.append(how))
+    engine = SimpleNamespace(plan=None, module=None, optimizer=None, global_steps=7)
+    options = {"max_skipped_steps": 1, "integrity_steps": 0, "slice_metrics_steps": 2, "silent_slice_steps": 4}
+    Guard(engine, SimpleNamespace(**options))
+    assert seen == [{"every": 2, "patience": 4, "start": 7}]
+
+
+def test_where_tensorboard_writes(tmp_path):
+    from hdpissa.engine.reporters import make_reporters
+
+    args = parsed(tmp_path, logging_dir=str(tmp_path / "events"), report_to="tensorboard")
+    made = make_reporters(args.report_to, tmp_path / "out", logging_dir=args.logging_dir, run_name=None)
+    made.start(lambda text: None)
+    made.row({"step": 1, "loss": 2.0})
+    made.close(failed=False)
+    assert list((tmp_path / "events").glob("events.out.tfevents*"))
+    assert not (tmp_path / "out").exists()
