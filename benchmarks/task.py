@@ -158,7 +158,7 @@ def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str
         )
 
     train, held_out = encode(parts[0]), encode(parts[1])
-    check_vocabulary(train, held_out, config)
+    check_vocabulary(SimpleNamespace(train=train, held_out=held_out), None, config)
     test_rows_found = parts[2] if len(parts[2]) else None
     test_encoded = encode(parts[2]) if test_rows_found else None
     digest = hashlib.sha256()

@@ -35,9 +35,9 @@ SHOWN = re.compile(
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
-def collect(environment: Mapping[str, str] = os.environ) -> dict[str, dict[str, Any]]:
-    """The report: part → what was found."""
-    environment = dict(environment)  # torch and DeepSpeed add variables of their own when they are imported
+def collect(given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The report: part → what was found; of this process's environment, or of another."""
+    environment = dict(os.environ if given is None else given)  # torch and DeepSpeed add variables of their own when they are imported
     return {
         "hdpissa": _found(_ourselves),
         "system": _found(_system),

@@ -48,7 +48,7 @@ def _look(argv: list[str], workers: list[Any]) -> dict[str, Any]:
         "total_steps": job.total_steps,
         "ds": job.ds,
         "eval_batches": len(evaluator.batches) if evaluator.batches is not None else None,
-        "prompt": evaluator.prompt,
+        "prompt": evaluator.asked[0].text if evaluator.asked else None,
         "max_new_tokens": evaluator.max_new_tokens,
         "workers": workers[0] if workers else None,
         "model": train_checks.model_options(args),

@@ -149,7 +149,7 @@ def test_saving_and_export(folder, inputs, tmp_path):
     chosen |= {"attn_implementation": "eager", "gradient_checkpointing": True, "save_strategy": "steps"}
     (done,) = run_ranks(1, train_and_record, flags(chosen), str(folder / "cache"))
     assert (done["code"], done["error"]) == (0, None), done["stderr"]
-    assert done["saves"] == [{"kind": "small", "async_save": True, "save_total_limit": 1}] * 3
+    assert done["saves"] == [{"kind": "small", "async_save": True, "save_total_limit": 1, "best": False}] * 3
     assert done["models"] == [("eager", True)] * 3
     out = tmp_path / "out"
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-3"]
