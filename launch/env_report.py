@@ -37,7 +37,8 @@ SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE
 
 def collect(given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """The report: part → what was found; of this process's environment, or of another."""
-    environment = dict(os.environ if given is None else given)  # torch and DeepSpeed add variables of their own when they are imported
+    # a copy: torch and DeepSpeed add variables of their own when they are imported
+    environment = dict(os.environ if given is None else given)
     return {
         "hdpissa": _found(_ourselves),
         "system": _found(_system),
