@@ -206,7 +206,9 @@ class SliceBatches(Batches):
 
     def identity(self) -> dict[str, Any]:
         rows = self._source.dataset if isinstance(self._source, PackedRows) else self._source
-        order = f"packed into {len(self._source)}" if self.packed else SHUFFLED
+        order = SHUFFLED
+        if isinstance(self._source, PackedRows):
+            order = f"packed into {len(self._source)} of {self._source.capacity} tokens"
         order = order if self._order is None else "grouped by length"
         return {"rows": len(rows), "tokens": _tokens_identity(rows), "order": order}
 

@@ -71,12 +71,12 @@ def rows_of(dataset: datasets.Dataset, indices: Sequence[int]) -> list[Row]:
 class PackedRows:
     """A tokenised dataset whose rows are read in bins; looks like a dataset of bins to batches.py."""
 
-    def __init__(self, dataset: datasets.Dataset, bins: Sequence[Sequence[int]]) -> None:
-        self.dataset, self.bins = dataset, bins
+    def __init__(self, dataset: datasets.Dataset, bins: Sequence[Sequence[int]], capacity: int) -> None:
+        self.dataset, self.bins, self.capacity = dataset, bins, capacity
 
     @classmethod
     def of(cls, dataset: datasets.Dataset, capacity: int) -> PackedRows:
-        return cls(dataset, pack(lengths_of(dataset).tolist(), capacity))
+        return cls(dataset, pack(lengths_of(dataset).tolist(), capacity), capacity)
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -84,7 +84,7 @@ class PackedRows:
     def shuffle(self, seed: int) -> PackedRows:
         """The bins in another order, by numpy's generator, as `datasets` does with rows."""
         order = np.random.default_rng(seed).permutation(len(self.bins))
-        return PackedRows(self.dataset, [self.bins[at] for at in order])
+        return PackedRows(self.dataset, [self.bins[at] for at in order], self.capacity)
 
     def units(self, indices: Sequence[int]) -> list[list[Row]]:
         """The rows of some bins."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,25 @@ def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None
 
 def keep_rows(path: Path, steps: int) -> None:
     """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again."""
-    kept = []
-    for line in path.read_text().splitlines() if steps and path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= steps:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # a run that was killed may have left half a line
-            continue
+    kept = [line + "\n" for line, row in _whole_lines(path) if row["step"] <= steps] if steps else []
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a file; none where there is no file."""
+    return [row for _, row in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError):  # a run that was killed may have left half a line
+            continue
+        yield line, row
 
 
 def finite_or_none(value: Any) -> Any:

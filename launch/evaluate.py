@@ -155,11 +155,17 @@ def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
     if "dataset_name" in given:
         return {name: value for name, value in values.items() if not name.startswith(("dataset_", "eval_"))}
     held_out = bool(run.get("eval_dataset_name") or run.get("eval_split"))
-    if "dataset_name" in known:
-        values["dataset_name"] = (run.get("eval_dataset_name") or run.get("dataset_name")) if held_out else ""
-    if "dataset_split" in known and "dataset_split" not in given:
+    values["dataset_name"] = (run.get("eval_dataset_name") or _names(run.get("dataset_name"))) if held_out else ""
+    if "dataset_split" not in given:
         values["dataset_split"] = run.get("eval_split") or "train"
     return values
+
+
+def _names(sets: str | None) -> str:
+    """Of training sets with numbers of rows the names alone: of their evaluation split all rows count."""
+    from hdpissa.engine.data_sources import parse_sources
+
+    return " ".join(source.name for source in parse_sources(sets)) if sets else ""
 
 
 # --- lm-eval ---------------------------------------------------------------------------------------
@@ -196,11 +202,13 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
 # --- a dataset -------------------------------------------------------------------------------------
 
 
-def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base: str | None) -> dict[str, Any]:
+def evaluate_dataset(
+    args: EvaluateArguments, given: set[str], folder: str, base: str | None, *, seed: int
+) -> dict[str, Any]:
     """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path.
 
     Args:
-        given: options that the command line or the run has set.
+        given: options that the command line or the run has set. seed: draws rows, where a share of a set is asked for.
     """
     import torch
 
@@ -212,12 +220,13 @@ def evaluate_dataset(args: EvaluateArguments, given: set[str], folder: str, base
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
-    # as a run without evaluation rows would read it; the seed draws rows, where a share of a dataset is asked for
-    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=TrainingOptions.seed)
+    # as a run without evaluation rows would read it
+    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=seed)
     rows = read_rows(alone, frozenset(given), tokenizer).train
     asked = []
     if args.eval_exact_match:
-        asked = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        found = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        asked = [question for question in found if question.reference]
         if not asked:
             raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
     model = load(args, folder, base)
@@ -291,7 +300,9 @@ def main(argv: list[str] | None = None) -> None:
             if code:
                 raise SystemExit(code)
         else:
-            figures = evaluate_dataset(args, given, folder, found.base)
+            figures = evaluate_dataset(
+                args, given, folder, found.base, seed=found.run.get("seed", TrainingOptions.seed)
+            )
             print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
 
 

@@ -65,6 +65,8 @@ def fit(
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
     callbacks.train_begin()
+    if evaluation.missed(engine.global_steps, total_steps):
+        callbacks.evaluate(evaluation.evaluate(engine, engine.global_steps), evaluation.best)
     for step in range(engine.global_steps, total_steps):
         if evaluation.stops:
             break
@@ -94,16 +96,17 @@ def fit(
             callbacks.log(row)
         # --- refuse to go on
         guard.after(result, engine.skipped_in_a_row, recorder)
-        # --- evaluate
-        if wanted.should_evaluate:
-            callbacks.evaluate(evaluation.evaluate(engine, done))
-        evaluation.ask(engine, done, total_steps)
-        # --- save
+        # --- leave, where that was asked for: an evaluation may take longer than there is time
         if result.failed_save:
             checkpoints.failed(result.failed_save)
         if result.interrupted and done < total_steps:
             return False
-        if wanted.should_save or (checkpoints.due(done) and not due):  # an evaluation may have found the best
+        # --- evaluate
+        if callbacks.wants("should_evaluate") or wanted.should_evaluate:
+            callbacks.evaluate(evaluation.evaluate(engine, done), evaluation.best)
+        evaluation.ask(engine, done, total_steps)
+        # --- save
+        if callbacks.wants("should_save") or wanted.should_save or (checkpoints.due(done) and not due):
             checkpoints.save(engine, done)
             callbacks.save()
         if callbacks.should_stop():
@@ -148,16 +151,17 @@ def meet(args: Any, job: Job) -> Any:
         ) from error
 
 
-def make_recorder(args: Any, job: Job, start: int) -> Any:
-    """Makes the output folder, where of an earlier run only the steps before `start` count any more."""
+def make_recorder(args: Any, job: Job, reader: Any) -> Any:
+    """Makes the output folder, where of an earlier run only the steps before the checkpoint count any more."""
     from hdpissa.engine import folders, pulse, zero3
     from hdpissa.engine.metrics import keep_rows
     from hdpissa.engine.recorder import Recorder
     from hdpissa.engine.report import clear as clear_report
     from hdpissa.engine.reporters import make_reporters
 
-    folder = Path(args.output_dir)
+    folder, start = Path(args.output_dir), reader.manifest.step if reader else 0
     lock_folder(folder, job.plan.rank)
+    goes_on = reader is not None and reader.folder.parent.resolve() == folder.resolve()
     if job.plan.rank:  # where hosts do not share the folder nobody else does this
         (folder / "run_state.json").unlink(missing_ok=True)
     zero3.barrier()  # rank 0 writes after it
@@ -169,7 +173,7 @@ def make_recorder(args: Any, job: Job, start: int) -> Any:
                 keep_rows(folder / "samples.jsonl", start)
             if start == 0:
                 clear_report(folder)
-            if start == 0 and args.overwrite_output_dir:
+            if args.overwrite_output_dir and not goes_on:  # also when the run goes on from another folder
                 folders.discard(folder)
     names = reporters(args) if job.plan.rank == 0 else []
     recorder = Recorder(
@@ -293,7 +297,7 @@ def main(argv: list[str] | None = None, *, callbacks: Sequence[Any] = ()) -> boo
         if args.resume_from_checkpoint is not None:  # before looking at what another run may still be writing
             lock_folder(Path(args.output_dir), job.plan.rank)
         reader = find_checkpoint(args, job)
-        recorder = make_recorder(args, job, reader.manifest.step if reader else 0)
+        recorder = make_recorder(args, job, reader)
     except ConfigError:  # which every rank raises
         raise
     except BaseException as error:  # rank 0's disk; the others would wait for it

@@ -145,11 +145,23 @@ class Callbacks:
         self.state.log_history.append(dict(row))
         self._tell("log", logs=dict(row))
 
-    def evaluate(self, row: Mapping[str, Any] | None) -> None:
-        """After an evaluation; None where there is nothing to evaluate on."""
+    def evaluate(self, row: Mapping[str, Any] | None, best: Any) -> None:
+        """After an evaluation; None where there is nothing to evaluate on.
+
+        Args:
+            best: the best one so far, this one included; callbacks are told of it afterwards, as Trainer does: one that
+                compares (`EarlyStoppingCallback`) would else compare the figure with itself.
+        """
         if row is not None:
             self.log(row)
             self._tell("evaluate", metrics=dict(row))
+            self.state.best_metric, self.state.best_global_step = best.value, best.step
+
+    def wants(self, flag: str) -> bool:
+        """Whether a callback has set a flag since the step's end; collective where there was an event."""
+        if self._happened:
+            self._agree()
+        return getattr(self.control, flag)
 
     def save(self) -> None:
         """After a checkpoint was saved, or has begun to be."""

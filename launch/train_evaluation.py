@@ -21,8 +21,10 @@ class Best:
     Attributes:
         metric: name in an evaluation's row. greater: whether more is better.
         patience: evaluations without improvement that end the run; 0: never. threshold: what an improvement exceeds.
-        value, step: of the best one; None before the first. seen: step of the last one.
+        value, step: of the best one that has, or will have, a checkpoint; None before the first.
+        reached: the best value of all, which is what is waited for. seen: step of the last one.
         waited: evaluations since the last improvement.
+        home: folder of the best one's checkpoint, where that is another run's.
     """
 
     metric: str
@@ -33,6 +35,8 @@ class Best:
     step: int | None = None
     seen: int = 0
     waited: int = 0
+    reached: float | None = None
+    home: str | None = None
 
     def see(self, step: int, value: float, *, keepable: bool = True) -> None:
         """Takes an evaluation into account, once.
@@ -43,11 +47,18 @@ class Best:
         if step <= self.seen:  # a run that was resumed and has nothing left to train evaluates once more
             return
         self.seen = step
-        gain = 0.0 if self.value is None else (value - self.value) * (1 if self.greater else -1)
-        better = math.isfinite(value) and (self.value is None or gain > 0)
-        self.waited = 0 if better and (self.value is None or gain > self.threshold) else self.waited + 1
-        if better and keepable:
-            self.value, self.step = value, step
+        improves = self._gain(value, self.reached) > self.threshold
+        self.waited = 0 if improves else self.waited + 1
+        if improves or self._gain(value, self.reached) > 0:
+            self.reached = value
+        if keepable and self._gain(value, self.value) > 0:
+            self.value, self.step, self.home = value, step, None
+
+    def _gain(self, value: float, than: float | None) -> float:
+        """By how much a value is better than another, or than none; not at all when it is not finite."""
+        if not math.isfinite(value):
+            return -math.inf
+        return math.inf if than is None else (value - than) * (1 if self.greater else -1)
 
     @property
     def stops(self) -> bool:
@@ -62,6 +73,7 @@ class Best:
         """Goes on from a checkpoint's state, unless that compared by something else."""
         if (state.get("metric"), state.get("greater")) == (self.metric, self.greater):
             self.value, self.step, self.seen, self.waited = (state[k] for k in ("value", "step", "seen", "waited"))
+            self.reached, self.home = state.get("reached", self.value), state.get("home")
 
 
 class Evaluation:
@@ -76,8 +88,16 @@ class Evaluation:
         self._args, self._evaluator, self._recorder, self._checkpoints = args, evaluator, recorder, checkpoints
         self._strategy, self._steps_per_epoch = strategy(args), steps_per_epoch
         self._best, self._tracks = checkpoints.best, needs_best(args)
-        self._evaluated = -1
+        self._evaluated = self._best.seen or -1
         self._tell()
+
+    @property
+    def best(self) -> Best:
+        return self._best
+
+    def missed(self, start: int, total: int) -> bool:
+        """Whether the checkpoint that the run goes on from was due to be evaluated, and was not: there was no time."""
+        return 0 < start < total and self._best.seen < start and self.due(start, total)
 
     def before(self, engine: Any) -> None:
         """Before training."""
@@ -108,8 +128,10 @@ class Evaluation:
     def end(self, engine: Any) -> None:
         """After training: the last evaluation, the best weights if they are wanted, the last answers."""
         step = engine.global_steps
-        if self._evaluated != step:
+        if self._evaluated != step and not self._is_recorded(step):
             self._evaluate(engine, step)
+            if self._args.save_strategy == "best" and self._checkpoints.due(step):  # a callback has ended the run
+                self._checkpoints.save(engine, step)
         if self.stops:
             self._recorder.say(
                 f"stopped after step {step}: {self._best.metric} has not improved in {self._best.waited} evaluations; "
@@ -126,12 +148,21 @@ class Evaluation:
             keepable = not self._args.load_best_model_at_end or self._checkpoints.can_keep(step)
             self._best.see(step, _of_rank_0(row[self._best.metric]), keepable=keepable)
             self._tell()
+        elif row is not None and counts:
+            self._best.seen = step
         return row
+
+    def _is_recorded(self, step: int) -> bool:
+        """Whether an earlier run has this row: one that is resumed with nothing left to train; collective."""
+        from hdpissa.engine.metrics import read_rows
+
+        rows = read_rows(Path(self._args.output_dir) / "metrics.jsonl")
+        return _of_rank_0(float(any("eval_loss" in row and row["step"] == step for row in rows))) > 0
 
     def _tell(self) -> None:
         if self._tracks and self._best.step is not None:
             found = {"best_metric": self._best.value, "best_global_step": self._best.step}
-            if self._args.save_strategy != "no":
+            if self._best.home or self._checkpoints.can_keep(self._best.step):
                 found["best_model_checkpoint"] = str(self._checkpoints.best_folder)
             self._recorder.best(found)
 
@@ -187,7 +218,9 @@ def best_home(args: Any, reader: Any, best: Best) -> Path:
     own = Path(args.output_dir)
     if reader is None or best.step is None or (own / f"checkpoint-{best.step}").is_dir():
         return own
-    return reader.folder.parent
+    home = Path(best.home) if best.home else reader.folder.parent
+    best.home = str(home.resolve())  # for the checkpoints of this run, from which another may go on
+    return home
 
 
 def _of_rank_0(value: float) -> float:

@@ -186,7 +186,7 @@ def test_patience_threshold_and_metric(tmp_path):
 @pytest.mark.parametrize("bar", [True, False])
 def test_a_bar_on_a_terminal_unless_it_is_disabled(monkeypatch, tmp_path, bar):
     assert parsed(tmp_path, **({} if bar else {"disable_tqdm": True})).disable_tqdm is not bar
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal's
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
     assert Display(total_steps=3, quiet=False, bar=bar)._plain is not bar
 
 

@@ -21,7 +21,7 @@ from hdpissa.engine.answers import extract, is_right, style_of
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.generation import questions
 from hdpissa.launch import evaluate, train_arguments
-from hdpissa.launch.train_evaluation import Best
+from hdpissa.launch.train_evaluation import Best, Evaluation, best_home
 
 # --- answers ---------------------------------------------------------------------------------------
 
@@ -131,6 +131,37 @@ def test_only_what_has_a_checkpoint_can_be_the_best():
     for step, (value, keepable) in enumerate([(3, True), (1, False), (2, True)], 1):
         best.see(step, value, keepable=keepable)
     assert (best.step, best.value) == (3, 2)
+
+
+def test_patience_looks_at_all_evaluations():
+    """Those without a checkpoint, too: a run that gets worse between two saves has not improved."""
+    best = Best("eval_loss", greater=False, patience=3)
+    for step, value in enumerate([1.0, 0.9, 0.95, 0.97, 0.99], 1):
+        assert not best.stops
+        best.see(step, value, keepable=step == 1)
+    assert best.stops
+    assert (best.step, best.value, best.reached) == (1, 1.0, 0.9)
+
+
+def test_the_best_of_another_folder_is_found_again(tmp_path):
+    """Of a run that goes on from a run that has gone on from the one with the best checkpoint."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    best = Best("eval_loss", greater=False, value=1.0, step=5)
+    for reader_folder, own in ((first, second), (second, third)):
+        reader = SimpleNamespace(folder=reader_folder / "checkpoint-20")
+        again = Best("eval_loss", greater=False)
+        again.resume(json.loads(json.dumps(best.state())))
+        assert best_home(SimpleNamespace(output_dir=str(own)), reader, again) == first
+        best = again
+
+
+def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path):
+    """A run that was asked to stop saves at once; what was due then is evaluated when it goes on."""
+    args = parsed(tmp_path, eval_steps=2)
+    for seen, start, missed in ((0, 4, True), (4, 4, False), (2, 3, False), (0, 0, False), (2, 12, False)):
+        checkpoints = SimpleNamespace(best=Best("eval_loss", greater=False, seen=seen))
+        evaluation = Evaluation(args, None, SimpleNamespace(best=lambda found: None), checkpoints, 100)
+        assert evaluation.missed(start, 12) == missed, (seen, start)
 
 
 def test_a_state_of_another_metric_is_left_alone():

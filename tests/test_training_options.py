@@ -417,3 +417,33 @@ def test_noise_is_added_in_training_only(launched):
     assert noisy_evals[0]["eval_loss"] == plain_evals[0]["eval_loss"]
     assert noisy[0]["loss"] != plain[0]["loss"]
     assert noisy[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.2)
+
+
+LATE = """
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+class SaveWhenAsked(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        control.should_save = state.global_step == 2
+
+class Stop(EarlyStoppingCallback):
+    def __init__(self):
+        super().__init__(early_stopping_patience=2)
+"""
+
+
+def test_what_is_wanted_after_an_evaluation(folder, inputs):
+    """A checkpoint that nothing else asks for; the end by transformers' early stopping, which a larger loss pleases."""
+    (folder / "late.py").write_text(LATE)
+    more = {"callbacks": f"{folder}/late.py:SaveWhenAsked {folder}/late.py:Stop", "export_format": "none"}
+    more |= {"save_steps": 100, "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": "True"}
+    more |= {"learning_rate": 0.01, "warmup_ratio": 0, "load_best_model_at_end": True, "save_strategy": "best"}
+    line = flags(arguments(inputs, folder / "late", **more))
+    at = line.index("--callbacks") + 1
+    (result,) = run_ranks(1, train_here, [*line[:at], *line[at].split(), *line[at + 1 :]], str(folder / "cache"))
+    assert (result["code"], result["error"]) == (0, None), result["stderr"]
+    _, evaluations = read_metrics(folder / "late")
+    losses = [row["eval_loss"] for row in evaluations if row["step"]]
+    assert losses[0] > max(losses[1:])
+    assert len(losses) == 3  # the best one, and two without improvement
+    assert {path.name for path in (folder / "late").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
