@@ -135,7 +135,7 @@ def _counted(rows: Rows) -> str:
 
 THROUGHPUT = (
     "throughput.py --model ~/.cache/hdpissa/smollm2-135m-instruct --num_accelerators 2 --r 16 --max_length 256"
-    " --micro_batch 2 --accumulation 2 --steps 3 --warmup 1"
+    " --micro_batch 2 --steps 4 --warmup 2"
 )
 FIGURES = (
     Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", _aot),

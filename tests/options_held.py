@@ -89,7 +89,7 @@ HELD: dict[str, dict[str, str]] = {
         "--activation_offloading": "test_training_options::test_offloading_activations_changes_no_bit",
         "--activation_offload": "test_training_options::test_offloading_activations_changes_no_bit",
         "--neftune_noise_alpha": "test_training_options::test_noise_is_added_in_training_only",
-        "--use_liger_kernel": "test_training_options::test_mistakes_are_told_before_weights_are_read",
+        "--use_liger_kernel": "test_training_options::test_liger_is_applied_where_it_is_installed",
         "--torch_compile": "test_training_options::test_mistakes_are_told_before_weights_are_read",
         "--callbacks": "test_training_options::test_what_one_rank_wants_all_do",
         "--per_device_train_batch_size": "test_options::test_batches_and_steps",

@@ -447,3 +447,30 @@ def test_what_is_wanted_after_an_evaluation(folder, inputs):
     assert losses[0] > max(losses[1:])
     assert len(losses) == 3  # the best one, and two without improvement
     assert {path.name for path in (folder / "late").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_liger_is_applied_where_it_is_installed(monkeypatch):
+    """A stand-in for the package, which tests do not install: what counts is that transformers' function is called."""
+    import sys
+
+    import transformers.integrations.liger
+    import transformers.utils
+    from tiny import tiny_llama
+
+    import hdpissa.engine
+    from hdpissa.launch import train_model
+
+    model, applied = tiny_llama(), []
+    table = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", table)
+    monkeypatch.setattr(transformers.utils, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(transformers.integrations.liger, "apply_liger_kernel", lambda net, how: applied.append(net))
+    monkeypatch.setattr(hdpissa.engine, "load_pretrained", lambda name, ds, **options: model, raising=False)
+    for wanted in (False, True):
+        args = train_arguments.TrainArguments(use_liger_kernel=wanted)
+        train_model.check_model(args, model)
+        assert train_model.load_model(args, {}) is model
+        assert applied == [model] * wanted
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN.clear()
+    with pytest.raises(ConfigError, match="Liger has no kernels for model type llama"):
+        train_model.check_model(args, model)
