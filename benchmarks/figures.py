@@ -182,7 +182,8 @@ def _lines() -> Iterator[str]:
     for figure in FIGURES:
         file = RESULTS / f"{figure.result}.json"
         said = figure.say(json.loads(file.read_text())["rows"]) if file.exists() else "**not measured yet**"
-        source = f"`{figure.command}`, [{figure.result}](benchmarks/results/{figure.result}.md)"
+        where = f"[{figure.result}](benchmarks/results/{figure.result}.md)" if file.exists() else figure.result
+        source = f"`{figure.command}`, {where}"
         yield f"| {figure.question} | {said} | {source} |"
 
 

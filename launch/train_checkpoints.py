@@ -128,7 +128,10 @@ def describe_start(args: Any, engine: Any, reader: Any, total_steps: int) -> str
     residual = f"residual {engine.init_report.residual:.1e}"
     if reader is None:
         done = "read from the cache" if engine.init_report.cached else "computed"
-        return f"slices of all {len(engine.targets)} weights {done}, {residual}"
+        told = f"slices of all {len(engine.targets)} weights {done}, {residual}"
+        if engine.plan.slices == 1:
+            told += "; one slice only: --slices 8, with 8 times the accumulation, does on one process what 8 GPUs do"
+        return told
     other = changed_arguments(reader, args)
     text = f"resumed {reader.folder} after step {engine.global_steps}"
     if other:

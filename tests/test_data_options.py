@@ -151,7 +151,7 @@ def test_packing_grouping_and_streaming(tmp_path):
     packed = batches_of(path, packing=True)
     assert "position_ids" in packed.batch(0, 0, 0)
     assert "cu_seq_lens_q" in batches_of(path, packing=True, attn_implementation="flash_attention_2").batch(0, 0, 0)
-    assert packed.identity()["order"] == f"packed into {len(packed.dataset)}"
+    assert packed.identity()["order"] == f"packed into {len(packed.dataset)} of 24 tokens"
     streamed = batches_of(path, streaming=True, max_steps=3)
     assert isinstance(streamed, StreamBatches)
     assert streamed.steps_per_epoch == 3
