@@ -99,7 +99,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert model_card.hub_name("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    assert model_card.hub_name("/root/hub/models--org--some-name/snapshots/0f1e") == "org/some-name"
+    assert model_card.hub_name("/data/hub/models--org--some-name/snapshots/0f1e") == "org/some-name"
     for local in ("gpt2", "./x", "/a/b", "~/models/x", "a/b/c", ""):
         assert model_card.hub_name(local) is None, local
 
