@@ -227,11 +227,11 @@ def choose_mode(wanted: str, has_key: bool, reachable: Callable[[], bool], host:
 
 def is_reachable(url: str) -> bool:
     """Whether a server answers, through proxies if the environment names some; known within REACH_S seconds."""
+    import requests  # before the clock starts: on a busy machine this takes longer than the answer
+
     answered = threading.Event()
 
     def ask() -> None:
-        import requests
-
         with contextlib.suppress(Exception):
             if requests.get(f"{url.rstrip('/')}/healthz", timeout=REACH_S).status_code < 500:
                 answered.set()
