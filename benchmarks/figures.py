@@ -46,6 +46,12 @@ def one(table: Rows, /, **wanted: Any) -> dict[str, Any]:
     return found[0]
 
 
+def most_ranks(rows: Rows) -> Rows:
+    """Those of the largest number of processes."""
+    most = max(row["ranks"] for row in rows)
+    return [row for row in rows if row["ranks"] == most]
+
+
 def _aot(rows: Rows) -> str:
     spills = sum(row["spilled"] > 0 for row in rows)
     return f"{len(rows)} variants, {spills or 'none'} with spills"
@@ -98,13 +104,26 @@ def _cache(rows: Rows) -> str:
 def _rank(rows: Rows) -> str:
     wide = max(row["min(m, n)"] for row in rows)
     told = []
-    for method, slices, name in (("lora", None, "LoRA"), ("pissa", None, "PiSSA"), ("hd_pissa", 8, "HD-PiSSA, S = 8")):
-        row = next(
-            r
-            for r in rows
-            if r["method"] == method and r["steps"] == 1 and r["min(m, n)"] == wide and r.get("S") in (slices, "", None)
-        )
-        told.append(f"{name} {row['numerical rank']:g}")
+    for steps in sorted({row["steps"] for row in rows}):
+        chosen = [row for row in rows if row["steps"] == steps and row["min(m, n)"] == wide]
+        ranks = []
+        for method, slices, name in (
+            ("lora", "", "LoRA"),
+            ("pissa", "", "PiSSA"),
+            ("hd_pissa", 8, "HD-PiSSA, S = 8"),
+            ("full", "", "full fine-tuning"),
+        ):
+            row = one([row for row in chosen if (row.get("S") or "") == slices], method=method)
+            ranks.append(f"{name} {row['numerical rank']:g}")
+        told.append(f"after {steps} step{'s' if steps > 1 else ''} {', '.join(ranks)}")
+    return "; ".join(told) + f" of {wide}"
+
+
+def _quality(rows: Rows) -> str:
+    told = []
+    for row in rows:
+        spread = f" ± {row['± test']:.3f}" if "± test" in row else ""
+        told.append(f"{row['arm']} {row['test loss']:.3f}{spread}")
     return ", ".join(told)
 
 
@@ -116,17 +135,17 @@ def _throughput(rows: Rows) -> str:
         "full": "full fine-tuning",
         "reference": "published",
     }
-    chosen = [row for row in rows if row["method"] in names and "CPU / frozen" in row]
+    chosen = [row for row in most_ranks(rows) if row["method"] in names and "CPU / frozen" in row]
     return ", ".join(f"{names[row['method']]} {row['CPU / frozen']:.2f}" for row in chosen)
 
 
 def _published(rows: Rows) -> str:
-    row = one(rows, method="hd_pissa")
+    row = one(most_ranks(rows), method="hd_pissa")
     return f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time"
 
 
 def _memory(rows: Rows) -> str:
-    return ", ".join(f"{row['method']} {row['peak MB']:.0f} MB" for row in rows if "peak MB" in row)
+    return ", ".join(f"{row['method']} {row['peak MB']:.0f} MB" for row in most_ranks(rows) if "peak MB" in row)
 
 
 def _counted(rows: Rows) -> str:
@@ -168,7 +187,7 @@ FIGURES = (
     ),
     Figure("the same runs: peak memory of a rank", "throughput_smollm2_135m_instruct_fp32", THROUGHPUT, _memory),
     Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", _counted),
-    Figure("rank of the change of W after one step, r = 16", "update_rank", "update_rank.py", _rank),
+    Figure("rank of the change of W, r = 16", "update_rank", "update_rank.py", _rank),
 )
 
 

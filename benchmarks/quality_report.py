@@ -107,6 +107,12 @@ def curve(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], li
     return steps, [statistics.fmean(points[s]) for s in steps], spread
 
 
+def training_curve(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps done before, mean over the runs of the training loss of the next one's rows); the seeds' rows differ."""
+    losses = [statistics.fmean(found) for found in zip(*(run["hdpissa"]["losses"] for run in runs), strict=False)]
+    return list(range(len(losses))), losses
+
+
 def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: Path) -> None:
     """Learning curves at each arm's best rate, with the standard deviation over seeds, and the sweeps beside them."""
     with plots.picture(target, columns=2, width=6) as (curves, sweeps):
@@ -119,12 +125,15 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
                 curves.plot(steps, mean, **style)
                 low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
                 curves.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                thin = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 0.7, "alpha": 0.7}
+                curves.plot(*training_curve(best), **thin)
             tried = [(row["learning rate"], row["valid loss"]) for row in sweep_rows({arm: runs}, seed)]
             finite = [point for point in tried if math.isfinite(point[1])]
             if finite:
                 sweeps.semilogx(*zip(*finite, strict=True), **style)
-        curves.set(xlabel="optimizer step", ylabel="validation loss (nats / answer token)")
-        curves.set_title("at each arm's best learning rate; band: ± standard deviation over seeds", fontsize=9)
+        curves.set(xlabel="optimizer step", ylabel="loss (nats / answer token)")
+        title = "at each arm's best learning rate: validation (marked; band: ± standard deviation over seeds)"
+        curves.set_title(f"{title}\nand training (thin; the rows of each step, before it)", fontsize=8)
         sweeps.set(xlabel="learning rate", ylabel="validation loss at the end (nats / token)")
         sweeps.set_title("the sweeps", fontsize=9)
         for ax in (curves, sweeps):
