@@ -82,7 +82,8 @@ def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[s
 def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
     """Sent by the rank in a step."""
     ranks, planned = run.plan.world_size, dict(plan_step.step(run).wire)
-    gathers, exchanged = planned.pop(plan_step.GATHERS), found["exchange_bytes"] or 0
+    gathers = planned.pop(plan_step.GATHERS) + planned.pop(plan_step.AGAIN, 0)
+    exchanged = found["exchange_bytes"] or 0
     summed = found["sent_by_name"].get("allreduce", 0)
     vote = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
     why = "beside: a float64 that it all-reduces, the gradient norm of the one element that it trains"
@@ -152,7 +153,7 @@ def project(model: str, run: Run, counts: Sequence[int] = GPUS) -> list[dict[str
                 "compute s": step.compute,
                 "gathers s": step.link + step.host,
                 "exchange s": step.exchange,
-                "apply s": step.apply + step.adam + step.staging,
+                "apply s": step.apply + step.adam + step.staging + step.again,
                 "tokens/s/GPU": per_gpu,
                 "tokens/s": per_gpu * gpus,
                 "efficiency": per_gpu / (rows[0]["tokens/s/GPU"] if rows else per_gpu),

@@ -25,7 +25,8 @@ Memory that comes and goes
     an optimizer step are of it (of weights outside the targets all are), among those ranks
   host: {process:.0f} GiB per process (assumed), page cache not counted. Not counted: computing the slices at the start
 Bytes on the wire, sent per GPU
-  gathers: gathered weights · (K-1)/K; factors: (K-1) parts of ΔA, and the rows of ΔB that each shard touches;
+  gathers: gathered weights · (K-1)/K; what stays gathered (stage3_param_persistence_threshold) once more per update
+  factors: (K-1) parts of ΔA, and the rows of ΔB that each shard touches;
   dense: (K-1) shards. "auto" takes per weight what sends less. Shared slices: a ring all-reduce of their gradients
 Time
   products: 4 per weight and token (forward, input gradient; {recompute}), attention 3.5 causal forwards
@@ -33,7 +34,8 @@ Time
   low-rank: x read twice per group of Linears that share it, dy once; no FLOP counted, it is bound by memory
   apply: max(8 bytes per weight of the shard (split), 4·S·r FLOP), each product made of {products} of 16-bit numbers;
     weights on the host come and go over the host link; Adam {adam} bytes per factor element
-  bound = max(compute, gathers) per micro-batch + exchange + apply + Adam, no overlap between the last three
+  bound = max(compute, gathers) per micro-batch + exchange + apply + Adam + gathering what stays
+    gathered, no overlap between the last four
   forecast = bound / {efficiency} (systems of this kind reach 0.65 to 0.75), at least {launch:.1f} µs per kernel and
     {collective:.0f} µs per gather, {per_layer} kernels per layer and {per_linear} per target
   tokens/s count all T tokens, as if no row were padded. MFU(4N) = (forward + input gradient + attention + head,

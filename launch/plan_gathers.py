@@ -43,12 +43,16 @@ class Gathers:
 
     Attributes:
         first: elements gathered among all ranks, in the first micro-batch after an update; all of them without hpZ.
+        again: elements gathered in DeepSpeed's step, after an update has dropped every gathered copy: those of
+            parameters that stay gathered. again_first: of them those that are gathered among all ranks.
     """
 
     peak: int
     gathered: int
     calls: int
     first: int
+    again: int = 0
+    again_first: int = 0
 
 
 def without_trace(
@@ -129,6 +133,7 @@ class _Coordinator:
         numel = self.trace.numel
         self.persistent = {p for p, n in enumerate(numel) if n <= self.policy.param_persistence_threshold}
         self.available |= self.persistent  # fetched in an earlier step
+        self.unchanged = set(self.second or ())  # their second copies outlive the update
         self.held = self.peak = sum(numel[p] for p in self.persistent)
         self.counted = 0  # DeepSpeed's own count starts anew in each micro-batch
         self.users: dict[int, set[int]] = defaultdict(set)
@@ -145,7 +150,9 @@ class _Coordinator:
                 self._fetch(event)
             else:
                 self._release(event)
-        return Gathers(self.peak, self.gathered, self.calls, self.first)
+        again = [self.trace.numel[p] for p in self.persistent]
+        again_first = [self.trace.numel[p] for p in self.persistent - self.unchanged]
+        return Gathers(self.peak, self.gathered, self.calls, self.first, sum(again), sum(again_first))
 
     def _gather(self, wanted: set[int]) -> None:
         wanted = {p for p in wanted if p not in self.available and p not in self.groups}

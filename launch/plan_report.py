@@ -108,6 +108,7 @@ def _seconds(step: Step) -> dict[str, float]:
         "apply": step.apply,
         "adam": step.adam,
         "staging": step.staging,
+        "gathered_again": step.again,
         "bound": step.bound,
         "predicted": step.predicted,
     }
@@ -211,6 +212,8 @@ def _time_table(plan: Plan) -> Table:
     table.add_row("kernel launches, beside compute", seconds(step.launches))
     table.add_row("update: exchange", seconds(step.exchange))
     table.add_row("update: apply, Adam", seconds(step.apply + step.adam))
+    if step.again:
+        table.add_row("update: gathering what stays gathered", seconds(step.again))
     if step.staging:
         table.add_row("update: weights from the host and back", seconds(step.staging))
     table.add_section()

@@ -19,6 +19,7 @@ LAUNCH_S, COLLECTIVE_S = 4.5e-6, 25e-6
 # Reads and writes of Adam per factor element: gradient, two moments, delta, running sum, the gradient's zeroing.
 ADAM_BYTES = 40
 GATHERS, COPY_GATHERS = "ZeRO-3 gathers", "gathers of second copies (hpZ)"
+AGAIN = "what stays gathered, after the update"
 # Products of 16-bit parts that make up one of the update's: fp32 factors in two parts each, TF32's in one.
 PRODUCTS = {"fp32": 3, "tf32": 1}
 
@@ -30,6 +31,7 @@ class Step:
     Attributes:
         products, elementwise, low_rank: of all micro-batches; the floor is the first two.
         link, host: gathers of all micro-batches, over the network or NVLink, and from host memory.
+        again: gathering anew, after the update, what stays gathered (`stage3_param_persistence_threshold`).
         launches: host time of all micro-batches.
         exchange, apply, adam, staging: of the update; staging is what comes from the host and goes back.
         wire: bytes sent per GPU, by kind. host_bytes: over the host link.
@@ -42,6 +44,7 @@ class Step:
     low_rank: float
     link: float
     host: float
+    again: float
     launches: float
     exchange: float
     apply: float
@@ -65,7 +68,7 @@ class Step:
 
     @property
     def update(self) -> float:
-        return self.exchange + self.apply + self.adam + self.staging
+        return self.exchange + self.apply + self.adam + self.staging + self.again
 
     @property
     def bound(self) -> float:
@@ -92,7 +95,8 @@ class Step:
         gathers = self.link + self.host
         micro = max(self.compute, gathers) / EFFICIENCY
         if self.update / EFFICIENCY > max(micro, self.launches):
-            parts = {self.link_name: self.exchange, "HBM": self.apply + self.adam, "host link": self.staging}
+            parts = {self.link_name: self.exchange + self.again, "HBM": self.apply + self.adam}
+            parts |= {"host link": self.staging}
             return f"{max(parts, key=lambda name: parts[name])} (update)"
         if self.launches > micro:
             return "kernel launches"
@@ -105,7 +109,8 @@ def step(run: Run) -> Step:
     """The closed forms, applied."""
     gpu, batch, work, plan = run.cluster.gpu, run.batch, run.work, run.plan
     tokens = batch.tokens * batch.accumulation
-    wire, link, gather_link = _gather_traffic(run)
+    wire, link, gather_link = _gather_traffic(run, *_gathered(run))
+    anew, again, _ = _gather_traffic(run, *_gathered_again(run))
     from_host = _host_bytes_gathers(run)
     staged = _host_bytes_update(run)
     traffic = plan_exchange.update(run.shapes, plan, run.cluster, run.itemsize)
@@ -117,12 +122,13 @@ def step(run: Run) -> Step:
         low_rank=tokens * work.low_rank / gpu.hbm,
         link=link,
         host=from_host / gpu.host,
+        again=again,
         launches=batch.accumulation * _launches(run),
         exchange=sum(t.seconds for t in traffic.values()),
         apply=apply_seconds(run, gpu.bf16 / PRODUCTS[run.section.delta.precision]),
         adam=ADAM_BYTES * own / gpu.hbm,
         staging=staged / gpu.host,
-        wire=wire | {kind: t.sent for kind, t in traffic.items()},
+        wire=wire | ({AGAIN: sum(anew.values())} if again else {}) | {kind: t.sent for kind, t in traffic.items()},
         host_bytes=from_host + staged,
         link_name=run.cluster.link_name(plan.world_size),
         gather_link=gather_link,
@@ -132,18 +138,24 @@ def step(run: Run) -> Step:
 
 
 def _gathered(run: Run) -> tuple[int, int]:
-    """Bytes of the weights that a step gathers: of the shards of all ranks, and of second copies (hpZ)."""
+    """Bytes of the weights that a step's micro-batches gather: of the shards of all ranks, of second copies (hpZ)."""
     steps, found = run.batch.accumulation, run.gathers
     every = steps * found.gathered
     of_all = found.first if run.copy_ranks else every
     return run.placement.width * of_all, run.placement.width * (every - of_all)
 
 
-def _gather_traffic(run: Run) -> tuple[dict[str, int], float, str]:
-    """(bytes that a rank sends in a step, by kind; their seconds; what most of them goes over)."""
-    parts = {GATHERS: (_gathered(run)[0], run.plan.world_size)}
+def _gathered_again(run: Run) -> tuple[int, int]:
+    """The same of what stays gathered, and has to be gathered anew after each update."""
+    of_all = run.gathers.again_first
+    return run.placement.width * of_all, run.placement.width * (run.gathers.again - of_all)
+
+
+def _gather_traffic(run: Run, of_all: int, of_copies: int) -> tuple[dict[str, int], float, str]:
+    """(bytes that a rank sends, by kind; their seconds; what most of them goes over) of bytes that are gathered."""
+    parts = {GATHERS: (of_all, run.plan.world_size)}
     if run.copy_ranks:
-        parts[COPY_GATHERS] = (_gathered(run)[1], run.copy_ranks)
+        parts[COPY_GATHERS] = (of_copies, run.copy_ranks)
     wire = {kind: nbytes * (ranks - 1) // ranks for kind, (nbytes, ranks) in parts.items()}
     seconds = {kind: wire[kind] / run.cluster.gather_rate(ranks) for kind, (_, ranks) in parts.items()}
     longest = max(seconds, key=lambda kind: seconds[kind])
@@ -154,7 +166,7 @@ def _host_bytes_gathers(run: Run) -> int:
     """A rank brings its own part of what is gathered from host memory; second copies go there when they are made."""
     if not run.placement.offload:
         return 0
-    of_all, of_copies = _gathered(run)
+    of_all, of_copies = map(sum, zip(_gathered(run), _gathered_again(run), strict=True))
     copies = (of_copies + of_all) // run.copy_ranks if run.copy_ranks else 0
     return of_all // run.plan.world_size + copies
 

@@ -65,6 +65,8 @@ def measure_one(config: dict, model: dict, checkpointing: bool, length: int) -> 
         "bytes_sent": result.bytes_sent,
         "gathered": seen.gathered,
         "first": seen.first,
+        "again": seen.again,
+        "again_of_copies": seen.again_of_copies,
         "peak": seen.peak,
     }
 
@@ -95,8 +97,8 @@ def memory_of_pretrained(folder: str, config: dict) -> dict[str, int]:
 
 
 class Gathers:
-    """Elements that ZeRO-3 gathers, those of them that it gathers of the shards of all ranks, and the most that it
-    holds at a time; looks into DeepSpeed."""
+    """Elements that ZeRO-3 gathers in micro-batches, those of them that it gathers of the shards of all ranks, those
+    that it gathers after an update (`again`), and the most that it holds at a time; looks into DeepSpeed."""
 
     def __init__(self, engine: Any) -> None:
         from deepspeed.runtime.zero import partition_parameters
@@ -105,6 +107,8 @@ class Gathers:
         self.params = [p for n, p in engine.module.named_parameters() if "_hdpissa" not in n]
         self.flying = engine.module.ds_inflight_param_registry
         self.start()
+        self.persistent, step = engine.ds.optimizer.persistent_parameters, engine.ds.step
+        engine.ds.step = lambda: (self._count_again(), step())
         self._patched = [
             (PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__all_gather_params_", self._gather),
             (partition_parameters.AllGatherCoalescedHandle, "wait", self._wait),
@@ -118,7 +122,7 @@ class Gathers:
         return lambda *args, **kwargs: hook(original, *args, **kwargs)
 
     def start(self) -> None:
-        self.gathered = self.first = self.peak = 0
+        self.gathered = self.first = self.peak = self.again = self.again_of_copies = 0
 
     def stop(self) -> None:
         for owner, name, original, _ in self._patched:
@@ -131,6 +135,13 @@ class Gathers:
         result = original(coordinator, params, *args, **kwargs)
         self._look()
         return result
+
+    def _count_again(self) -> None:
+        """What is kept gathered and is not there after an update: DeepSpeed gathers it in its step, in one go."""
+        missing = [p for p in self.persistent if p.ds_status.name == "NOT_AVAILABLE"]
+        copied = [p for p in missing if p.ds_secondary_tensor is not None]
+        self.again += sum(p.ds_numel for p in missing)
+        self.again_of_copies += sum(p.ds_numel for p in copied)
 
     def _wait(self, original, handle, *args, **kwargs):
         result = original(handle, *args, **kwargs)

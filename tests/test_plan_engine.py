@@ -65,7 +65,7 @@ def test_memory_and_bytes_are_the_engines(planned, measured, case):
     assert held.get(plan_memory.SECOND_COPY, 0) == found["copies"]
     assert {name: sum(held.get(part, 0) for part in parts) for name, parts in ENGINE_NAMES.items()} == theirs
     wire = plan_step.step(run).wire
-    assert sum(n for kind, n in wire.items() if kind not in GATHERS) == found["bytes_sent"]
+    assert sum(n for kind, n in wire.items() if kind not in (*GATHERS, plan_step.AGAIN)) == found["bytes_sent"]
 
 
 GATHERS = (plan_step.GATHERS, plan_step.COPY_GATHERS)
@@ -90,6 +90,20 @@ def test_gathers_are_deepspeeds(planned, measured, case):
     for kind in GATHERS if run.copy_ranks else GATHERS[:1]:
         sent = width * elements[kind] * (ranks[kind] - 1) // ranks[kind]
         assert wire[kind] == pytest.approx(sent, rel=tolerance)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_what_stays_gathered_is_gathered_anew_after_an_update(planned, measured, case):
+    """Elements, and of them those of second copies; beside the plan is the anchor, the one element that is trained."""
+    run, found = planned[case], measured[case]
+    anchor = 1 if found["again"] else 0
+    assert run.gathers.again == found["again"] - anchor
+    of_copies = run.gathers.again - run.gathers.again_first if run.copy_ranks else 0
+    assert of_copies == found["again_of_copies"] - (anchor if run.copy_ranks else 0)
+    step, width, ranks = plan_step.step(run), run.placement.width, run.plan.world_size
+    if not run.copy_ranks:
+        assert step.wire.get(plan_step.AGAIN, 0) == width * run.gathers.again * (ranks - 1) // ranks
+    assert (step.again > 0) == (run.gathers.again > 0)
 
 
 def test_memory_of_a_real_model(tmp_path):
