@@ -261,7 +261,9 @@ def command(launcher: str, arguments: dict[str, Any], *, ranks: int = 2) -> list
 def start(command: list[str], cache: Path, log: Path) -> subprocess.Popen:
     """Starts a command in an environment without any launcher's variables; its output goes to `log`."""
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    dropped = (*launchers, "PYTHONPATH", "DS_ACCELERATOR")
+    dropped = [*launchers, "DS_ACCELERATOR"]
+    if "HDPISSA_IGNORED" not in os.environ:  # of options_ignored.py
+        dropped.append("PYTHONPATH")
     environment = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "DEEPSPEED_TIMEOUT": "2"}
