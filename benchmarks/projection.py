@@ -87,9 +87,11 @@ def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
     summed = found["sent_by_name"].get("allreduce", 0)
     vote = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
     why = "beside: a float64 that it all-reduces, the gradient norm of the one element that it trains"
+    anchor = (ranks - 1) * run.placement.width if plan_step.AGAIN in plan_step.step(run).wire else 0
+    kept = "beside: that element, which stays gathered, too" if anchor else ""
     return [
         ("bytes of the update", exchanged, sum(planned.values()), 0, ""),
-        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - vote, gathers, 0, ""),
+        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - vote, gathers, anchor, kept),
         ("bytes of DeepSpeed's vote", vote, 0, wire.ring_sum(8, ranks)[0], why),
     ]
 

@@ -94,10 +94,18 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
     }
 
 
-def ratio(numerator: Sequence[Mapping[str, Any]], denominator: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Median over the rounds that both have of the quotient of their medians: neighbours in time are compared."""
+def ratios(numerator: Sequence[Mapping[str, Any]], denominator: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Of each round that both have, the quotient of their medians: neighbours in time are compared."""
     pairs = zip(numerator, denominator, strict=False)
-    return statistics.median(statistics.median(a[key]) / statistics.median(b[key]) for a, b in pairs)
+    return [statistics.median(a[key]) / statistics.median(b[key]) for a, b in pairs]
+
+
+def compare(found: dict[str, Any], names: tuple[str, str], numerator: Any, denominator: Any) -> None:
+    """Writes into a row, under both names, the median of the rounds' ratios by the clock and in CPU time; the ratios
+    themselves are samples."""
+    for name, key in zip(names, ("step_s", "cpu_s"), strict=True):
+        found["samples"][name] = ratios(numerator, denominator, key)
+        found[name] = statistics.median(found["samples"][name])
 
 
 def table(
@@ -107,7 +115,7 @@ def table(
 
     Args:
         runs: (number of processes, method) → its rounds as `merge` made them; at least one each.
-        failures: the same → why it has no figures.
+        failures: the same → why it has no figures, or no more of them than its rounds.
     """
     rows = []
     fewest: dict[str, tuple[int, float]] = {}
@@ -116,13 +124,14 @@ def table(
         fewest.setdefault(method, (ranks, found["tokens/s/device"]))
         found["efficiency"] = found["tokens/s/device"] / fewest[method][1]
         if (ranks, "frozen") in runs:
-            found["/ frozen"] = ratio(rounds, runs[ranks, "frozen"], "step_s")
-            found["CPU / frozen"] = ratio(rounds, runs[ranks, "frozen"], "cpu_s")
+            compare(found, ("/ frozen", "CPU / frozen"), rounds, runs[ranks, "frozen"])
         if (ranks, "reference") in runs:
-            found["reference / it"] = ratio(runs[ranks, "reference"], rounds, "step_s")
-            found["CPU reference / it"] = ratio(runs[ranks, "reference"], rounds, "cpu_s")
+            compare(found, ("reference / it", "CPU reference / it"), runs[ranks, "reference"], rounds)
+        if (ranks, method) in failures:
+            found["remark"] = f"then failed, after {len(rounds)} round(s): {failures[ranks, method]}"
         rows.append(found)
-    rows += [{"method": name, "ranks": ranks, "remark": why} for (ranks, name), why in failures.items()]
+    absent = {key: why for key, why in failures.items() if key not in runs}
+    rows += [{"method": name, "ranks": ranks, "remark": why} for (ranks, name), why in absent.items()]
     return sorted(rows, key=lambda found: found["ranks"])
 
 

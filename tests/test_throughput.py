@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from ranks import run_ranks
 
-from hdpissa.benchmarks import projection, throughput, throughput_table, throughput_work
+from hdpissa.benchmarks import projection, throughput, throughput_table, throughput_work, throughput_worker
 from hdpissa.benchmarks.methods import Setting
 from hdpissa.engine.metrics import PEAK_FLOPS
 
@@ -105,6 +107,32 @@ def test_ratios_are_taken_within_a_round():
     assert found[4, "full"] == {"method": "full", "ranks": 4, "remark": "no memory"}
 
 
+def test_ratios_of_every_round_are_kept():
+    runs = {(1, "frozen"): [a_run([1.0]), a_run([1.0])], (1, "hd_pissa"): [a_run([1.2]), a_run([1.6])]}
+    row = throughput_table.table(runs, {}, throughput_work.model_work("tiny", None))[1]
+    assert row["samples"]["/ frozen"] == pytest.approx([1.2, 1.6])
+    assert row["/ frozen"] == pytest.approx(1.4)
+
+
+def test_a_method_that_fails_later_keeps_its_rounds():
+    runs = {(1, "frozen"): [a_run([1.0]), a_run([1.0])], (1, "full"): [a_run([2.0])]}
+    rows = throughput_table.table(runs, {(1, "full"): "no memory"}, throughput_work.model_work("tiny", None))
+    assert len(rows) == 2
+    assert rows[1]["/ frozen"] == pytest.approx(2.0)
+    assert rows[1]["remark"] == "then failed, after 1 round(s): no memory"
+
+
+@pytest.mark.parametrize(
+    ("why", "code"), [("OutOfMemoryError: CUDA out of memory.", 0), ("exit code 1", 1), ("not done after 5 s", 1)]
+)
+def test_only_memory_may_fail(monkeypatch, tmp_path, why, code):
+    """A model that does not fit has its row; anything else is an error."""
+    monkeypatch.setattr(throughput, "run", lambda *_: why)
+    assert throughput.main(["--methods", "full", "--folder", str(tmp_path)]) == code
+    [row] = json.loads((tmp_path / "throughput_tiny_fp32.json").read_text())["rows"]
+    assert row["remark"] == why
+
+
 def test_percentiles():
     assert throughput_table.percentile([3.0], 90) == 3.0
     assert throughput_table.percentile([0.0, 10.0], 90) == pytest.approx(9.0)
@@ -178,14 +206,28 @@ def test_a_run_that_fails_says_why():
     assert "gradient_accumulation_steps is 1 with 2 slices per rank" in throughput.run("reference", 1, job, 600)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kept", [0, 10**12])
+def test_the_plan_is_what_is_counted(ranks, kept):
+    """Bytes and FLOP of a real step are the plan's, to the last; also where all weights stay gathered."""
+    setting = dataclasses.replace(projection.SETTING, zero={"stage3_param_persistence_threshold": kept})
+    job = {"setting": dataclasses.asdict(setting), "max_length": projection.LENGTH, "steps": 1}
+    job |= {"warmup": projection.WARMUP, "count_flops": True, "method": "hd_pissa"}
+    found = run_ranks(ranks, throughput_worker.measure, job)[0]
+    rows = projection.compare(found, projection.planned_run(setting, ranks), setting)
+    assert len(rows) == 6
+    assert [row["what"] for row in rows if not row["agrees"]] == []
+
+
 @pytest.mark.slow
-def test_the_plan_is_what_is_counted(tmp_path):
-    """Bytes and FLOP of two real processes are the plan's, to the last; and the projection is drawn."""
-    done = start("projection.py", "--num_accelerators", 2, "--models", "tiny", "--r", 4, "--folder", tmp_path)
+def test_the_script_counts_and_draws(tmp_path):
+    """By the launcher, at every number of processes."""
+    words = ["--num_accelerators", 1, 2, 4, "--models", "tiny", "--r", 4]
+    done = start("projection.py", *words, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "plan_counted.json").read_text())["rows"]
-    assert len(rows) == 6
-    assert all(row["agrees"] and row["counted"] > 0 for row in rows)
+    assert len(rows) == 18
+    assert all(row["agrees"] and (row["counted"] > 0 or row["ranks"] == 1) for row in rows)
     assert all(row["beside the plan"] == 0 for row in rows if "bytes of the" in row["what"] or "ZeRO" in row["what"])
     projected = json.loads((tmp_path / "projection.json").read_text())["rows"]
     assert [row["GPUs"] for row in projected] == list(projection.GPUS)
