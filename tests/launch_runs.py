@@ -153,25 +153,6 @@ def speak_alone(argv: list[str], cache: str) -> dict[str, Any]:
     return train_here(argv, cache)
 
 
-def run_bad_inputs(cases: dict[str, tuple[list[str], dict[str, str], str]], cache: str) -> dict[str, dict[str, Any]]:
-    """Each case's exit code and standard error, and what it left in its output folder.
-
-    Args:
-        cases: name → (argv, environment, output folder).
-    """
-    forbid_weights("weights were read before the mistake was found")
-    return {name: _run_bad_input(*case, cache) for name, case in cases.items()}
-
-
-def _run_bad_input(argv: list[str], environment: dict[str, str], output: str, cache: str) -> dict[str, Any]:
-    before, saved = listing(output), dict(os.environ)
-    os.environ.update(environment)
-    result = train_here(argv, cache)
-    os.environ.clear()
-    os.environ.update(saved)
-    return {**result, "written": listing(output) != before}
-
-
 def check_and_step(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
     """For each command line what the command's checks make of it, and one step of an engine made from that."""
     from hdpissa.engine import ConfigError
