@@ -224,6 +224,7 @@ def results(folder):
 
 
 def collect_here(folder: Path) -> dict[str, dict[str, Any]]:
+    """All cases of this file, run; the files are made first."""
     inputs = make_inputs(folder)
     make_broken_files(folder)
     return collect(CASES, folder, inputs)

@@ -222,6 +222,7 @@ def _make_wrong_models(folder: Path) -> None:
 
 
 def collect_here(folder: Path) -> dict[str, dict[str, Any]]:
+    """All cases of this file, run; the files are made first."""
     inputs = make_inputs(folder, train=16, evaluate=4)
     make_wrong_files(folder)
     return collect(CASES, folder, inputs)
