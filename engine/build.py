@@ -29,6 +29,7 @@ from . import (
 from .buckets import make_buckets
 from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
+from .delta import DeltaRule
 from .engine import HDPissaEngine
 from .exchange import FactorExchange, choose_kinds
 from .factors import FactorStore
@@ -66,56 +67,28 @@ def initialize(
     Raises:
         ConfigError: anything in the config or the model that a user can mend, in one line.
     """
-    zero3.init_distributed()
-    settings, hd, values = resolve_config(config, lr=lr)
-    plan = make_plan(hd, values.gradient_accumulation_steps)
-    check_kernels(hd)
+    settings, hd, values, plan = _settle(config, lr)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
     pulse.reach("start.shards", slow=True)
-    adapt.freeze(model)
-    targets = adapt.find_targets(model, hd, plan)
-    for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
-        logger.warning("%s", line)
-    beside = modules_to_save.find(model, hd.modules_to_save, targets)
-    for param in beside.values():
-        param.requires_grad_(True)
-    kept = _shard(model, settings, targets, plan)
-    zero3.attach_anchor(model, settings)
-    ds = zero3.wrap(model, settings)
-    model.train()
-    _attach_shards(model, targets, plan, kept, hd)
+    targets, beside = _choose_weights(model, hd, plan)
+    ds = _shard(model, settings, targets, plan, hd)
     base = checkpoint.describe_base(model, targets, plan)
-    choose_kinds(targets, plan, hd.delta.exchange)
     rule = make_rule(hd)
-    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
-    store = FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
-    exchange = FactorExchange(plan)
+    store, exchange = _make_store(targets, plan, hd, rule), FactorExchange(plan)
     if isinstance(resume_from, str | Path):
         resume_from = checkpoint.open_checkpoint(resume_from)
-    if resume_from is not None:
+    if resume_from is None:
+        report = _decompose(model, hd, store, exchange, progress)
+    else:
         numels = {name: zero3.full_numel(p) for name, p in beside.items()}
         checkpoint.refuse_others(resume_from, store, rule, base, numels)
         report = checkpoint.fill_factors(resume_from, store, exchange)
-    else:
-        report = decompose.compute_slices(
-            store,
-            exchange,
-            method=hd.init.method,
-            tol=hd.init.tol,
-            placement=hd.init.placement,
-            cache=_slice_cache(hd, model, store),
-            progress=progress,
-        )
     adapt.install(targets, store)
     rate = hd.modules_to_save_learning_rate or values.learning_rate
+    others = ModulesToSave(beside, ds, lr=rate) if beside else None
     optimizer = SliceOptimizer(
-        store,
-        exchange,
-        rule,
-        lr=values.learning_rate,
-        max_grad_norm=values.max_grad_norm,
-        beside=ModulesToSave(beside, ds, lr=rate) if beside else None,
+        store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm, beside=others
     )
     accumulation = values.gradient_accumulation_steps
     engine = HDPissaEngine(ds, optimizer, plan, accumulation=accumulation, report=report, base=base)
@@ -125,6 +98,95 @@ def initialize(
         logger.info("%s", engine.exchange_plan())
     pulse.reach("start.ready")
     return engine
+
+
+def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
+    from transformers import AutoModelForCausalLM
+
+    settings, *_ = _settle(config)
+    pulse.reach("start.model", slow=True)
+    with sharded_load.reading_own_rows():
+        return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
+
+
+# --- what a person can get wrong -------------------------------------------------------------------
+
+
+def _settle(
+    config: str | Path | dict, lr: float | None = None
+) -> tuple[dict, HDPissaConfig, ds_config.TrainValues, SlicePlan]:
+    """Settings, section, values and plan that fit each other and this machine; what does not is told before weights.
+
+    The process group is there afterwards.
+    """
+    zero3.init_distributed()
+    settings, hd, values = resolve_config(config, lr=lr)
+    plan = make_plan(hd, values.gradient_accumulation_steps)
+    check_kernels(hd)
+    return settings, hd, values, plan
+
+
+def _choose_weights(
+    model: nn.Module, hd: HDPissaConfig, plan: SlicePlan
+) -> tuple[list[Target], dict[str, nn.Parameter]]:
+    """(targets, what DeepSpeed trains beside them by name); all else is frozen. Before DeepSpeed wraps the model."""
+    adapt.freeze(model)
+    targets = adapt.find_targets(model, hd, plan)
+    for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
+        logger.warning("%s", line)
+    beside = modules_to_save.find(model, hd.modules_to_save, targets)
+    for param in beside.values():
+        param.requires_grad_(True)
+    return targets, beside
+
+
+# --- exact values, each rank's own rows ------------------------------------------------------------
+
+
+def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan, hd: HDPissaConfig) -> Any:
+    """DeepSpeed's engine around the model, of which every rank has its rows, those of targets in the master format."""
+    kept: dict[int, Tensor] = {}  # id of a target's parameter → exact values of the own range
+    if not zero3.is_sharded(model):
+        keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
+        kept = zero3.shard_module(model, settings, keep)
+    zero3.attach_anchor(model, settings)
+    ds = zero3.wrap(model, settings)
+    model.train()
+    found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
+    for target, values in found:
+        compute = zero3.shard_getter(target.param)
+        target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)
+    return ds
+
+
+# --- factors ---------------------------------------------------------------------------------------
+
+
+def _make_store(targets: list[Target], plan: SlicePlan, hd: HDPissaConfig, rule: DeltaRule) -> FactorStore:
+    """Room for the factors, bucketed by how each target's deltas will travel; nothing is in it yet."""
+    choose_kinds(targets, plan, hd.delta.exchange)
+    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
+    return FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
+
+
+def _decompose(
+    model: nn.Module,
+    hd: HDPissaConfig,
+    store: FactorStore,
+    exchange: FactorExchange,
+    progress: Callable[[str, int, int], None],
+) -> decompose.InitReport:
+    """Fills the store from the weights, or from an earlier run's files."""
+    return decompose.compute_slices(
+        store,
+        exchange,
+        method=hd.init.method,
+        tol=hd.init.tol,
+        placement=hd.init.placement,
+        cache=_slice_cache(hd, model, store),
+        progress=progress,
+    )
 
 
 def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
@@ -137,33 +199,3 @@ def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> Sli
     dist.broadcast_object_list(told, 0)
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
     return SliceCache(hd.init.cache_dir, store.targets, origin=told[0], how=how)
-
-
-def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
-    from transformers import AutoModelForCausalLM
-
-    zero3.init_distributed()
-    settings, hd, values = resolve_config(config)
-    make_plan(hd, values.gradient_accumulation_steps)  # what does not fit is told before anything is read
-    check_kernels(hd)
-    pulse.reach("start.model", slow=True)
-    with sharded_load.reading_own_rows():
-        return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
-
-
-def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan) -> dict[int, Tensor]:
-    """Shards a model that is still whole; id of each target's parameter → exact values of the own range."""
-    if zero3.is_sharded(model):
-        return {}
-    keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
-    return zero3.shard_module(model, settings, keep)
-
-
-def _attach_shards(
-    model: nn.Module, targets: list[Target], plan: SlicePlan, kept: dict[int, Tensor], hd: HDPissaConfig
-) -> None:
-    found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
-    for target, values in found:
-        compute = zero3.shard_getter(target.param)
-        target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)

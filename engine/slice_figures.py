@@ -13,8 +13,9 @@ small all-reduce.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -110,30 +111,23 @@ class CountingRule(DeltaRule):
     def plain(self) -> DeltaRule:
         return DeltaRule(**{f.name: getattr(self, f.name) for f in fields(DeltaRule)})
 
-    def apply(
-        self,
-        shard: Shard,
-        owned: ShardRange,
-        factors: tuple[Tensor, Tensor],
-        deltas: tuple[Tensor, Tensor],
-        bad: Tensor,
-        *,
-        scale: float,
-    ) -> None:
-        before = _half(shard, 0, owned.numel)
-        super().apply(shard, owned, factors, deltas, bad, scale=scale)
-        self._count(shard, 0, before, factors[0].device)
+    def apply(self, shard: Shard, owned: ShardRange, *update: Any, **scale: Any) -> None:
+        with self._counted(shard, 0, owned.numel):
+            super().apply(shard, owned, *update, **scale)
 
-    def subtract(self, shard: Shard, begin: int, D: Tensor, bad: Tensor, *, scale: float) -> None:
-        before = _half(shard, begin, begin + D.numel())
-        super().subtract(shard, begin, D, bad, scale=scale)
-        self._count(shard, begin, before, D.device)
+    def subtract(self, shard: Shard, begin: int, D: Tensor, *update: Any, **scale: Any) -> None:
+        with self._counted(shard, begin, begin + D.numel()):
+            super().subtract(shard, begin, D, *update, **scale)
 
-    def _count(self, shard: Shard, begin: int, before: Tensor, device: torch.device) -> None:
+    @contextlib.contextmanager
+    def _counted(self, shard: Shard, begin: int, end: int) -> Iterator[None]:
+        """Within, elements [begin, end) are changed."""
+        before = _half(shard, begin, end)
+        yield
         if before.numel():
-            if before.device != device:  # what was staged is on its way home
+            if before.device != zero3.device():  # what was staged is on its way home
                 zero3.fence()
-            self.moved.add(before, _half(shard, begin, begin + before.numel()))
+            self.moved.add(before, _half(shard, begin, end))
 
 
 def _half(shard: Shard, begin: int, end: int) -> Tensor:

@@ -42,6 +42,13 @@ def make_parser(arguments: type | Mapping[str, type]) -> argparse.ArgumentParser
     return parser
 
 
+class PlainParser(argparse.ArgumentParser):
+    """argparse's own, for scripts of a few options without a dataclass; its mistakes are told like the others'."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(message)
+
+
 def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], set[str]]:
     """(values of all options, names of those that really stand on the command line).
 

@@ -13,20 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; see --help")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises ConfigError for what does not fit together."""
-    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_line.PlainParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint-N folder, or a run's folder: its latest one")
     parser.add_argument(
         "--format",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line
@@ -18,14 +17,9 @@ from hdpissa.launch import command_line
 NEEDED = ("metrics.jsonl", "run.json")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; see --help")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises ConfigError for a folder that is no run's."""
-    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_line.PlainParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="output folder of launch/train.py")
     args = parser.parse_args(argv)
     folder = Path(args.output_dir)

@@ -41,7 +41,7 @@ def make_inputs(folder: Path, *, train: int = 64, evaluate: int = 15) -> dict[st
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "train.jsonl"),
         "eval_dataset_name": str(folder / "eval.jsonl"),
-        "report": False,  # two seconds of drawing; tests/test_report.py asks for it
+        "report": False,  # two seconds of drawing; tests/test_report_of_a_run.py asks for it
     }
 
 
@@ -81,10 +81,27 @@ def write_ds_config(path: Path, **changes: Any) -> Path:
     return path
 
 
+def small_run(inputs: dict[str, Any], output: Path | str, **changes: Any) -> dict[str, Any]:
+    """The arguments of a run on `make_inputs`: rows as they are, two to a micro-batch."""
+    chosen = {"per_device_train_batch_size": 2, "max_length": 128, "prompt_template": "none"}
+    return {**inputs, "output_dir": str(output), **chosen, **changes}
+
+
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """{"max_steps": 3, "bf16": True} as a command line."""
-    pairs = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in arguments.items())
-    return [text for pair in pairs for text in pair]
+    """{"max_steps": 3, "bf16": True, "report_to": ["wandb", "tensorboard"]} as a command line."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def parsed(output: Path | str = "x", **options: Any) -> Any:
+    """launch/train.py's arguments as a command line gives them; what is required and not given says "x"."""
+    from hdpissa.launch import train_arguments
+
+    required = dict.fromkeys(train_arguments.REQUIRED, "x") | {"output_dir": str(output)}
+    return train_arguments.parse(flags(required | options))[0]
 
 
 # --- in forks: functions that run inside `ranks.run_ranks` -----------------------------------------
@@ -134,25 +151,6 @@ def speak_alone(argv: list[str], cache: str) -> dict[str, Any]:
     train.PATIENCE_S = 0.1
     os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     return train_here(argv, cache)
-
-
-def run_bad_inputs(cases: dict[str, tuple[list[str], dict[str, str], str]], cache: str) -> dict[str, dict[str, Any]]:
-    """Each case's exit code and standard error, and what it left in its output folder.
-
-    Args:
-        cases: name → (argv, environment, output folder).
-    """
-    forbid_weights("weights were read before the mistake was found")
-    return {name: _run_bad_input(*case, cache) for name, case in cases.items()}
-
-
-def _run_bad_input(argv: list[str], environment: dict[str, str], output: str, cache: str) -> dict[str, Any]:
-    before, saved = listing(output), dict(os.environ)
-    os.environ.update(environment)
-    result = train_here(argv, cache)
-    os.environ.clear()
-    os.environ.update(saved)
-    return {**result, "written": listing(output) != before}
 
 
 def check_and_step(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
@@ -235,6 +233,23 @@ def captured_stderr() -> Iterator[list[str]]:
             os.close(saved)
             file.seek(0)
             told.append(file.read().decode())
+
+
+# --- such forks, started ---------------------------------------------------------------------------
+
+
+def train_ranks(ranks: int, arguments: dict[str, Any], cache: Path | str, **how: Any) -> list[dict[str, Any]]:
+    """`train_here` on so many ranks, every one of which has to succeed; `how` is for `run_ranks`."""
+    from ranks import run_ranks
+
+    results = run_ranks(ranks, train_here, flags(arguments), str(cache), **how)
+    assert_success(results, ranks)
+    return results
+
+
+def assert_success(results: list[dict[str, Any]], ranks: int) -> None:
+    """Of so many ranks each ended with exit code 0, and nothing came out of `run`."""
+    assert [(result["code"], result["error"]) for result in results] == [(0, None)] * ranks, results
 
 
 # --- by the real launchers -------------------------------------------------------------------------

@@ -18,6 +18,8 @@ ARGUMENTS = {
     "max_length": 512,
     "export_format": "both",
 }
+# What a run in which everything was measured is drawn as.
+PICTURES = ["training_loss.png", "learning_rate.png", "throughput.png", "slice_norms.png", "spectra.png"]
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 
 

@@ -7,58 +7,26 @@ prints the table of inputs and messages as Markdown.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_runs import command, finish, flags, make_inputs, run_bad_inputs, speak_alone, start, write_ds_config
+from launch_runs import command, finish, flags, make_inputs, speak_alone, start
+from mistakes import (
+    Case,
+    argument,
+    assert_told,
+    collect,
+    deepspeed,
+    make_broken_files,
+    print_table,
+    section,
+    without_gpu,
+    zero,
+)
 from ranks import run_ranks
-
-
-@dataclass(frozen=True)
-class Case:
-    """One mistake in a command line that is otherwise right.
-
-    Attributes:
-        mistake: what was done, in words.
-        words: what the message has to contain: the value, the rule, the remedy.
-        arguments: replaces command-line arguments; None leaves one out. "DIR" is the folder of all files.
-        ds: replaces top-level keys of the DeepSpeed JSON.
-        environment: a launcher's variables.
-    """
-
-    mistake: str
-    words: tuple[str, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    ds: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def argument(mistake: str, words: tuple[str, ...], **arguments: Any) -> Case:
-    return Case(mistake, words, arguments=arguments)
-
-
-def deepspeed(mistake: str, words: tuple[str, ...], **ds: Any) -> Case:
-    return Case(mistake, words, ds=ds)
-
-
-def section(mistake: str, words: tuple[str, ...], **hd_pissa: Any) -> Case:
-    return Case(mistake, words, ds={"hd_pissa": {"r": 4, **hd_pissa}})
-
-
-def without_gpu(mistake: str, words: tuple[str, ...], **kernels: Any) -> Case:
-    """As on a machine where nobody has asked for Triton's interpreter."""
-    return Case(mistake, words, ds={"hd_pissa": {"r": 4, "kernels": kernels}}, environment={"TRITON_INTERPRET": "0"})
-
-
-def zero(mistake: str, words: tuple[str, ...], **keys: Any) -> Case:
-    return Case(mistake, words, ds={"zero_optimization": {"stage": 3, **keys}})
-
 
 COMMAND_LINE = [
     argument("misspelt argument", ("--learning_rte", "did you mean --learning_rate?"), learning_rte="1e-4"),
@@ -242,64 +210,6 @@ OUTPUT = [
 CASES = [*COMMAND_LINE, *YAML, *DEEPSPEED, *HD_PISSA, *MODEL, *DATA, *EVALUATION, *OUTPUT]
 
 
-# --- the files that are wrong ----------------------------------------------------------------------
-
-
-def make_broken_files(folder: Path) -> None:
-    """Everything that a case calls "DIR/…"."""
-    row = '{"instruction": "1 + 1", "response": "2"}\n'
-    texts = {
-        "key.yaml": "learning_rat: 1e-4\n",
-        "type.yaml": "max_steps: many\n",
-        "list.yaml": "- max_steps\n",
-        "broken.yaml": "max_steps: 1\nseed: [1\n",
-        "twice.yaml": "ds_config: a.json\ndeepspeed: b.json\n",
-        "broken.json": '{"bf16": {"enabled": true},\n "hd_pissa": {"r": 4},}',
-        "twice.json": '{"zero_optimization": {"stage": 2, "stage": 3}}',
-        "notes.txt": "Nothing to see here.\n",
-        "broken.jsonl": row + '{"instruction": \n',
-        "empty.jsonl": "",
-        "hole.jsonl": row + '{"instruction": "2 + 2", "response": null}\n',
-        "bare/readme.md": "",
-        "broken_model/config.json": '{"model_type": ',
-        "t5/config.json": '{"model_type": "t5"}',
-        "used/run.json": "{}",
-    }
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    for name in ("mute", "no_eos"):
-        shutil.copytree(folder / "model", folder / name)
-    for path in (folder / "mute").glob("token*"):
-        path.unlink()
-    settings = folder / "no_eos" / "tokenizer_config.json"
-    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "eos_token"}))
-
-
-def command_line(case: Case, number: int, folder: Path, inputs: dict[str, str]) -> dict[str, Any]:
-    """The arguments of a run that would be fine but for the case's mistake."""
-    right = {**inputs, "output_dir": "DIR/out", "max_steps": 2}
-    right |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    if case.ds:
-        right["ds_config"] = str(write_ds_config(folder / f"ds_{number}.json", **case.ds))
-    wanted = {k: v for k, v in (right | case.arguments).items() if v is not None}
-    return {k: v.replace("DIR", str(folder)) if isinstance(v, str) else v for k, v in wanted.items()}
-
-
-def collect(folder: Path) -> dict[str, dict[str, Any]]:
-    """Runs every case in one process: mistake → exit code, standard error with DIR for the folder, `written`."""
-    inputs = make_inputs(folder)
-    make_broken_files(folder)
-    runs = {}
-    for number, case in enumerate(CASES):
-        arguments = command_line(case, number, folder, inputs)
-        runs[case.mistake] = (flags(arguments), case.environment, arguments["output_dir"])
-    results = run_ranks(1, run_bad_inputs, runs, str(folder / "cache"))[0]
-    for result in results.values():
-        result["stderr"] = result["stderr"].replace(str(folder), "DIR")
-    return results
-
-
 # --- tests -----------------------------------------------------------------------------------------
 
 
@@ -310,7 +220,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return collect(folder)
+    return collect_here(folder)
+
+
+def collect_here(folder: Path) -> dict[str, dict[str, Any]]:
+    """All cases of this file, run; the files are made first."""
+    inputs = make_inputs(folder)
+    make_broken_files(folder)
+    return collect(CASES, folder, inputs)
 
 
 def test_mistakes_have_different_names():
@@ -319,14 +236,7 @@ def test_mistakes_have_different_names():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.mistake)
 def test_one_line_and_exit_code_2(results, case):
-    """And no weights are read: whoever tried would get another error (see `run_bad_inputs`)."""
-    result = results[case.mistake]
-    assert (result["code"], result["error"]) == (2, None), result["stderr"]
-    lines = result["stderr"].splitlines()
-    assert len(lines) == 1, result["stderr"]
-    assert lines[0].startswith("error: ")
-    assert [word for word in case.words if word not in lines[0]] == [], lines[0]
-    assert not result["written"]
+    assert_told(case, results[case.mistake])
 
 
 def test_two_ranks_under_deepspeed_say_it_once(results, folder, tmp_path):
@@ -357,11 +267,8 @@ def test_a_mistake_of_one_rank_is_told(folder, results):
 def main() -> None:
     """Prints the table; what the libraries print on standard output goes elsewhere."""
     with tempfile.TemporaryDirectory() as scratch:
-        results = collect(Path(scratch) / "inputs")
-    print("| input | message |\n| --- | --- |")
-    for case in CASES:
-        message = results[case.mistake]["stderr"].strip().removeprefix("error: ")
-        print(f"| {case.mistake} | {message.replace('|', chr(92) + '|')} |")
+        results = collect_here(Path(scratch) / "inputs")
+    print_table(CASES, results)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import datasets
 import pandas
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from data_cases import BOS, EOS, character_tokenizer, ids
 
 from hdpissa.engine import data
 from hdpissa.engine.batches import EvalBatches, SliceBatches, collate, count_target_tokens
@@ -20,22 +19,7 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import ALPACA, PromptTemplate, resolve_template
 
 ROWS = [{"question": f"ab{i}", "answer": "c" * (i % 5 + 1)} for i in range(12)]
-BOS, EOS, PAD = 0, 1, 2
 BARE = PromptTemplate("{instruction}")
-
-
-def character_tokenizer(**special) -> PreTrainedTokenizerFast:
-    """One token per character (id = 3 + position in the ASCII table), BOS put in front."""
-    vocab = {"<s>": BOS, "</s>": EOS, "<pad>": PAD} | {chr(code): 3 + code for code in range(128)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | special
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-
-
-def ids(text: str) -> list[int]:
-    return [3 + ord(character) for character in text]
 
 
 @pytest.fixture(autouse=True)

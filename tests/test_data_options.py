@@ -9,8 +9,8 @@ import datasets
 import pytest
 from data_cases import CHAT, ROWS, TURNS, character_tokenizer, texts, write
 from launch_runs import flags, make_inputs, read_json, read_metrics, train_here
+from mistakes import Case, argument, assert_told, collect, make_broken_files
 from ranks import run_ranks
-from test_bad_input import Case, argument, command_line, make_broken_files, run_bad_inputs
 
 from hdpissa.engine.batches import collate
 from hdpissa.engine.data_stream import StreamBatches
@@ -332,20 +332,9 @@ def mistakes(tmp_path_factory):
     found = make_inputs(folder)
     make_broken_files(folder)
     jsonl(folder, "chats", ROWS["messages"][0])
-    runs = {}
-    for number, case in enumerate(CASES):
-        arguments = command_line(case, number, folder, found)
-        runs[case.mistake] = (flags(arguments), case.environment, arguments["output_dir"])
-    results = run_ranks(1, run_bad_inputs, runs, str(folder / "cache"))[0]
-    return {
-        name: {**result, "stderr": result["stderr"].replace(str(folder), "DIR")} for name, result in results.items()
-    }
+    return collect(CASES, folder, found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.mistake)
 def test_one_line_and_exit_code_2(mistakes, case: Case):
-    result = mistakes[case.mistake]
-    assert (result["code"], result["error"]) == (2, None), result["stderr"]
-    assert len(result["stderr"].splitlines()) == 1, result["stderr"]
-    assert [word for word in case.words if word not in result["stderr"]] == [], result["stderr"]
-    assert not result["written"]
+    assert_told(case, mistakes[case.mistake])

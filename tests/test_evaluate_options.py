@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launch_runs import flags, make_inputs
+from launch_runs import make_inputs, parsed
 from transformers import AutoTokenizer
 
 from hdpissa.engine.display import Display
 from hdpissa.engine.prompts import resolve_template
-from hdpissa.launch import evaluate, options_evaluation, train_arguments, train_checkpoints, train_evaluation
+from hdpissa.launch import evaluate, options_evaluation, train_checkpoints, train_evaluation
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -130,11 +130,6 @@ def test_training_options_are_unknown_here(inputs):
 
 
 # --- train.py --------------------------------------------------------------------------------------
-
-
-def parsed(tmp_path, **more):
-    required = dict.fromkeys(("ds_config", "model_name_or_path", "dataset_name"), "x") | {"output_dir": str(tmp_path)}
-    return train_arguments.parse(flags(required | more))[0]
 
 
 @pytest.mark.parametrize(

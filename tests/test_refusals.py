@@ -11,13 +11,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_bad_input
 from family_runs import make_family
-from launch_runs import command, finish, flags, make_inputs, run_bad_inputs, start, write_ds_config
-from ranks import run_ranks
-from test_bad_input import Case, argument, command_line, deepspeed, section, zero
+from launch_runs import command, finish, flags, make_inputs, start, write_ds_config
+from mistakes import Case, argument, assert_told, collect, deepspeed, print_table, section, zero
 
 ROW = '{"instruction": "1 + 1", "response": "2"}\n'
 HUGE = 10**30
@@ -221,18 +221,11 @@ def _make_wrong_models(folder: Path) -> None:
         (folder / name / "config.json").write_text(json.dumps(content))
 
 
-def collect(folder: Path) -> dict[str, dict]:
-    """As `test_bad_input.collect`, for the cases of this file."""
+def collect_here(folder: Path) -> dict[str, dict[str, Any]]:
+    """All cases of this file, run; the files are made first."""
     inputs = make_inputs(folder, train=16, evaluate=4)
     make_wrong_files(folder)
-    runs = {}
-    for number, case in enumerate(CASES):
-        arguments = command_line(case, number, folder, inputs)
-        runs[case.mistake] = (flags(arguments), case.environment, arguments.get("output_dir", ""))
-    results = run_ranks(1, run_bad_inputs, runs, str(folder / "cache"))[0]
-    for result in results.values():
-        result["stderr"] = result["stderr"].replace(str(folder), "DIR")
-    return results
+    return collect(CASES, folder, inputs)
 
 
 # --- tests -----------------------------------------------------------------------------------------
@@ -245,7 +238,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return collect(folder)
+    return collect_here(folder)
 
 
 def test_sixty_mistakes_and_more():
@@ -256,13 +249,7 @@ def test_sixty_mistakes_and_more():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.mistake)
 def test_one_line_and_exit_code_2(results, case):
-    result = results[case.mistake]
-    assert (result["code"], result["error"]) == (2, None), result["stderr"]
-    lines = result["stderr"].splitlines()
-    assert len(lines) == 1, result["stderr"]
-    assert lines[0].startswith("error: ")
-    assert [word for word in case.words if word not in lines[0]] == [], lines[0]
-    assert not result["written"]
+    assert_told(case, results[case.mistake])
 
 
 def test_by_the_real_command(results, folder, tmp_path):
@@ -302,12 +289,8 @@ def main() -> None:
     """Prints the table of this file's cases and of those of test_bad_input.py."""
     with tempfile.TemporaryDirectory() as scratch:
         modules = (test_bad_input, sys.modules[__name__])
-        tables = [(module, module.collect(Path(scratch) / module.__name__)) for module in modules]
-    print("| input | message |\n| --- | --- |")
-    for module, results in tables:
-        for case in module.CASES:
-            message = results[case.mistake]["stderr"].strip().removeprefix("error: ")
-            print(f"| {case.mistake} | {message.replace('|', chr(92) + '|')} |")
+        results = [module.collect_here(Path(scratch) / module.__name__) for module in modules]
+    print_table([*test_bad_input.CASES, *CASES], results[0] | results[1])
 
 
 if __name__ == "__main__":

@@ -1,32 +1,21 @@
-"""A run's pictures and its report: what they show, that they need nothing, and that they never fail a run."""
+"""A run's report: what it tells, that it needs nothing but itself, and that it never fails a run."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from engine_runs import train_tiny
-from launch_runs import flags, make_inputs, read_json, train_here, write_ds_config
-from ranks import run_ranks
-from report_runs import Page, spectra_here, text_boxes, write_run
-from tiny import ds_settings, tiny_llama
+from launch_runs import read_json
+from report_runs import PICTURES, Page, write_run
 
-from hdpissa.engine import pictures, report, run_pictures, spectra
+from hdpissa.engine import pictures, report
 from hdpissa.engine.recorder import Recorder
 from hdpissa.engine.run_record import RunRecord
 from hdpissa.launch import command_line, train_report
 from hdpissa.launch import report as report_command
 from hdpissa.launch.options_reporting import ReportingOptions
-
-ALL = ["training_loss.png", "learning_rate.png", "throughput.png", "slice_norms.png", "spectra.png"]
-
 
 # --- from files ------------------------------------------------------------------------------------
 
@@ -40,7 +29,7 @@ def drawn(tmp_path_factory):
         "long": write_run(root / "long", steps=5000, slices=32),
     }
     for folder in folders.values():
-        assert report.write_report(folder, defaults={"max_length": 512}) == [*ALL, "report.html"]
+        assert report.write_report(folder, defaults={"max_length": 512}) == [*PICTURES, "report.html"]
     return folders
 
 
@@ -48,7 +37,7 @@ def drawn(tmp_path_factory):
 def test_the_page_needs_nothing_but_itself(drawn, name):
     page = Page((drawn[name] / "report.html").read_text())
     assert page.unclosed == []
-    assert page.tags.count("svg") == len(ALL)
+    assert page.tags.count("svg") == len(PICTURES)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     outside = [r for r in page.references if not r.startswith("#")]
     assert outside == []
@@ -128,65 +117,7 @@ def test_files_are_small(drawn):
     sizes = {name: {p.name: p.stat().st_size for p in folder.iterdir()} for name, folder in drawn.items()}
     assert sizes["long"]["metrics.jsonl"] > 1e6
     assert sizes["long"]["report.html"] < 400_000
-    assert all(sizes["long"][name] < 250_000 for name in ALL)
-
-
-@pytest.mark.parametrize("name", ["short", "long"])
-def test_no_text_overlaps_another(drawn, name):
-    """Titles, legends, labels and ticks, by their boxes; and none of them leaves the picture."""
-    for picture in run_pictures.pictures(RunRecord.read(drawn[name])):
-        boxes = text_boxes(picture)
-        assert len(boxes) > 5
-        width, height = (100 * side for side in picture.size)
-        for text, (x0, y0, x1, y1) in boxes:
-            assert x0 > -1, f"{picture.name}: {text!r} leaves the picture"
-            assert y0 > -1, f"{picture.name}: {text!r} leaves the picture"
-            assert x1 < width + 1, f"{picture.name}: {text!r} leaves the picture"
-            assert y1 < height + 1, f"{picture.name}: {text!r} leaves the picture"
-        for i, (text, a) in enumerate(boxes):
-            for other, b in boxes[i + 1 :]:
-                apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
-                assert apart, f"{picture.name}: {text!r} and {other!r} overlap"
-
-
-def test_colours_and_axes_of_the_loss(drawn):
-    """Units on the axes, both curves with a name, the validation curve at its own steps."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(pictures.RUN_STYLE):
-        figure = pictures.make_figure(7, 3.6)
-        run_pictures.draw_loss(RunRecord.read(drawn["long"]), figure)
-    (axes,) = figure.axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss (nats per token)")
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert {"training (smoothed)", "validation", "skipped step"} <= lines.keys()
-    assert list(lines["validation"].get_xdata()) == [0, 1250, 2500, 3750, 5000]
-    raw = next(line for label, line in lines.items() if label.startswith("_"))
-    assert raw.get_alpha() < 0.5
-    assert len(raw.get_xdata()) <= pictures.MOST_POINTS
-
-
-# --- curves ----------------------------------------------------------------------------------------
-
-
-def test_thinning_keeps_every_peak():
-    y = [math.sin(i / 500) for i in range(50_000)]
-    y[12_345], y[40_000], y[7] = 9.0, -9.0, math.nan
-    x, thinned = pictures.thin(list(range(len(y))), y, 1000)
-    assert len(x) <= 1000
-    assert (thinned[x.index(12_345)], thinned[x.index(40_000)]) == (9.0, -9.0)
-    assert x == sorted(x)
-    assert pictures.thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
-
-
-def test_smoothing_has_no_lag_and_passes_over_gaps():
-    line = [2.0 * i for i in range(200)]
-    smoothed = pictures.smooth(line, 5)
-    assert smoothed[20:-20] == pytest.approx(line[20:-20])
-    line[100] = math.nan
-    assert pictures.smooth(line, 5)[100] == pytest.approx(200.0, abs=2)
-    assert pictures.smooth([math.nan] * 9, 1)[4] != pictures.smooth([math.nan] * 9, 1)[4]  # nan
-    assert pictures.half_window(10) == 0
+    assert all(sizes["long"][name] < 250_000 for name in PICTURES)
 
 
 # --- what is not there -----------------------------------------------------------------------------
@@ -220,123 +151,7 @@ def test_odd_files(tmp_path):
     assert "report.html" in report.write_report(tmp_path)
 
 
-# --- spectra ---------------------------------------------------------------------------------------
-
-
-def test_spectrum_of_a_product_that_is_never_formed():
-    """Against the dense product's, float64; shapes where 2·r·S is less and more than the matrix."""
-    torch.manual_seed(0)
-    for rows, cols, components in ((40, 30, 12), (20, 30, 48)):
-        A, B = torch.randn(components, cols), torch.randn(rows, components)
-        dense = torch.linalg.svdvals(2.0 * B.double() @ A.double())
-        found = spectra.singular_values(A, B, -2.0)
-        assert len(found) == min(rows, cols, components)
-        assert torch.allclose(found, dense[: len(found)], rtol=1e-12)
-
-
-def test_which_weights():
-    names = [f"layers.{i}.{kind}" for i in range(5) for kind in ("q", "v")]
-    assert spectra.choose(names, 3) == ["layers.2.q", "layers.2.v", "layers.4.q"]
-    assert spectra.choose(names, 99) == [f"layers.{i}.{kind}" for i in (2, 4, 0) for kind in ("q", "v")]
-    assert spectra.choose(["lm_head"], 9) == ["lm_head"]
-    assert spectra.choose(names, 0) == []
-
-
-@pytest.mark.parametrize("exchange", ["factor", pytest.param("dense", marks=pytest.mark.slow)])
-def test_spectra_of_a_run_are_those_of_its_change(exchange):
-    """Two ranks, four slices. Without the second-order term the factors' spectrum is that of W_n − W_0 up to fp32
-    rounding of W: each step rounds by at most 2⁻²⁴ |w|, here 6e-8 · 8 · √(rows · cols) ≈ 1e-5 in all singular values.
-    """
-    delta = {"second_order": False, "exchange": exchange}
-    settings = ds_settings(slices=4, accumulation=2, delta=delta)
-    results = run_ranks(2, train_tiny, settings, steps=3, after=spectra_here)
-    told, start = results[0]["after"], tiny_llama().state_dict()
-    assert told["kinds"] == {exchange}
-    assert len(told["found"]["weights"]) == 14  # two layers: the middle one is the last
-    for weight in told["found"]["weights"]:
-        name = f"{weight['name']}.weight"
-        dense = torch.linalg.svdvals((results[0]["weights"][name] - start[name]).double())
-        values = torch.tensor(weight["values"], dtype=torch.float64)
-        assert (weight["r"], weight["slices"]) == (2, 4)
-        assert len(values) == min(*start[name].shape, 16)
-        assert torch.allclose(values, dense[: len(values)], rtol=1e-3, atol=2e-5), name
-        assert (values > 1e-3 * values[0]).sum() > 4, "higher than LoRA's rank, 2"
-    assert told["none"]["weights"] == []
-    assert len(told["none"]["left_out"]) == 14
-    assert results[1]["after"]["found"]["weights"] == []  # rank 0 has them
-
-
-# --- in a run --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Two ranks, four slices, all that a report can show; the model's own card has a licence."""
-    folder = tmp_path_factory.mktemp("run")
-    inputs = make_inputs(folder / "inputs")
-    (folder / "inputs" / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    ds = write_ds_config(folder / "ds.json", hd_pissa={"r": 2, "slices": 4})
-    chosen = {**inputs, "ds_config": str(ds), "output_dir": str(folder / "out"), "max_steps": 4, "eval_steps": 2}
-    chosen |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
-    chosen |= {"integrity_steps": 1, "sample_prompt": "How many?", "max_new_tokens": 3, "export_format": "both"}
-    chosen |= {
-        "report": True,
-        "report_spectra": 5,
-        "save_strategy": "no",
-        "prompt_template": "none",
-        "export_dtype": "fp32",
-    }
-    results = run_ranks(2, train_here, flags(chosen), str(folder / "cache"))
-    assert [(result["code"], result["error"]) for result in results] == [(0, None)] * 2, results
-    return folder / "out"
-
-
-def test_a_run_leaves_its_report(run):
-    assert all((run / name).stat().st_size > 5000 for name in (*ALL, "report.html"))
-    page = Page((run / "report.html").read_text())
-    for text in ("finished", "4 of 4", "before training", "after step 4", "Export adapter/", "How many?"):
-        assert text in page.text, text
-    extra = read_json(run / "report.json")
-    assert extra["warnings"] == []
-    assert len(extra["spectra"]["weights"]) == 5  # --report_spectra
-    assert all(w["values"][0] > 0 for w in extra["spectra"]["weights"])
-    assert extra["spectra"]["step"] == 4
-
-
-def test_a_run_leaves_its_cards(run):
-    """Beside both exports, with the run's figures, its template (none) and the licence of the base."""
-    from huggingface_hub import ModelCard
-
-    losses = [row["eval_loss"] for row in RunRecord.read(run).evaluations]
-    for name, library in (("model", "transformers"), ("adapter", "peft")):
-        card = ModelCard.load(run / name / "README.md")
-        assert (card.data.library_name, card.data.to_dict()["license"]) == (library, "apache-2.0")
-        assert f"| validation loss after step 4 | {losses[-1]:.4f}" in card.text
-        assert "inputs = tokenizer(instruction" in card.text
-
-
-def test_spectra_of_the_run_are_those_of_what_it_exported(run):
-    """The exact model's W_n − W_0, second-order terms included: what those are is the adapter's measured residual."""
-    from safetensors.torch import load_file
-
-    before = load_file(run.parent / "inputs" / "model" / "model.safetensors")
-    after = load_file(run / "model" / "model.safetensors")
-    worst = read_json(run / "adapter" / "hdpissa_export.json")["residual"]["worst"]
-    for weight in read_json(run / "report.json")["spectra"]["weights"]:
-        change = (after[f"{weight['name']}.weight"] - before[f"{weight['name']}.weight"]).double()
-        dense = torch.linalg.svdvals(change)[: len(weight["values"])]
-        tolerance = (1.1 * worst + 1e-3) * change.norm()
-        assert torch.allclose(torch.tensor(weight["values"], dtype=torch.float64), dense, rtol=0, atol=tolerance.item())
-
-
-def test_the_command_draws_it_again(run, tmp_path, capsys):
-    """From the files alone: the same page and pictures."""
-    copy = tmp_path / "out"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.png", "report.html"))
-    assert command_line.exit_code(report_command.main, ["--output_dir", str(copy)]) == 0
-    assert "report.html" in capsys.readouterr().out
-    assert (copy / "report.html").read_text() == (run / "report.html").read_text()
-    assert all((copy / name).read_bytes() == (run / name).read_bytes() for name in ALL)
+# --- its options ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -408,41 +223,7 @@ def test_what_goes_wrong_is_one_warning(tmp_path, monkeypatch):
 
 def test_a_new_run_clears_the_old_report(tmp_path):
     write_run(tmp_path, steps=3, slices=2)
-    for name in (*ALL, "report.html"):
+    for name in (*PICTURES, "report.html"):
         (tmp_path / name).touch()
     report.clear(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json", "run_state.json"]
-
-
-# --- in a real browser -----------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-BROWSER += [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-]
-BROWSER += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # no network
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
-def test_in_a_browser(run, tmp_path):
-    """From the file system: nothing in the console, and a picture with the page's colours, dark and light."""
-    from PIL import Image
-
-    seen = {}
-    for scheme, more in (("light", []), ("dark", ["--blink-settings=preferredColorScheme=0"])):
-        shot = tmp_path / f"{scheme}.png"
-        command = [CHROMIUM, *BROWSER, *more, f"--user-data-dir={tmp_path / scheme}", f"--screenshot={shot}"]
-        command += ["--window-size=1200,2600", (run / "report.html").as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert "CONSOLE" not in done.stderr, done.stderr
-        assert "load failed" not in done.stderr, done.stderr
-        colours = Image.open(shot).convert("RGB").getcolors(2**24)
-        seen[scheme] = max(colours)[1], {colour for _, colour in colours}
-    assert seen["light"][0] in ((255, 255, 255), (246, 247, 249))
-    assert (0, 114, 178) in seen["light"][1], "the blue of the training curve"
-    assert json.dumps(seen["light"][0]) != json.dumps(seen["dark"][0]), "dark is not light"

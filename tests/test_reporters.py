@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from wandb_file import history, offline_run
+from reporter_runs import silent_server
 
 from hdpissa.engine import reporters
 from hdpissa.engine.reporters import Reporters, WeightsAndBiases, choose_mode, flatten, is_reachable
@@ -144,24 +142,6 @@ def test_the_mode_is_decided_once(wanted, key, answers, mode, words):
     assert words in why
 
 
-@contextlib.contextmanager
-def silent_server(*, answer=b""):
-    """Takes connections; answers nothing, or the same to everybody."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        kept = []
-
-        def serve():
-            with contextlib.suppress(OSError):
-                while True:
-                    kept.append(server.accept()[0])
-                    if answer:
-                        kept[-1].recv(4096)
-                        kept[-1].sendall(answer)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
 def http(status):
     return f"HTTP/1.1 {status} x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
 
@@ -181,13 +161,6 @@ def test_reachability_is_known_soon(monkeypatch):
 # --- the real ones ---------------------------------------------------------------------------------
 
 
-def numbers(row):
-    """What of a row is a figure, under its own names."""
-    parts = [(f"{k}/{i}", x) for k, v in row.items() if isinstance(v, list) for i, x in enumerate(v)]
-    parts += [(k, v) for k, v in row.items() if not isinstance(v, list)]
-    return {k: float(v) for k, v in parts if isinstance(v, int | float) and k != "step"}
-
-
 @pytest.fixture
 def no_account(monkeypatch, tmp_path):
     """As on a machine where nobody has logged in."""
@@ -196,14 +169,6 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_PROJECT", "molehills")
     monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
-
-
-def assert_history(folder, rows):
-    found = history(offline_run(folder))
-    assert [row["train/global_step"] for row in found] == [row["step"] for row in rows]
-    for one, row in zip(found, rows, strict=True):
-        plain = {k.split("/", 1)[1]: v for k, v in one.items() if not isinstance(v, str) and k != "train/global_step"}
-        assert plain == {k.removeprefix("eval_"): v for k, v in numbers(row).items()}
 
 
 @pytest.mark.slow

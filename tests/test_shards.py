@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_runs import Bf16OnlyShard
 
 from hdpissa.engine import delta, shards
 from hdpissa.engine.delta import DeltaRule
@@ -42,20 +43,6 @@ class Storage:
 
     def __call__(self) -> torch.Tensor:
         return self.tensor
-
-
-class RoundedShard:
-    """bf16 and nothing else, what a plain implementation does: the negative control of this file."""
-
-    def __init__(self, compute, exact, device) -> None:
-        self._compute = compute
-        compute().copy_(exact)
-
-    def read(self, start, stop):
-        return self._compute()[start:stop].float()
-
-    def parts(self):
-        return self._compute(), torch.zeros(self._compute().numel(), dtype=torch.int16)
 
 
 def no_bad() -> torch.Tensor:
@@ -183,7 +170,7 @@ def test_small_updates_survive_only_with_the_exact_half():
     # a thousand fp32 subtractions near 1, each off by at most 2⁻²⁴ = 6e-8, all the same way at worst
     assert (split + 1e-3).abs().max() < 6e-5
     start = 1 + 0.1 * values(64)
-    assert torch.equal(drift(RoundedShard), start.to(BF16).float() - start), "not one of a thousand updates landed"
+    assert torch.equal(drift(Bf16OnlyShard), start.to(BF16).float() - start), "not one of a thousand updates landed"
 
 
 # --- DeltaRule.apply ------------------------------------------------------------------------------------------
