@@ -39,9 +39,7 @@ def measure_spectra(args: Any, engine: Any, recorder: Any) -> dict[str, Any] | N
     found = spectra.measure(engine.module, engine.optimizer.store, most=args.report_spectra)
     problem = found.pop("problem")
     if problem:
-        recorder.say(
-            f"warning: spectra of {len(found['weights'])} weights, then {problem}; the run itself is complete"
-        )
+        recorder.say(f"warning: spectra of {len(found['weights'])} weights, then {problem}; the run itself is complete")
         if not found["weights"]:
             return None
     if found["left_out"]:
