@@ -299,6 +299,8 @@ def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from hdpissa.launch.train_checks import explained
+
     several = args.device is None and torch.cuda.device_count() > 1
     place = {"device_map": "auto"} if several else {}
     name = base or folder
@@ -307,9 +309,8 @@ def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
             name, dtype="auto", trust_remote_code=args.trust_remote_code, **place
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {args.model}: {name} cannot be loaded ({' '.join(str(error).split())[:200]})"
-        ) from None
+        said, remedy = explained(name, error, "give a run's folder, a model's, or a hub name")
+        raise ConfigError(f"--model {args.model}: {name} cannot be loaded ({said}); {remedy}") from None
     if base:
         if importlib.util.find_spec("peft") is None:
             raise ConfigError(f"--model {args.model}: an adapter needs peft, which is not installed: pip install peft")

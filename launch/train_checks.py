@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.hub_errors import explain, reason
 from hdpissa.launch import model_checks
 from hdpissa.launch.options_method import section_options
 from hdpissa.launch.train_callbacks import load
@@ -114,8 +115,8 @@ def read_model_config(args: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        remedy = what_instead(error, "give a Hugging Face folder or name")
-        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({reason(error)}); {remedy}") from None
+        said, remedy = explained(name, error, "give a Hugging Face folder or name")
+        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({said}); {remedy}") from None
     model_checks.check_config(name, config)
     return config
 
@@ -127,14 +128,11 @@ def check_model_folder(name: str) -> None:
     model_checks.check_folder(name)
 
 
-def what_instead(error: Exception, otherwise: str) -> str:
-    """The remedy for a configuration that cannot be read."""
-    return "read that code, and give --trust_remote_code" if "trust_remote_code" in str(error) else otherwise
-
-
-def reason(error: Exception) -> str:
-    """The start of an error message, on one line."""
-    return " ".join(str(error).split())[:200].rstrip(".")
+def explained(name: str, error: Exception, otherwise: str) -> tuple[str, str]:
+    """(what is wrong, the remedy) of what cannot be read from a folder, or from the hub."""
+    if "trust_remote_code" in str(error):
+        return reason(error), "read that code, and give --trust_remote_code"
+    return (None if Path(name).exists() else explain(error)) or (reason(error), otherwise)
 
 
 def read_section(args: Any, given: frozenset[str]) -> tuple[dict, Any, list[str]]:
@@ -216,9 +214,9 @@ def read_tokenizer(args: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the tokenizers library raises just that
+        said, remedy = explained(args.model_name_or_path, error, "put the model's tokenizer files beside it")
         raise ConfigError(
-            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({reason(error)}); "
-            f"put the model's tokenizer files beside it"
+            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({said}); {remedy}"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

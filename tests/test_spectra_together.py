@@ -9,6 +9,8 @@ from ranks import run_ranks
 from spectra_runs import spectra_with_faults, spectra_without_a_peer
 from tiny import ds_settings
 
+from hdpissa.engine.run_record import counted
+
 # Where it fails, on which rank, and after how many weights on rank 0.
 FAULTS = {
     "spectra:1:*:RAISE": ("rank 1: RuntimeError: HDPISSA_FAULT at spectra", 0),
@@ -26,7 +28,9 @@ def test_an_error_on_one_rank_is_one_warning_on_all(tmp_path):
     for (words, weights), *told in zip(FAULTS.values(), first, second, strict=False):
         for rank, here in enumerate(told):
             done = weights if rank == 0 else 0
-            assert here["warnings"] == [f"spectra of {done} weights, then {words}; the run itself is complete"]
+            assert here["warnings"] == [
+                f"spectra of {counted(done, 'weight')}, then {words}; the run itself is complete"
+            ]
             assert here["same_place"]
         found = told[0]["found"]
         assert (found and len(found["weights"])) == (weights or None), "what was found before stays"
