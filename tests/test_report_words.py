@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 from report_runs import write_run
 
-from hdpissa.engine import hub_errors, model_card, report, run_pictures
+from hdpissa.engine import data_sources, hub_errors, model_card, report, run_pictures
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.run_record import RunRecord, counted
 from hdpissa.launch import env_report, train_checks
@@ -87,13 +89,11 @@ def test_no_heading_stands_alone():
 # --- the hub ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.environ.get("HF_HUB_OFFLINE") != "1", reason="asks the hub where it may")
 def test_a_name_that_is_nowhere(monkeypatch):
     """The real libraries, which may not ask the hub: a model, and a dataset."""
-    from types import SimpleNamespace
-
-    from hdpissa.engine import data_sources
-
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in (huggingface_hub.constants, datasets.config):  # which have read it when they were imported
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     rule = "it is not in this machine's cache, and the hub was not reached, as HF_HUB_OFFLINE is set"
     remedy = "check name and network, or give a folder"
     with pytest.raises(ConfigError) as error:
