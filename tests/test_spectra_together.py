@@ -23,7 +23,7 @@ FAULTS = {
 def test_an_error_on_one_rank_is_one_warning_on_all(tmp_path):
     """Two ranks, the faults one after another in one process group, which must be in order after each; then none."""
     after = functools.partial(spectra_with_faults, faults_in_turn=[*FAULTS, ""], folder=str(tmp_path))
-    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=after, timeout=60)
+    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=after)
     first, second = (result["after"] for result in results)
     for (words, weights), *told in zip(FAULTS.values(), first, second, strict=False):
         for rank, here in enumerate(told):
@@ -40,5 +40,5 @@ def test_an_error_on_one_rank_is_one_warning_on_all(tmp_path):
 
 
 def test_a_lost_peer_is_still_a_loss():
-    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=spectra_without_a_peer, timeout=60)
+    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=spectra_without_a_peer)
     assert [result["after"] for result in results] == ["loss", ""]
