@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 
 from .errors import ConfigError
+from .hub_errors import explain
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SAVED = ("dataset_dict.json", "state.json")  # one of these is what `save_to_disk` leaves
@@ -97,7 +98,9 @@ def load_rows(
     except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, StopIteration) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where} cannot be read ({_reason(error)}); check its name, split and format") from error
+        known = None if Path(name_or_path).expanduser().exists() else explain(error)
+        said, remedy = known or (_reason(error), "check its name, split and format")
+        raise ConfigError(f"{where} cannot be read ({said}); {remedy}") from error
     if not streaming and len(rows) == 0:
         raise ConfigError(f"{where} has no rows; give one that has some")
     return rows

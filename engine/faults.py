@@ -27,6 +27,7 @@ The points of a run, in order; those with a dot after "step" are beats of `pulse
                                               spoils what the check of `integrity` looks at, just before it looks
     save saved                                around a checkpoint (`disk` and `folders` have points, too)
     export                                    per tensor
+    spectra pairs.prepare                     before the spectra; per weight, before ranks hand each other its pair
     alone.NAME                                rank 0 is about to write NAME: run.json, run_state.json, metrics, samples,
                                               tokenizer, sample_after_training.json, folder
 """

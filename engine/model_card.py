@@ -17,11 +17,12 @@ from typing import Any
 from .base_files import local_folder
 from .prompts import PLACEHOLDER
 from .report import duration, short_name, text
-from .run_record import RunRecord, finite
+from .run_record import RunRecord, counted, finite
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-QUESTION = "Tom has 14 apples and buys 3 bags with 6 apples each. How many apples does he have?"
+# Not a row of the data: a card is made to be published, and data may not be.
+QUESTION = "Write here an instruction of the kind that it was trained on."
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 # What a reader of a card wants to know of a run; the rest is in run.json.
@@ -178,7 +179,7 @@ def content(trained: Trained, report: Mapping[str, Any]) -> dict[str, Any]:
         "base_is_local": hub_name(trained.base) is None,
         "data": ", ".join(short_name(n) for n in str(args.get("dataset_name", "")).split()),
         "r": r,
-        "slices": trained.slices,
+        "slices": counted(trained.slices, "slice"),
         "step_rank": 2 * r * trained.slices if isinstance(r, int) else None,
         "hyper": hyper_parameters(trained, batch),
         "figures": dict(trained.figures),

@@ -22,6 +22,7 @@ from .base_files import BaseFiles
 from .errors import ConfigError
 from .export_report import ExportReport, Residual
 from .factors import FactorStore
+from .faults import fault
 from .pretrained import agreed, names_by_param
 from .residual import Change, FilePairs, Pairs, measure
 from .slicing import ShardRange
@@ -131,29 +132,48 @@ class LivePairs:
         self.stacks = {s.adapted.names[0]: s for s in _stacks(model, store)}
 
     def read(self, adapted: Adapted, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        parts = self.prepare(adapted, begin, end)
+        self.share(adapted, begin, parts)
+        return self.join(adapted, begin, end, parts)
+
+    # --- `read` in three, for who has to agree with the other ranks before each communicates
+
+    def prepare(self, adapted: Adapted, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of all slices that the components are of: the own ones, and room for those of others."""
+        fault("pairs.prepare")
         stack = self.stacks[adapted.names[0]]
         width = adapted.r // stack.plan.slices
+        return [self._part(stack, slice_id, width) for slice_id in range(begin // width, -(-end // width))]
+
+    def share(self, adapted: Adapted, begin: int, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Fills that room; collective."""
+        stack = self.stacks[adapted.names[0]]
+        width = adapted.r // stack.plan.slices
+        if stack.plan.world_size > 1:
+            for slice_id, (A, B) in enumerate(parts, begin // width):
+                dist.broadcast(A, stack.owner(slice_id))
+                dist.broadcast(B, stack.owner(slice_id))
+
+    def join(
+        self, adapted: Adapted, begin: int, end: int, parts: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The pair, of just these components."""
+        width = adapted.r // self.stacks[adapted.names[0]].plan.slices
         As, Bs = [], []
-        for slice_id in range(begin // width, -(-end // width)):
-            here = slice(max(0, begin - slice_id * width), min(width, end - slice_id * width))
-            A, B = self._slice(stack, slice_id, width)
+        for at, (A, B) in zip(range(begin // width * width, end, width), parts, strict=True):
+            here = slice(max(0, begin - at), min(width, end - at))
             As.append(A[here])
             Bs.append(B[:, here])
         return torch.cat(As), torch.cat(Bs, 1)
 
-    def _slice(self, stack: Stack, slice_id: int, width: int) -> tuple[Tensor, Tensor]:
+    def _part(self, stack: Stack, slice_id: int, width: int) -> tuple[Tensor, Tensor]:
         plan, adapted = stack.plan, stack.adapted
-        owner = stack.owner(slice_id)
-        if plan.rank == owner:
+        if plan.rank == stack.owner(slice_id):
             index = slice_id - plan.owned.start
-            A = stack.of_slice(index)
             B = stack.of_rows(0, adapted.rows)[:, index * width : (index + 1) * width].contiguous()
-        else:
-            shapes = (width, adapted.cols), (adapted.rows, width)
-            A, B = (torch.empty(shape, device=self.world.device) for shape in shapes)
-        if plan.world_size > 1:
-            dist.broadcast(A, owner)
-            dist.broadcast(B, owner)
+            return stack.of_slice(index), B
+        shapes = (width, adapted.cols), (adapted.rows, width)
+        A, B = (torch.empty(shape, device=self.world.device) for shape in shapes)
         return A, B
 
 

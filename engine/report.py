@@ -17,10 +17,11 @@ from typing import Any
 from . import pulse
 from .pictures import PALETTE
 from .run_pictures import FILES, pictures
-from .run_record import EXTRA, SAMPLES, RunRecord, finite, number
+from .run_record import EXTRA, SAMPLES, RunRecord, counted, finite, number
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+OF_THE_LAUNCHER = ("local_rank",)  # no choice of anybody's
 WIDE = 8.0  # inches; such a picture gets the whole width of the page
 MOST_TEXT = 20_000  # characters of a prompt or an answer that a page shows
 # On a dark page: the same hues, lighter, so that a line has a contrast of at least 3 to the background.
@@ -116,7 +117,7 @@ def summary(record: RunRecord) -> str:
     section = run.get("ds_config", {}).get("hd_pissa", {}) if isinstance(run.get("ds_config"), dict) else {}
     parts = [short_name(args.get("model_name_or_path")), short_name(args.get("dataset_name"))]
     if "r" in section and "slices" in run:
-        parts.append(f"HD-PiSSA, {run['slices']} slices of rank {section['r']}")
+        parts.append(f"HD-PiSSA, {counted(run['slices'], 'slice')} of rank {section['r']}")
     if "world_size" in run:
         parts.append(f"{run['world_size']} × {run.get('device', '?')}")
     return " · ".join(part for part in parts if part)
@@ -186,7 +187,8 @@ def _samples(record: RunRecord) -> list[dict[str, Any]]:
 
 def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
     """All that run.json and the exports say."""
-    run, args = record.run, record.arguments
+    run = record.run
+    args = {name: value for name, value in record.arguments.items() if name not in OF_THE_LAUNCHER}
     given = {k: v for k, v in args.items() if k not in defaults or v != defaults[k]}
     rest = {k: v for k, v in args.items() if k not in given}
     if given:
@@ -194,7 +196,7 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
     if rest:
         yield Table(f"The other {len(rest)} arguments", _rows(rest), folded=True)
     if isinstance(run.get("rows"), dict):
-        yield Table("Rows of the data", _rows({**run["rows"], "steps per epoch": run.get("steps_per_epoch")}))
+        yield Table("Rows of the data", _rows(_data({**run["rows"], "steps per epoch": run.get("steps_per_epoch")})))
     method: dict[str, Any] = {k: run[k] for k in ("world_size", "slices", "targets", "total_steps") if k in run}
     if method:
         yield Table("Run", _rows({**method, "device": run.get("device")}))
@@ -210,6 +212,17 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Versions", _rows({**run["versions"], "git revision": run.get("git_revision")}))
     if run.get("ds_config"):
         yield Table("DeepSpeed config", [("", json.dumps(run["ds_config"], indent=2))], folded=True)
+
+
+def _data(rows: dict[str, Any]) -> dict[str, Any]:
+    """The counts, and a row of its own for each dataset, in words."""
+    sources = rows.pop("sources", None)
+    for source in sources if isinstance(sources, list) else []:
+        told = dict(source)
+        name = f"{told.pop('use', '')} data {told.pop('name', '')}".strip()
+        words = [str(told.pop("format", "")), *(f"{k.replace('_', ' ')} {text(v)}" for k, v in told.items() if v != 0)]
+        rows[name] = "; ".join(word for word in words if word)
+    return rows
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def legend(figure: Any, axes: Any, columns: int = 4) -> None:
 def _loss(record: RunRecord) -> Picture | None:
     if not finite(record.column("loss")[1]) and not finite(record.column("eval_loss")[1]):
         return None
-    note = "Cross entropy per target token, in nats; the validation loss is over the whole held-out set."
+    note = "Cross entropy per target token, in nats"
+    note += "; the validation loss is over the whole held-out set." if finite(record.column("eval_loss")[1]) else "."
     return Picture("training_loss", "Loss", note, functools.partial(draw_loss, record), (8.5, 3.8))
 
 

@@ -93,7 +93,10 @@ class RunRecord:
         found = [str(text) for text in _list(self.extra.get("warnings"))]
         if skipped := self.skipped():
             last = skipped[-1]
-            found.append(f"{len(skipped)} steps were skipped, the last is {last['step']}: {last.get('refusal', '')}")
+            some = (
+                f"{len(skipped)} steps were skipped, the last is" if len(skipped) > 1 else "one step was skipped, it is"
+            )
+            found.append(f"{some} {last['step']}: {last.get('refusal', '')}")
         for row in self.rows:
             for odd in _list(row.get("outliers")):
                 found.append(f"step {row['step']}: the update of slice {odd} is of quite another size than the others'")
@@ -103,6 +106,11 @@ class RunRecord:
             if report.get("unknown"):
                 found.append(f"{name}/: the residual is unknown: {report['unknown']}")
         return list(dict.fromkeys(found))
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 slice", "2 slices"."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def number(value: Any) -> float:

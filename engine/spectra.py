@@ -12,10 +12,11 @@ out what would not fit into its seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import pulse, zero3
@@ -51,33 +52,77 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
 def measure(model: nn.Module, store: FactorStore, *, most: int, most_seconds: float = MOST_SECONDS) -> dict[str, Any]:
     """Spectra of some weights, for report.json; collective, between two steps. Complete on rank 0 only.
 
+    What fails on one rank alone ends it on all, so that none is left waiting: `problem` then says what it was, and on
+    which rank, alike on all of them. What was found before that stays.
+
     Args:
         most: weights that are looked at.
     """
-    pulse.reach("spectra", slow=True)
     world = World(store.plan.rank, store.plan.world_size, zero3.device())
-    pairs = LivePairs(model, store, world)
     clock = _Clock(most_seconds, FIRST_GUESS.get(world.device.type, ELSEWHERE))
-    found, left_out = [], []
-    for name in choose(list(pairs.stacks), most):
-        adapted = pairs.stacks[name].adapted
-        fits = _has_room(adapted, world.device) and (world.rank > 0 or clock.has_time(_operations(adapted)))
-        if not agreed(fits):
-            left_out.append(name)
-            continue
-        lora_A, lora_B = pairs.read(adapted, 0, adapted.r)
-        if world.rank == 0:
-            try:  # the others are on their way to the next weight
-                with pulse.alone("spectra"):
-                    values = clock.timed(_operations(adapted), singular_values, lora_A, lora_B, adapted.scale)
-            except (RuntimeError, MemoryError):  # no memory, or a device without float64
+    found: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    problem = ""
+    try:
+        pairs = _together(_begin, model, store, world)
+        for name in choose(list(pairs.stacks), most):
+            adapted = pairs.stacks[name].adapted
+            values = _of_one(pairs, adapted, clock)
+            if values is None:
                 left_out.append(name)
-                continue
-            r = adapted.r // (2 * store.plan.slices)
-            rounded = [float(f"{v:.4g}") for v in values.tolist()]
-            what = {"name": name, "rows": adapted.rows, "cols": adapted.cols, "r": r, "slices": store.plan.slices}
-            found.append({**what, "values": rounded})
-    return {"weights": found, "left_out": left_out, "seconds": round(clock.spent, 2)}
+            elif world.rank == 0:
+                r, slices = adapted.r // (2 * store.plan.slices), store.plan.slices
+                what = {"name": name, "rows": adapted.rows, "cols": adapted.cols, "r": r, "slices": slices}
+                found.append({**what, "values": values})
+    except _FailedError as failed:
+        problem = str(failed)
+    return {"weights": found, "left_out": left_out, "seconds": round(clock.spent, 2), "problem": problem}
+
+
+class _FailedError(Exception):
+    """Something failed on one rank or several, and all know it."""
+
+
+def _together(work: Callable[..., Any], *args: Any) -> Any:
+    """What `work` returns, which communicates with nobody; `_FailedError` on all ranks where it fails on one."""
+    result, said = None, ""
+    try:
+        result = work(*args)
+    except Exception as error:
+        said = f"rank {dist.get_rank()}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not agreed(not said):
+        told = [said] * dist.get_world_size()
+        dist.all_gather_object(told, said)
+        raise _FailedError(next(text for text in told if text))
+    return result
+
+
+def _begin(model: nn.Module, store: FactorStore, world: World) -> LivePairs:
+    pulse.reach("spectra", slow=True)
+    return LivePairs(model, store, world)
+
+
+def _of_one(pairs: LivePairs, adapted: Adapted, clock: _Clock) -> list[float] | None:
+    """Singular values of a weight's change, on rank 0; None where there is no time or no room for them; collective."""
+    world = pairs.world
+    fits = _has_room(adapted, world.device) and (world.rank > 0 or clock.has_time(_operations(adapted)))
+    if not agreed(fits):
+        return None
+    parts = _together(pairs.prepare, adapted, 0, adapted.r)
+    pairs.share(adapted, 0, parts)
+
+    def compute() -> list[float] | None:
+        if world.rank:
+            return []
+        try:
+            with pulse.alone("spectra"):
+                pair = pairs.join(adapted, 0, adapted.r, parts)
+                values = clock.timed(_operations(adapted), singular_values, *pair, adapted.scale)
+        except (RuntimeError, MemoryError):  # no memory, or a device without float64
+            return None
+        return [float(f"{v:.4g}") for v in values.tolist()]
+
+    return _together(compute)
 
 
 def _operations(adapted: Adapted) -> float:

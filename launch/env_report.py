@@ -32,6 +32,7 @@ SHOWN = re.compile(
     r"|(SLURM|OMPI_COMM|PMI|TORCH|TORCHELASTIC|NCCL|GLOO|CUDA|HIP|ROCR|DS|DEEPSPEED|TRITON|PYTORCH|OMP|HDPISSA"
     r"|WANDB|TOKENIZERS|TRANSFORMERS)_\w+|HF_(HOME|HUB_OFFLINE|HUB_CACHE|DATASETS_CACHE|DATASETS_OFFLINE|ENDPOINT))"
 )
+NONE = {"variables": "none of those that steer a run is set"}
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
@@ -176,8 +177,11 @@ def text(report: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as lines that an issue can hold."""
     lines = []
     for part, found in report.items():
-        width = max(map(len, found), default=0)
-        lines += [part, *(f"  {name:<{width}}  {value}" for name, value in found.items() if value != ""), ""]
+        shown = {name: value for name, value in found.items() if value != ""}
+        width = max(map(len, shown), default=0)
+        lines += [part, *(f"  {name:<{width}}  {value}" for name, value in shown.items()), ""]
+        if not shown:  # a heading with nothing below looks like something that was cut off
+            lines[-1:] = [f"  {NONE.get(part, 'none')}", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -122,8 +122,23 @@ def _arguments(run: Path) -> dict[str, Any]:
 # --- the command line ------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[str]]:
-    """(arguments, filled up with the run's; the model; options that were set here or there; what is lm-eval's own).
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, beside the arguments.
+
+    Attributes:
+        given: options that the command line or the run has set.
+        sets: for each dataset the options that may have one value for each.
+        more: what is lm-eval's own.
+    """
+
+    given: frozenset[str]
+    sets: list[dict[str, str | None]]
+    more: list[str]
+
+
+def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
+    """(arguments, filled up with the run's; the model; the rest).
 
     Raises:
         ConfigError: what does not fit.
@@ -135,7 +150,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[s
         raise ConfigError("missing --model; see --help")
     found = locate(values["model"])
     inherited = _as_in_the_run(found.run, given)
-    given |= {name for name, value in inherited.items() if value != values[name]}
+    set_there = {name for name, value in inherited.items() if value != values[name]}
     args = EvaluateArguments(**(values | inherited))
     options_data.check_reading(args)
     at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
@@ -145,7 +160,32 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, set[str], list[s
         raise ConfigError(f"-- {more[0]}: what stands after -- is for lm-eval; give --tasks, or leave it out")
     if not args.tasks and not args.dataset_name:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
-    return args, found, given, more
+    sets = [] if args.tasks else options_of_sets(args, given, found.run)
+    return args, found, Request(frozenset(given | set_there), sets, more)
+
+
+def options_of_sets(
+    args: EvaluateArguments, on_command_line: set[str], run: dict[str, Any]
+) -> list[dict[str, str | None]]:
+    """For each dataset its own format, columns and so on: those of the command line, else those of the run.
+
+    As in the run these are, of one of its training sets, that set's; of another, what all its training sets have in
+    common. Of a set that only the command line names the run's columns may be true; its revision, say, cannot.
+    """
+    from hdpissa.engine.data_sources import parse_sources, spread
+    from hdpissa.launch.train_data import PER_SOURCE, common_options, options_of, spread_options
+
+    sources = parse_sources(args.dataset_name) if args.dataset_name else []
+    trained = parse_sources(run["dataset_name"]) if run.get("dataset_name") else []
+    there = spread_options(run, len(trained)) if trained else [dict.fromkeys(PER_SOURCE)]
+    other = common_options(there)
+    if "dataset_name" in on_command_line:
+        other |= {name: None for name in PER_SOURCE if name.startswith("dataset_")}
+    found = [(options_of(s.name, trained, there) or other) | {"dataset_split": args.dataset_split} for s in sources]
+    for name in on_command_line & set(PER_SOURCE):
+        for own, value in zip(found, spread(getattr(args, name), len(found), f"--{name}"), strict=True):
+            own[name] = value
+    return found
 
 
 def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -202,27 +242,32 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
 # --- a dataset -------------------------------------------------------------------------------------
 
 
-def evaluate_dataset(
-    args: EvaluateArguments, given: set[str], folder: str, base: str | None, *, seed: int
-) -> dict[str, Any]:
-    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path.
+def read(args: EvaluateArguments, request: Request, tokenizer: Any, *, seed: int) -> Any:
+    """The rows of the datasets, tokenised, as a run without evaluation rows would read them.
 
     Args:
-        given: options that the command line or the run has set. seed: draws rows, where a share of a set is asked for.
+        seed: draws rows, where a share of a set is asked for.
     """
+    from hdpissa.launch.train_data import read_rows
+
+    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=seed)
+    return read_rows(alone, request.given, tokenizer, request.sets).train
+
+
+def evaluate_dataset(
+    args: EvaluateArguments, request: Request, folder: str, base: str | None, *, seed: int
+) -> dict[str, Any]:
+    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path."""
     import torch
 
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
     from hdpissa.launch.train_checks import read_tokenizer
-    from hdpissa.launch.train_data import read_rows
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
-    # as a run without evaluation rows would read it
-    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=seed)
-    rows = read_rows(alone, frozenset(given), tokenizer).train
+    rows = read(args, request, tokenizer, seed=seed)
     asked = []
     if args.eval_exact_match:
         found = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
@@ -254,6 +299,8 @@ def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from hdpissa.launch.train_checks import explained
+
     several = args.device is None and torch.cuda.device_count() > 1
     place = {"device_map": "auto"} if several else {}
     name = base or folder
@@ -262,9 +309,8 @@ def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
             name, dtype="auto", trust_remote_code=args.trust_remote_code, **place
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {args.model}: {name} cannot be loaded ({' '.join(str(error).split())[:200]})"
-        ) from None
+        said, remedy = explained(name, error, "give a run's folder, a model's, or a hub name")
+        raise ConfigError(f"--model {args.model}: {name} cannot be loaded ({said}); {remedy}") from None
     if base:
         if importlib.util.find_spec("peft") is None:
             raise ConfigError(f"--model {args.model}: an adapter needs peft, which is not installed: pip install peft")
@@ -285,7 +331,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, found, given, more = parse(list(sys.argv[1:] if argv is None else argv))
+    args, found, request = parse(list(sys.argv[1:] if argv is None else argv))
     if args.tasks:
         refuse_without_lm_eval()
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
@@ -296,13 +342,12 @@ def main(argv: list[str] | None = None) -> None:
             folder = f"{scratch}/model"
             print(export(open_checkpoint(str(found.checkpoint)), Path(folder), format="hf"))
         if args.tasks:
-            code = subprocess.run(lm_eval_command(args, folder, found.base, more), check=False).returncode
+            code = subprocess.run(lm_eval_command(args, folder, found.base, request.more), check=False).returncode
             if code:
                 raise SystemExit(code)
         else:
-            figures = evaluate_dataset(
-                args, given, folder, found.base, seed=found.run.get("seed", TrainingOptions.seed)
-            )
+            seed = found.run.get("seed", TrainingOptions.seed)
+            figures = evaluate_dataset(args, request, folder, found.base, seed=seed)
             print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
 
 

@@ -19,7 +19,7 @@ class ReadingOptions:
     )
     dataset_config: str | None = option(None, "configuration of a hub dataset")
     dataset_revision: str | None = option(None, "branch, tag or commit of a hub dataset")
-    dataset_split: str = option("train", "split to train on; slices such as train[:80] work")
+    dataset_split: str = option("train", "split to train on; parts of it, such as train[:80], too")
     dataset_format: str | None = option(
         None, "alpaca, sharegpt, messages, prompt_completion or text; default: what the columns say"
     )

@@ -25,7 +25,9 @@ class MethodOptions:
     lora_alpha: float | None = option(None, "alpha / r scales the change of W (default r, the method itself)")
     slices: str | None = option(None, "slices of each weight: a number, or auto, one per rank (default)")
     target_modules: list[str] | None = option(
-        None, "names or suffixes of Linears to train, or all-linear, or one regular expression (default the seven)"
+        None,
+        "names or suffixes of Linears to train, or all-linear, or one regular expression (default: q_proj "
+        "k_proj v_proj o_proj gate_proj up_proj down_proj)",
     )
     exclude_modules: list[str] | None = option(None, "names or suffixes to leave out, or one regular expression")
     rank_pattern: str | None = option(None, "JSON: name, suffix or regular expression → its own r")

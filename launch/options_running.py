@@ -13,13 +13,16 @@ class RunningOptions:
     """What is run, and when it ends early."""
 
     ds_config: str = option(
-        "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
+        "",
+        "DeepSpeed JSON with the section hd_pissa, or the name of one of ds_configs/: zero3, zero3_one_gpu, …",
+        aliases=["--deepspeed", "--deepspeed_config"],
     )
     model_name_or_path: str = option("", "Hugging Face folder or hub name")
     output_dir: str = option("", "folder for metrics, run state and the trained model")
     ddp_timeout: int = option(1800, "seconds that ranks wait for each other; then the run has lost one, and ends")
     hang_timeout: int | None = option(
-        None, "seconds within which a run that stands still ends and names who hangs; default 600, or --ddp_timeout"
+        None,
+        "seconds within which a run that stands still ends and names who hangs; default 600, or --ddp_timeout if less",
     )
     max_skipped_steps: int = option(10, "skipped steps in a row that end the run (not finite); 0: never")
     integrity_steps: int = option(

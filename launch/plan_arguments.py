@@ -33,14 +33,16 @@ class PlanArguments:
     r: int = option(16, "rank of one slice")
     slices: str = option("auto", "number of slices; auto: one per GPU")
     max_length: int = option(512, "tokens of a row; every row is taken to be full")
-    per_device_train_batch_size: int = option(1, "rows of a micro-batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches of a rank in an optimizer step")
+    per_device_train_batch_size: int = option(1, "rows of a micro-batch of one GPU")
+    gradient_accumulation_steps: int = option(1, "micro-batches of one GPU in an optimizer step")
     gradient_checkpointing: bool = option(False, "recompute activations in backward")
     offload_param: bool = option(False, "keep shards and masters in host memory")
-    master_format: str = option("split", "split (4 bytes per weight in all) or fp32 (6)")
+    master_format: str = option("split", "exact weights: split (4 bytes per weight in all) or fp32 (6)")
     bf16: bool = option(True, "compute in bf16 where the JSON says auto or nothing; else fp32")
     ds_config: str = option(
-        "", "DeepSpeed JSON with the section hd_pissa", aliases=["--deepspeed", "--deepspeed_config"]
+        "",
+        "DeepSpeed JSON with the section hd_pissa, or the name of one of ds_configs/; default: zero3",
+        aliases=["--deepspeed", "--deepspeed_config"],
     )
     trust_remote_code: bool = option(False, "run model code that comes with the config")
     table: bool = option(False, "one line each for 1, 2, 4, … 1024 GPUs")

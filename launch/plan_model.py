@@ -50,7 +50,7 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    from hdpissa.launch.train_checks import reason, what_instead
+    from hdpissa.launch.train_checks import explained
 
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
@@ -60,10 +60,8 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        remedy = what_instead(error, "give a Hugging Face folder, config.json or name")
-        raise ConfigError(
-            f"--model_name_or_path {name}: no usable config.json there ({reason(error)}); {remedy}"
-        ) from None
+        said, remedy = explained(str(path), error, "give a Hugging Face folder, config.json or name")
+        raise ConfigError(f"--model_name_or_path {name}: no usable config.json there ({said}); {remedy}") from None
 
 
 def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool) -> Model:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hdpissa.engine.run_record import counted
 from hdpissa.launch import plan_hardware, plan_memory, plan_step
 from hdpissa.launch.plan_hardware import GIB
 from hdpissa.launch.plan_memory import Memory
@@ -159,7 +160,7 @@ def show(plan: Plan, advice: str | None, console: Console) -> None:
     console.print(
         f"[bold]{facts['family']}[/], {facts['parameters'] / 1e9:.2f} G parameters, {facts['targets']} targets with "
         f"{facts['target_parameters'] / 1e9:.2f} G, on {here['gpus']} × {run.cluster.gpu.name} ({here['nodes']} "
-        f"{'node' if here['nodes'] == 1 else 'nodes'}): r {here['r']}, {here['slices']} slices, micro-batch "
+        f"{'node' if here['nodes'] == 1 else 'nodes'}): r {here['r']}, {counted(here['slices'], 'slice')}, micro-batch "
         f"{here['per_device_train_batch_size']} × {here['max_length']} tokens, accumulation "
         f"{here['gradient_accumulation_steps']}, checkpointing {'on' if here['gradient_checkpointing'] else 'off'}, "
         f"{here['compute_dtype']}"

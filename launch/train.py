@@ -89,7 +89,7 @@ def fit(
             should_save=due,
         )
         # --- log
-        figures = {**report(result), "epoch": round(done / data.steps_per_epoch, 4)}
+        figures = {**report(result), "epoch": round((done - checkpoints.data_offset) / data.steps_per_epoch, 4)}
         figures |= {"skipped_steps": engine.skipped_steps, "peak_memory_bytes": zero3.peak_memory_bytes()}
         row = recorder.step(figures, log=wanted.should_log)
         if wanted.should_log:
@@ -218,11 +218,13 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     recorder.describe(describe_run(args, engine, job))
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)
-    evaluation = Evaluation(args, make_evaluator(args, job), recorder, checkpoints, job.data.steps_per_epoch)
+    data_began = job.data.steps_per_epoch, checkpoints.data_offset
+    evaluation = Evaluation(args, make_evaluator(args, job), recorder, checkpoints, *data_began)
     if start == 0:
         evaluation.before(engine)
     guard = Guard(engine, args)
-    callbacks = Callbacks(job.callbacks, args, job, engine=engine, scheduler=scheduler)
+    told = {"engine": engine, "scheduler": scheduler, "data_offset": checkpoints.data_offset}
+    callbacks = Callbacks(job.callbacks, args, job, **told)
     for name in callbacks.never_called():
         recorder.say(f"warning: {name} is never called: there is no such event here")
     parts = engine, job.data, evaluation, scheduler, recorder, checkpoints, guard, callbacks

@@ -73,9 +73,12 @@ class Callbacks:
     Args:
         callbacks: instances. With none every method is a matter of nanoseconds.
         scheduler, tokenizer: handed to them, as Trainer does; and the engine, as `engine`.
+        data_offset: steps done when the data began; epochs are counted from there.
     """
 
-    def __init__(self, callbacks: Sequence[Any], args: Any, job: Any, *, engine: Any, scheduler: Any) -> None:
+    def __init__(
+        self, callbacks: Sequence[Any], args: Any, job: Any, *, engine: Any, scheduler: Any, data_offset: int = 0
+    ) -> None:
         from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 
         class Flow(DefaultFlowCallback):
@@ -85,17 +88,18 @@ class Callbacks:
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
 
-        self._args, self._engine, self._epoch = args, engine, job.data.steps_per_epoch
+        self._args, self._engine, self._epoch, self._offset = args, engine, job.data.steps_per_epoch, data_offset
         self._handler = CallbackHandler([Flow, *callbacks], engine.module, job.tokenizer, engine.optimizer, scheduler)
         self.any, self.control = bool(callbacks), TrainerControl()
         self.state = TrainerState(
             global_step=engine.global_steps,
+            epoch=(engine.global_steps - data_offset) / self._epoch,
             max_steps=job.total_steps,
             logging_steps=args.logging_steps,
             eval_steps=args.eval_steps,
             save_steps=args.save_steps,
             train_batch_size=args.per_device_train_batch_size,
-            num_train_epochs=-(-job.total_steps // self._epoch),
+            num_train_epochs=-((data_offset - job.total_steps) // self._epoch),
             is_world_process_zero=job.plan.rank == 0,
             is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
         )
@@ -120,7 +124,7 @@ class Callbacks:
 
     def step_begin(self, step: int) -> None:
         """Before the first micro-batch of step `step`, counted from 0."""
-        if step % self._epoch == 0:
+        if (step - self._offset) % self._epoch == 0:
             self._tell("epoch_begin")
         self._tell("step_begin")
 
@@ -130,12 +134,13 @@ class Callbacks:
         Args:
             wanted: should_log, should_evaluate, should_save as the command line has it; callbacks see and change it.
         """
-        self.state.global_step, self.state.epoch = done, done / self._epoch
+        seen = done - self._offset
+        self.state.global_step, self.state.epoch = done, seen / self._epoch
         self.state.num_input_tokens_seen += tokens
         for name, value in wanted.items():
             setattr(self.control, name, value)
         self._tell("step_end")
-        if done % self._epoch == 0:
+        if seen % self._epoch == 0:
             self._tell("epoch_end")
         self._agree()
         return type(self.control)(**{name: getattr(self.control, name) for name in FLAGS})

@@ -203,8 +203,9 @@ class Checkpoints:
     def _scheduled(self, done: int) -> bool:
         if self._args.save_strategy == "no":
             return False
-        every = self._steps_per_epoch if self._args.save_strategy == "epoch" else self._args.save_steps
-        return done % every == 0 or done == self._total
+        if self._args.save_strategy == "epoch":
+            return (done - self.data_offset) % self._steps_per_epoch == 0 or done == self._total
+        return done % self._args.save_steps == 0 or done == self._total
 
     def save(self, engine: Any, done: int) -> None:
         """Saves; a failure is told, and ends the run only with --stop_on_save_error."""

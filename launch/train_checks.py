@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.hub_errors import explain, reason
 from hdpissa.launch import model_checks
 from hdpissa.launch.options_method import section_options
 from hdpissa.launch.train_callbacks import load
@@ -45,8 +46,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     from hdpissa.launch.train_questions import read_questions
     from hdpissa.launch.train_schedule import check_schedule
 
-    if not args.preview:
-        check_output_dir(args)
+    check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
     plan = make_plan(hd, values.gradient_accumulation_steps)
@@ -70,8 +70,17 @@ def check(args: Any, given: frozenset[str]) -> Job:
     return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked, callbacks)
 
 
+def check_files(args: Any, given: frozenset[str]) -> None:
+    """As much of `check` as takes neither torch nor knowing how many processes there are: folders, and the JSON."""
+    check_output_dir(args)
+    check_model_folder(args.model_name_or_path)
+    read_section(args, given)
+
+
 def check_output_dir(args: Any) -> None:
-    """Refuses a folder that holds another run; every rank looks before any rank writes."""
+    """Refuses a folder that holds another run; every rank looks before any rank writes. A preview writes nothing."""
+    if args.preview:
+        return
     folder = Path(args.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -102,36 +111,46 @@ def read_model_config(args: Any) -> Any:
     from transformers import AutoConfig
 
     name = args.model_name_or_path
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
-    model_checks.check_folder(name)
+    check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        remedy = what_instead(error, "give a Hugging Face folder or name")
-        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({reason(error)}); {remedy}") from None
+        said, remedy = explained(name, error, "give a Hugging Face folder or name")
+        raise ConfigError(f"--model_name_or_path {name}: no usable model there ({said}); {remedy}") from None
     model_checks.check_config(name, config)
     return config
 
 
-def what_instead(error: Exception, otherwise: str) -> str:
-    """The remedy for a configuration that cannot be read."""
-    return "read that code, and give --trust_remote_code" if "trust_remote_code" in str(error) else otherwise
+def check_model_folder(name: str) -> None:
+    """Refuses a path that is not there, and a folder that holds an adapter."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
+    model_checks.check_folder(name)
 
 
-def reason(error: Exception) -> str:
-    """The start of an error message, on one line."""
-    return " ".join(str(error).split())[:200].rstrip(".")
+def explained(name: str, error: Exception, otherwise: str) -> tuple[str, str]:
+    """(what is wrong, the remedy) of what cannot be read from a folder, or from the hub."""
+    if "trust_remote_code" in str(error):
+        return reason(error), "read that code, and give --trust_remote_code"
+    return (None if Path(name).exists() else explain(error)) or (reason(error), otherwise)
 
 
-def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
-    """(DeepSpeed config with every "auto" filled, hd_pissa config, the values both sides agree on)."""
-    from hdpissa.engine import ds_config, overrides, zero3
+def read_section(args: Any, given: frozenset[str]) -> tuple[dict, Any, list[str]]:
+    """(DeepSpeed's part of the JSON, ours with what the command line says, values in which the two differ)."""
+    from hdpissa.engine import ds_config, overrides
 
     adam = {name: getattr(args, name) for name in overrides.ADAM if name in given}
     merged, differ = overrides.merge(ds_config.read_ds_config(args.ds_config), section_options(args), adam)
     raw, hd = ds_config.split_section(merged)
     ds_config.check_ds_config(raw)
+    return raw, hd, differ
+
+
+def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tuple[dict, Any, Any]:
+    """(DeepSpeed config with every "auto" filled, hd_pissa config, the values both sides agree on)."""
+    from hdpissa.engine import ds_config, zero3
+
+    raw, hd, differ = read_section(args, given)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     values = ds_config.TrainValues(
         per_device_train_batch_size=args.per_device_train_batch_size,
@@ -195,9 +214,9 @@ def read_tokenizer(args: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the tokenizers library raises just that
+        said, remedy = explained(args.model_name_or_path, error, "put the model's tokenizer files beside it")
         raise ConfigError(
-            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({reason(error)}); "
-            f"put the model's tokenizer files beside it"
+            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({said}); {remedy}"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

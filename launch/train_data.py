@@ -7,7 +7,7 @@ names, columns, formats, templates, lengths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,16 +42,44 @@ class Rows:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_rows(args: Any, given: frozenset[str], tokenizer: Any) -> Rows:
-    """Training and evaluation rows, tokenised. No process group exists yet, so nobody waits in one."""
+def read_rows(
+    args: Any, given: frozenset[str], tokenizer: Any, options: Sequence[dict[str, str | None]] | None = None
+) -> Rows:
+    """Training and evaluation rows, tokenised. No process group exists yet, so nobody waits in one.
+
+    Args:
+        options: for each training set those of PER_SOURCE, where they are not what `args` says.
+    """
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
-    return _Reader(args, given, tokenizer).read()
+    return _Reader(args, given, tokenizer, options).read()
+
+
+def spread_options(values: Mapping[str, Any], count: int) -> list[dict[str, str | None]]:
+    """For each of `count` sets its own values of the options that may have several."""
+    columns = {name: data_sources.spread(values.get(name), count, f"--{name}") for name in PER_SOURCE}
+    return [{name: column[at] for name, column in columns.items()} for at in range(count)]
+
+
+def options_of(
+    name: str, trained: Sequence[Source], options: Sequence[dict[str, str | None]]
+) -> dict[str, str | None] | None:
+    """Those of the training set of that name; None where there is no such set."""
+    names = [source.name for source in trained]
+    return options[names.index(name)] if name in names else None
+
+
+def common_options(options: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
+    """What all training sets have in common; None where they differ."""
+    values = {name: {each[name] for each in options} for name in PER_SOURCE}
+    return {name: next(iter(found)) if len(found) == 1 else None for name, found in values.items()}
 
 
 class _Reader:
     """Reads the sets of a run one after another; what it has found out about them is in `sources`."""
 
-    def __init__(self, args: Any, given: frozenset[str], tokenizer: Any) -> None:
+    def __init__(
+        self, args: Any, given: frozenset[str], tokenizer: Any, options: Sequence[dict[str, str | None]] | None
+    ) -> None:
         self.args, self.tokenizer, self.sources = args, tokenizer, list[dict[str, Any]]()
         self.fields_given = bool({"prompt_field", "response_field"} & given)
         self.template = resolve_template(args.prompt_template)
@@ -59,7 +87,7 @@ class _Reader:
         if args.chat_template is not None:
             tokenizer.chat_template = self.chat_template  # so that the exported one has it, too
         self.train_sources = data_sources.parse_sources(args.dataset_name)
-        self.options = self._spread_options()
+        self.options = spread_options(vars(args), len(self.train_sources)) if options is None else options
         self.first: RowFormat | None = None
 
     def read(self) -> Rows:
@@ -75,20 +103,9 @@ class _Reader:
 
     # --- sets ----------------------------------------------------------------------------------------
 
-    def _spread_options(self) -> list[dict[str, str | None]]:
-        """For each training set its own values of the options that may have several."""
-        count = len(self.train_sources)
-        columns = {name: data_sources.spread(getattr(self.args, name), count, f"--{name}") for name in PER_SOURCE}
-        return [{name: values[at] for name, values in columns.items()} for at in range(count)]
-
     def _eval_options(self, source: Source) -> dict[str, str | None]:
         """Those of the training set of that name; of another set, what all training sets have in common."""
-        names = [train.name for train in self.train_sources]
-        if source.name in names:
-            own = self.options[names.index(source.name)]
-        else:
-            values = {name: {options[name] for options in self.options} for name in PER_SOURCE}
-            own = {name: next(iter(found)) if len(found) == 1 else None for name, found in values.items()}
+        own = options_of(source.name, self.train_sources, self.options) or common_options(self.options)
         return own | {"dataset_split": self.args.eval_split or "train"}
 
     def _train_parts(self) -> Iterator[Any]:

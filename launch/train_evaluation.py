@@ -82,11 +82,20 @@ class Evaluation:
     Args:
         evaluator: does them.
         checkpoints: saves; with --load_best_model_at_end only what it saves can be the best.
+        data_offset: steps done when the data began; epochs are counted from there.
     """
 
-    def __init__(self, args: Any, evaluator: Any, recorder: Any, checkpoints: Any, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        args: Any,
+        evaluator: Any,
+        recorder: Any,
+        checkpoints: Any,
+        steps_per_epoch: int,
+        data_offset: int = 0,
+    ) -> None:
         self._args, self._evaluator, self._recorder, self._checkpoints = args, evaluator, recorder, checkpoints
-        self._strategy, self._steps_per_epoch = strategy(args), steps_per_epoch
+        self._strategy, self._steps_per_epoch, self._offset = strategy(args), steps_per_epoch, data_offset
         self._best, self._tracks = checkpoints.best, needs_best(args)
         self._evaluated = self._best.seen or -1
         self._tell()
@@ -107,9 +116,11 @@ class Evaluation:
 
     def due(self, done: int, total: int) -> bool:
         """Whether to evaluate after `done` optimizer steps."""
-        every = {"steps": self._args.eval_steps, "epoch": self._steps_per_epoch}.get(self._strategy, 0)
-        # the last one is made after training, unless the checkpoint of this step depends on it
-        return (bool(every) and done % every == 0 and done < total) or (self._tracks and done == total)
+        if done == total:  # made after training, unless the checkpoint of this step depends on it
+            return self._tracks
+        if self._strategy == "epoch":
+            return done > self._offset and (done - self._offset) % self._steps_per_epoch == 0
+        return self._strategy == "steps" and bool(self._args.eval_steps) and done % self._args.eval_steps == 0
 
     def evaluate(self, engine: Any, done: int) -> dict[str, Any] | None:
         """Evaluates and decides; returns the row, None where there are no rows to evaluate on."""

@@ -4,8 +4,11 @@
     hdpissa train --nproc_per_node 8 --ds_config zero3 …      is    torchrun --nproc_per_node 8 launch/train.py …
     srun hdpissa train --ds_config zero3 …                    is    srun python launch/train.py …
 
-Nothing of a launcher is imitated: this process is replaced by it. train.py is started by its path, because with
-`-m` the repository's folders would stand on sys.path, where transformers takes `kernels/` for PyPI's package.
+What can be checked in a second is checked first, and the deepspeed launcher is asked to be quiet (unless --log_level
+says otherwise), so that a mistake is told in one line and not among the launcher's own: with `--quiet` it still says
+which command ended with which code. Nothing of a launcher is imitated: this process is replaced by it. train.py is
+started by its path, because with `-m` the repository's folders would stand on sys.path, where transformers takes
+`kernels/` for PyPI's package.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import read_launch
-from hdpissa.launch import train_arguments
+from hdpissa.launch import train_arguments, train_checks
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 # Options with a value, and switches, of each launcher; whatever else they have needs the launcher itself.
@@ -36,6 +39,9 @@ TORCHRUN = (
 )
 # Where one of these is given, it says how many processes there are.
 COUNTS = {"hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "nnodes", "nproc_per_node"}
+
+# Where one of these is given, the run may be on other machines than this one, and so may its files.
+OTHER_HOSTS = {"hostfile", "include", "exclude", "num_nodes", "nnodes", "rdzv_endpoint", "master_addr"}
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -81,6 +87,8 @@ def command(argv: list[str], environment: Mapping[str, str]) -> list[str]:
             raise ConfigError(f"{theirs[0]}: this process has a launcher already ({launch.launcher}); leave it out")
         return [sys.executable, "-u", str(TRAIN), *ours]
     launcher = "torchrun" if names & torchrun else "deepspeed"
+    if launcher == "deepspeed" and not names & {"quiet", "log_level"}:
+        theirs = ["--quiet", *theirs]
     if not names & COUNTS and (count := _reference_processes(ours)):
         theirs = [*theirs, "--nproc_per_node" if launcher == "torchrun" else "--num_accelerators", count]
     return [sys.executable, _script(launcher), *theirs, str(TRAIN), *ours]
@@ -112,7 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     if train_arguments.help_shown(words):
         return 0
     wanted = command(words, os.environ)
-    train_arguments.parse(split(words)[1], launched=False)  # a misspelt option before DeepSpeed is loaded
+    theirs, ours = split(words)
+    args, given = train_arguments.parse(ours, launched=False)  # a misspelt option before DeepSpeed is loaded
+    if not OTHER_HOSTS & set(map(_name, theirs)):
+        train_checks.check_files(args, given)
     print("+", shlex.join(wanted), file=sys.stderr, flush=True)
     sys.stdout.flush()
     return os.execv(wanted[0], wanted)

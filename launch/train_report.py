@@ -33,18 +33,19 @@ def write(args: Any, engine: Any, recorder: Any, *, spectra: bool) -> list[str]:
 
 
 def measure_spectra(args: Any, engine: Any, recorder: Any) -> dict[str, Any] | None:
-    """For report.json; collective. What goes wrong on all ranks alike is a warning; a lost peer is not."""
-    from hdpissa.engine import peers, spectra
+    """For report.json; collective. What goes wrong, be it on one rank alone, is a warning; a lost peer is not."""
+    from hdpissa.engine import spectra
+    from hdpissa.engine.run_record import counted
 
-    try:
-        found = spectra.measure(engine.module, engine.optimizer.store, most=args.report_spectra)
-    except Exception as error:
-        if peers.is_loss(error):
-            raise
-        recorder.say(f"warning: no spectra: {_words(error)}")
-        return None
+    found = spectra.measure(engine.module, engine.optimizer.store, most=args.report_spectra)
+    problem = found.pop("problem")
+    if problem:
+        done = counted(len(found["weights"]), "weight")
+        recorder.say(f"warning: spectra of {done}, then {problem}; the run itself is complete")
+        if not found["weights"]:
+            return None
     if found["left_out"]:
-        recorder.say(f"spectra of {len(found['left_out'])} weights left out to save time or memory")
+        recorder.say(f"spectra of {counted(len(found['left_out']), 'weight')} left out to save time or memory")
     return {"step": engine.global_steps, **found}
 
 

@@ -100,12 +100,41 @@ def test_the_launcher_gets_its_options_and_train_the_rest():
     launcher, rest = tail(train_launcher.command(words, {}))
     assert launcher == "deepspeed"
     place = rest.index(str(train_launcher.TRAIN))
-    assert rest[:place] == ["--num_accelerators", "2", "--master_port=29501", "--no_ssh"]
+    assert rest[:place] == ["--quiet", "--num_accelerators", "2", "--master_port=29501", "--no_ssh"]
     assert rest[place + 1 :] == ["--max_steps", "3", *NEEDED, "--bf16"]
     launcher, rest = tail(train_launcher.command(["--nproc-per-node", "2", *NEEDED, "--standalone"], {}))
     assert launcher == "torchrun"
     assert rest == ["--nproc-per-node", "2", "--standalone", str(train_launcher.TRAIN), *NEEDED]
-    assert tail(train_launcher.command(NEEDED, {})) == ("deepspeed", [str(train_launcher.TRAIN), *NEEDED])
+    assert tail(train_launcher.command(NEEDED, {})) == ("deepspeed", ["--quiet", str(train_launcher.TRAIN), *NEEDED])
+
+
+def test_the_launcher_is_quiet_unless_its_log_is_wanted():
+    for words in (["--log_level", "info"], ["--log_level=debug"], ["--quiet"]):
+        launcher, rest = tail(train_launcher.command([*words, *NEEDED], {}))
+        assert (launcher, rest[: len(words)]) == ("deepspeed", words)
+        assert rest.count("--quiet") == ("--quiet" in words)
+
+
+def test_what_files_say_is_refused_before_a_launcher_starts(capsys, tmp_path, monkeypatch):
+    """One line and nothing else, not even the command; on other machines the files may be others."""
+    monkeypatch.setattr(train_launcher.os, "execv", lambda *words: 0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "bad.json").write_text('{"hd_pissa": {"rank": 4}, "zero_optimization": {"stage": 3}}')
+    (tmp_path / "model").mkdir()
+    for options, said in {
+        ("--output_dir", str(tmp_path / "run")): "holds another run (run.json)",
+        ("--ds_config", str(tmp_path / "bad.json")): "rank",
+        ("--ds_config", str(tmp_path / "none.json")): "none.json",
+        ("--model_name_or_path", str(tmp_path / "none")): "no such folder",
+    }.items():
+        words = ["train", "--num_accelerators", "2", *NEEDED, *options]
+        code, out, err = call(capsys, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert said in err
+        code, _, err = call(capsys, *words, "--hostfile", "hosts")
+        assert (code, err[:2]) == (0, "+ ")
 
 
 def test_the_launchers_are_those_of_this_python():
@@ -125,10 +154,10 @@ def test_inside_a_launcher_it_is_one_of_its_processes():
 def test_the_reference_s_world_size_is_the_number_of_processes():
     """As long as no option of the launcher says it."""
     for given, added in (
-        ([], ["--num_accelerators", "4"]),
-        (["--master_port", "1"], ["--master_port", "1", "--num_accelerators", "4"]),
+        ([], ["--quiet", "--num_accelerators", "4"]),
+        (["--master_port", "1"], ["--quiet", "--master_port", "1", "--num_accelerators", "4"]),
         (["--standalone"], ["--standalone", "--nproc_per_node", "4"]),
-        (["--num_gpus", "2"], ["--num_gpus", "2"]),
+        (["--num_gpus", "2"], ["--quiet", "--num_gpus", "2"]),
     ):
         for words in (["--world_size", "4"], ["--world_size=4"]):
             rest = train_launcher.command([*given, *words, *NEEDED], {})[2:]

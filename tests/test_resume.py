@@ -170,11 +170,36 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(folder, inputs, cache
     assert listing(str(whole)) == before
 
 
+EPOCHS = """
+import json, pathlib
+from transformers import TrainerCallback
+
+class Epochs(TrainerCallback):
+    def tell(self, args, state, what):
+        if state.is_world_process_zero:
+            with pathlib.Path(args.output_dir, "epochs").open("a") as file:
+                file.write(json.dumps([what, state.global_step, state.epoch]) + "\\n")
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.tell(args, state, "begin")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.tell(args, state, "end")
+"""
+
+
 def test_other_data_begin_anew_where_that_is_wanted(inputs, cache, whole, tmp_path):
-    """--ignore_data_skip: step 5 sees the batches of step 1; told, and kept for the rest of the run."""
+    """--ignore_data_skip: step 5 sees the batches of step 1, and begins an epoch; kept for the rest of the run."""
+    (tmp_path / "epochs.py").write_text(EPOCHS)
     changes = {"resume_from_checkpoint": str(whole / "checkpoint-4"), "seed": 7, "ignore_data_skip": True}
+    changes |= {"callbacks": f"{tmp_path}/epochs.py:Epochs"}
     results = run_here(arguments(inputs, tmp_path / "out", save_steps=1, **changes), cache)
     assert [r["code"] for r in results] == [0, 0], results
     manifest = json.loads((tmp_path / "out" / "checkpoint-5" / "checkpoint.json").read_text())
     assert manifest["content"]["client_state"]["data_offset"] == 4
-    assert [row["step"] for row in read_metrics(tmp_path / "out")[0]] == [5, 6]
+    rows = read_metrics(tmp_path / "out")[0]
+    assert [row["step"] for row in rows] == [5, 6]
+    length = read_json(tmp_path / "out" / "run.json")["steps_per_epoch"]
+    assert [row["epoch"] for row in rows] == [round(seen / length, 4) for seen in (1, 2)]
+    told = [json.loads(line) for line in (tmp_path / "out" / "epochs").read_text().splitlines()]
+    assert told == [["begin", 4, 0.0], ["end", 6, 2 / length]]

@@ -3,12 +3,13 @@
 #
 #   launch/recipes/paper_math.sh [more options of hdpissa train]
 #
-# MODEL and OUTPUT name another base and another folder.
+# MODEL and OUTPUT name another base and another folder, GPU the kind that the plan reckons with.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 
-hdpissa plan --model_name_or_path "$MODEL" --gpus 8 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
+hdpissa plan --model_name_or_path "$MODEL" --gpu "${GPU:-H100}" --gpus 8 \
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 8
 exec hdpissa train launch/recipes/paper.yaml --num_accelerators 8 --model_name_or_path "$MODEL" \
     --dataset_name meta-math/MetaMathQA --dataset_split "train[:100000]" \
     --prompt_field query --response_field response \

@@ -1,0 +1,115 @@
+"""launch/evaluate.py of a run whose training data is a mix of sets, each with options of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import pytest
+from launch_runs import flags, make_inputs
+from transformers import AutoTokenizer
+
+from hdpissa.engine.data import IGNORE
+from hdpissa.launch import evaluate, train_arguments
+from hdpissa.launch.train_data import read_rows
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, and sets of the same sentences in other columns."""
+    folder = tmp_path_factory.mktemp("mix")
+    made = make_inputs(folder)
+    rows = [json.loads(line) for line in Path(made["eval_dataset_name"]).read_text().splitlines()][:COUNT]
+    pairs = [(row["instruction"], row["response"]) for row in rows]
+    shapes = {
+        "math": [{"query": q, "answer": a, "text": a} for q, a in pairs],
+        "code": [{"instruction": q, "output": f"{a} {a}", "text": a} for q, a in pairs],
+        "plain": [{"text": a} for _, a in pairs],
+        "test": [{"instruction": q, "response": a} for q, a in pairs[:4]],
+        "more": [{"query": q, "answer": a} for q, a in pairs[:3]],
+    }
+    for name, content in shapes.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {name: str(folder / f"{name}.jsonl") for name in shapes} | {"model": made["model_name_or_path"]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+
+
+MIX = {"prompt_field": "query - -", "response_field": "answer output -", "dataset_format": "- - text", "seed": 7}
+
+
+def trained(files, folder: Path, **options):
+    """(the folder of a run with this data, what the run itself read), as train.py's own command line has it."""
+    sets = f"{files['math']}:4 {files['code']} {files['plain']}:0.5"
+    required = {"ds_config": "zero3", "model_name_or_path": files["model"], "output_dir": str(folder)}
+    args, given = train_arguments.parse(flags(required | {"dataset_name": sets} | MIX | options))
+    (folder / "model").symlink_to(files["model"])
+    (folder / "run.json").write_text(json.dumps({"arguments": asdict(args)}))
+    return read_rows(args, given, AutoTokenizer.from_pretrained(files["model"]))
+
+
+def evaluated(files, folder: Path, *words: str):
+    """The rows that evaluate.py reads for such a run."""
+    args, found, request = evaluate.parse(["--model", str(folder), *words])
+    return evaluate.read(args, request, AutoTokenizer.from_pretrained(files["model"]), seed=found.run["seed"]).dataset
+
+
+def same(found, wanted) -> bool:
+    columns = "input_ids", "labels"
+    return all([list(row) for row in found[c]] == [list(row) for row in wanted[c]] for c in columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"eval_split": "train[:2]"}, 6),  # of each set
+        ({"eval_dataset_name": "math"}, 6),  # which has the columns of the training set of this name
+        ({"eval_dataset_name": "code:2 plain:0.5"}, 5),
+        ({"eval_dataset_name": "test"}, 4),  # what all sets have in common: nothing, so its columns say it
+        ({"eval_dataset_name": "math:1 test"}, 5),
+    ],
+    ids=str,
+)
+def test_the_runs_own_evaluation_rows(files, tmp_path, options, rows):
+    """From run.json alone, the very rows that the run evaluated on."""
+    if "eval_dataset_name" in options:
+        words = [word.partition(":") for word in options["eval_dataset_name"].split()]
+        options = {"eval_dataset_name": " ".join(f"{files[name]}{colon}{n}" for name, colon, n in words)}
+    held_out = trained(files, tmp_path, **options).held_out.dataset
+    assert len(held_out) == rows
+    assert same(evaluated(files, tmp_path), held_out)
+
+
+def test_with_the_arguments_of_the_training_set(files, tmp_path):
+    """What stood on train.py's command line reads the same rows here; of the sets by name the run knows the columns."""
+    train = trained(files, tmp_path).train.dataset
+    sets = f"{files['math']}:4 {files['code']} {files['plain']}:0.5"
+    options = {name: value for name, value in MIX.items() if name != "seed"}
+    assert same(evaluated(files, tmp_path, "--dataset_name", sets, *flags(options)), train)
+    assert same(evaluated(files, tmp_path, "--dataset_name", sets), train)
+
+
+def test_another_set_of_such_a_run(files, tmp_path):
+    """Columns that only one set had are nobody else's, and the command line has the last word."""
+    trained(files, tmp_path)
+    assert len(evaluated(files, tmp_path, "--dataset_name", files["test"])) == 4
+    words = ["--prompt_field", "query -", "--response_field", "answer -"]
+    found = evaluated(files, tmp_path, "--dataset_name", f"{files['more']} {files['test']}", *words)
+    assert len(found) == 7
+    assert same(found.select(range(3)), found.select(range(3, 6))), "the same sentences under other names"
+
+
+def test_it_evaluates(files, tmp_path, capsys):
+    """The command itself, model and all."""
+    held_out = trained(files, tmp_path, eval_split="train[:2]").held_out.dataset
+    evaluate.main(["--model", str(tmp_path), "--device", "cpu"])
+    told = capsys.readouterr().out.split()
+    tokens = sum(label != IGNORE for labels in held_out["labels"] for label in labels[1:])
+    assert float(told[told.index("tokens") + 1]) == tokens
