@@ -19,7 +19,9 @@ def explain(error: BaseException) -> tuple[str, str] | None:
         return "it is only for those who have accepted the conditions on its page", "accept them, then hf auth login"
     if any(isinstance(e, errors.RevisionNotFoundError) for e in found):
         return "the hub has no such revision of it", "check the name of the branch, tag or commit"
-    missing = (errors.RepositoryNotFoundError, errors.HFValidationError)
+    if any(isinstance(e, errors.HFValidationError) for e in found):
+        return "on the hub a name is OWNER/NAME", "give a folder, or such a name"
+    missing = errors.RepositoryNotFoundError
     if any(isinstance(e, missing) or type(e).__name__ == "DatasetNotFoundError" for e in found):
         return "the hub has nothing of this name, or it is private", "check the name, or hf auth login"
     if any(isinstance(e, errors.LocalEntryNotFoundError | ConnectionError) for e in found):

@@ -181,7 +181,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
         attention = f", --attn_implementation {args.attn_implementation}" if args.attn_implementation else ""
         raise ConfigError(
             f"--model_name_or_path {args.model_name_or_path}{attention}: cannot be built ({reason(error)}); "
-            f"give a causal language model, and an attention that it has"
+            f"give a causal language model, and an attention that it has, such as eager or sdpa"
         ) from None
     model_checks.check_causal(args.model_name_or_path, model)
     model_checks.check_weights(args.model_name_or_path)

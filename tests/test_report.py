@@ -89,7 +89,7 @@ def test_what_the_page_tells(drawn):
         "2.9000 → 1.0547",  # validation loss
         "18.17 → 2.87",  # perplexity
         "12 of 12",
-        "1 steps were skipped, the last is 6: rank 1: a loss is not finite",
+        "one step was skipped, it is 6: rank 1: a loss is not finite",
         "checkpoint-2 could not be saved",
         "How many <apples> & pears?",
         "<script>alert(1)</script>",  # as text
