@@ -56,6 +56,10 @@ class Setting:
     zero: dict[str, Any] = field(default_factory=dict)
 
 
+class DivergedError(RuntimeError):
+    """A step cannot be taken, because its numbers are not finite or would leave fp32; the message says which."""
+
+
 class Method(abc.ABC):
     """One process's handle on a method; `build` makes it. All processes call the same in the same order."""
 

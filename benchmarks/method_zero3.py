@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import method_models, plain_engine
-from hdpissa.benchmarks.method_base import DTYPES, Method, Setting
+from hdpissa.benchmarks.method_base import DTYPES, DivergedError, Method, Setting
 from hdpissa.engine import adapt, ds_config, zero3
 from hdpissa.engine.config import DEFAULT_TARGETS
 
@@ -71,7 +71,7 @@ class Slices(Method):
         result = self.engine.step()
         assert result is not None
         if not result.applied:
-            raise RuntimeError(f"hd_pissa: the step was refused: {result.refusal}")
+            raise DivergedError(f"hd_pissa: the step was refused: {result.refusal}")
         self.exchange_bytes = result.bytes_sent
 
     def _groups(self) -> list[dict[str, Any]]:

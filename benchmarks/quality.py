@@ -1,7 +1,7 @@
 """Which method learns a task best? LoRA, PiSSA, HD-PiSSA and full fine-tuning, each at its own best learning rate.
 
     python benchmarks/quality.py [--dataset_name gsm8k.jsonl --prompt_field question --response_field answer]
-        [--steps N | --steps 0 --num_train_epochs 1] [--time_limit MINUTES] [--report]
+        [--preset small|full] [--steps N | --steps 0 --num_train_epochs 1] [--time_limit MINUTES] [--report]
 
 Six arms: LoRA and PiSSA at r and at r·S, HD-PiSSA with S slices of r, full fine-tuning; and the base model, untrained.
 All take the same micro-batches in the same order, 8 of them per step by default, and the same number of steps. Each
@@ -12,34 +12,44 @@ problems are generated greedily by a plain transformers model with the merged we
 Every run is a process (quality_run.py) and leaves a JSON in --output_dir, so an interrupted comparison goes on where it
 was: a run that is there is not repeated, a failed one is tried again. Runs take turns (every arm's usual rate first),
 so what an interruption leaves is balanced. --time_limit stops between two runs; --report only shows what is there.
+Only runs at planned rates and seeds stand in the table, and all arms in one folder have equally many planned rates.
+
+Without a GPU the defaults are twenty fp32 steps on short rows; with one they are an epoch in bf16 (--preset).
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hdpissa.benchmarks import apart, quality_record, quality_report, quality_run, task, timing
-from hdpissa.benchmarks.quality_record import Job, Training
+from hdpissa.benchmarks.quality_record import Job, Plan, Training
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.command_line import option
 
 # Learning rates that are usual for runs of some hundred steps and more: PEFT's LoRA examples and QLoRA (arXiv
 # 2305.14314) 2e-4; PiSSA (2404.02948) and HD-PiSSA (2505.18777) 2e-5, which is usual for full fine-tuning, too.
 USUAL = {"lora": 2e-4, "pissa": 2e-5, "hd_pissa": 2e-5, "full": 2e-5}
+# An epoch of GSM8K (7,473 rows, 1,319 to test with), or of as many generated problems.
+FULL: dict[str, Any] = {"dtype": "bf16", "steps": 0, "num_train_epochs": 1.0, "rate_scale": 1.0, "max_length": 512}
+FULL |= {"micro_batch": 4, "accumulation": 8, "train_rows": 7473, "eval_rows": 256, "eval_batch": 64, "eval_steps": 50}
+FULL |= {"test_rows": 1319, "max_new_tokens": 256}
+PRESETS: dict[str, dict[str, Any]] = {"small": {}, "full": FULL}
 
 
 @dataclass
 class Arguments(Training):
     """Compares what methods learn of a task."""
 
+    preset: str = option("", "defaults: small, twenty steps, or full, an epoch in bf16; full where there is a GPU")
     arms: list[str] = field(default_factory=list, metadata={"help": "some of them; default all six"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "the first one also for the sweep"})
     rate_scale: float = option(10.0, "times the usual learning rates; 1 for long runs, more for a few steps")
@@ -51,7 +61,10 @@ class Arguments(Training):
     name: str = option("quality", "name of the result files")
     folder: str = option(str(timing.RESULTS), "where the results go")
     time_limit: float | None = option(None, "minutes after which no run is started that would not end within them")
-    report: bool = option(False, "only show the runs that are there")
+    report: bool = option(
+        False, "only show the runs that are there, by the rates and seeds that they were planned with"
+    )
+    given: frozenset[str] = field(default=frozenset(), init=False)  # options that stand on the command line
 
 
 @dataclass(frozen=True)
@@ -88,10 +101,18 @@ def make_arms(args: Arguments) -> dict[str, Arm]:
     if own:
         raise ConfigError(f"--rates {next(iter(own))}: there is no such arm; give one of {', '.join(arms)}")
     chosen = {name: arm for name, arm in arms.items() if not args.arms or name in args.arms}
-    sizes = {len(arm.rates) for arm in chosen.values()}
-    if len(sizes) > 1:
-        raise ConfigError(f"--rates: sweeps of {sorted(sizes)} rates; give every arm equally many, to be fair")
+    refuse_unequal({name: arm.rates for name, arm in chosen.items()}, "--rates")
     return chosen
+
+
+def refuse_unequal(sweeps: Mapping[str, Sequence[float]], where: str) -> None:
+    """Who may try more learning rates has the better chance."""
+    least, most = (pick(sweeps, key=lambda arm: len(sweeps[arm]), default="") for pick in (min, max))
+    if sweeps and len(sweeps[least]) < len(sweeps[most]):
+        raise ConfigError(
+            f"{where}: sweeps of {len(sweeps[least])} rates ({least}) and of {len(sweeps[most])} ({most}); give every "
+            f"arm equally many, to be fair"
+        )
 
 
 def _own_rates(text: str) -> tuple[str, tuple[float, ...]]:
@@ -105,6 +126,54 @@ def _own_rates(text: str) -> tuple[str, tuple[float, ...]]:
     return name, found
 
 
+# --- what belongs together --------------------------------------------------------------------------------------------
+
+
+def plan_of(args: Arguments, arms: Mapping[str, Arm]) -> Plan:
+    return Plan({name: arm.rates for name, arm in arms.items()}, tuple(args.seeds))
+
+
+def recorded_plan(args: Arguments, records: Iterable[Mapping[str, Any]]) -> Plan:
+    """What the runs of a folder were planned as: the latest run's word counts, and before it --seeds and --rates."""
+    by_age = sorted(records, key=lambda record: record["run_info"].get("created_at", ""))
+    rates: dict[str, tuple[float, ...]] = {}
+    seeds = tuple(args.seeds)
+    for plan in (record["hdpissa"].get("plan") for record in by_age):
+        if plan:
+            rates |= {arm: tuple(found) for arm, found in plan["rates"].items()}
+            seeds = seeds if "seeds" in args.given else tuple(plan["seeds"])
+    silent: dict[str, set[float]] = {}
+    for own in (record["hdpissa"] for record in by_age):
+        if own["method"] and own["arm"] not in rates and own["seed"] == seeds[0]:
+            silent.setdefault(own["arm"], set()).add(own["lr"])
+    own_rates = dict(_own_rates(text) for text in args.rates)
+    rates |= {arm: tuple(sorted(found)) for arm, found in silent.items()}
+    for given, names in (("--rates", own_rates), ("--arms", args.arms)):
+        for name in names:
+            if name not in rates:
+                raise ConfigError(f"{given} {name}: --output_dir {args.output_dir} has none of it; leave it out")
+    rates = {arm: own_rates.get(arm, found) for arm, found in rates.items() if not args.arms or arm in args.arms}
+    return Plan(rates, seeds, guessed=frozenset(silent) - own_rates.keys())
+
+
+def refuse_mixture(args: Arguments, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError where arms that have runs in the folder were planned with unequal numbers of rates."""
+    there = recorded_plan(replace(args, rates=[], arms=[]), records.values())
+    run = {record["hdpissa"]["arm"] for record in records.values()}
+    known = {arm: rates for arm, rates in there.rates.items() if arm in run and arm not in there.guessed}
+    ours = {arm: rates for arm, rates in plan.rates.items() if arm not in plan.guessed}
+    refuse_unequal(known | ours, f"--rates, and the runs in --output_dir {args.output_dir}")
+
+
+def select(records: Mapping[str, dict], plan: Plan) -> tuple[dict[str, dict], Plan]:
+    """The runs that belong to a plan, and the plan with the numbers of the others."""
+    names, aside = plan.experiments(), dict[str, int]()
+    for name, record in records.items():
+        if name not in names and record["hdpissa"]["arm"] in plan.rates:
+            aside[record["hdpissa"]["arm"]] = aside.get(record["hdpissa"]["arm"], 0) + 1
+    return {name: record for name, record in records.items() if name in names}, replace(plan, set_aside=aside)
+
+
 # --- which run comes next ---------------------------------------------------------------------------------------------
 
 
@@ -114,26 +183,34 @@ def next_job(args: Arguments, arms: Mapping[str, Arm], done: Mapping[str, dict],
 
 
 def plan(args: Arguments, arms: Mapping[str, Arm], done: Mapping[str, dict]) -> Iterator[Job]:
-    """All runs in order: the base; every arm's first rate, its second, …; then the best rates with the other seeds.
+    """All runs in order; see `in_order`."""
+    whole = plan_of(args, arms)
+    for name, rate, seed in in_order(whole, done):
+        yield make_job(args, arms.get(name), rate, seed, whole)
+
+
+def in_order(plan: Plan, done: Mapping[str, dict]) -> Iterator[tuple[str, float, int]]:
+    """(arm, rate, seed): the base; every arm's first rate, its second, …; then the best rates with the other seeds.
 
     An arm's best rate is known once its sweep is done; before that its other seeds do not appear.
     """
-    yield make_job(args, None, 0.0, args.seeds[0])
-    for number in range(len(next(iter(arms.values())).rates)):
-        for arm in arms.values():
-            yield make_job(args, arm, arm.rates[number], args.seeds[0])
-    for seed in args.seeds[1:]:
-        for arm in arms.values():
-            best = best_rate(arm, done, args.seeds[0])
+    yield "base", 0.0, plan.seeds[0]
+    for number in range(max(map(len, plan.rates.values()), default=0)):
+        for arm, rates in plan.rates.items():
+            if number < len(rates):
+                yield arm, rates[number], plan.seeds[0]
+    for seed in plan.seeds[1:]:
+        for arm in plan.rates:
+            best = best_rate(plan, arm, done)
             if best is not None:
-                yield make_job(args, arm, best, seed)
+                yield arm, best, seed
 
 
-def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
+def best_rate(plan: Plan, arm: str, done: Mapping[str, dict]) -> float | None:
     """The rate with the least validation loss of the sweep; None before the sweep is complete, or if all diverged."""
     losses = {}
-    for rate in arm.rates:
-        record = done.get(quality_record.experiment(arm.name, rate, seed))
+    for rate in plan.rates[arm]:
+        record = done.get(quality_record.experiment(arm, rate, plan.seeds[0]))
         if record is None:
             return None
         losses[rate] = quality_report.last(record, "valid loss")
@@ -141,7 +218,18 @@ def best_rate(arm: Arm, done: Mapping[str, dict], seed: int) -> float | None:
     return min(finite, key=lambda rate: finite[rate]) if finite else None
 
 
-def make_job(args: Arguments, arm: Arm | None, rate: float, seed: int) -> Job:
+def missing_of(plan: Plan, done: Mapping[str, dict]) -> list[str]:
+    """Planned runs that are not there. An arm of which every rate diverged has no further ones."""
+    missing = [name for name in (quality_record.experiment(*run) for run in in_order(plan, done)) if name not in done]
+    first = plan.seeds[0]
+    for arm, rates in plan.rates.items():
+        swept = all(quality_record.experiment(arm, rate, first) in done for rate in rates)
+        if not swept and plan.seeds[1:]:
+            missing.append(f"{arm} at its best rate, seeds {list(plan.seeds[1:])}")
+    return missing
+
+
+def make_job(args: Arguments, arm: Arm | None, rate: float, seed: int, whole: Plan) -> Job:
     name = arm.name if arm else "base"
     experiment = quality_record.experiment(name, rate, seed)
     folder, file = Path(args.output_dir), experiment.replace("/", "--")
@@ -157,6 +245,7 @@ def make_job(args: Arguments, arm: Arm | None, rate: float, seed: int) -> Job:
         configuration=configuration(args),
         record=str(folder / f"{file}.json"),
         answers=str(folder / "answers" / f"{file}.jsonl"),
+        plan=whole.as_record(),
     )
 
 
@@ -217,7 +306,7 @@ def sweep(args: Arguments, arms: Mapping[str, Arm], digest: str) -> str:
             return f"stopped after {spent / 60:.1f} minutes; the same command goes on"
         tried.add(job.experiment)
         start = time.monotonic()
-        problem = run_job(job)
+        problem = run_job(job, digest)
         longest = max(longest, time.monotonic() - start)
         done = read_records(args, digest=digest)
         print(f"{job.experiment}: {problem or 'done'} ({time.monotonic() - start:.0f} s)", flush=True)
@@ -225,8 +314,13 @@ def sweep(args: Arguments, arms: Mapping[str, Arm], digest: str) -> str:
     return f"{len(failed)} runs failed; the same command tries them again" if failed else "complete"
 
 
-def run_job(job: Job) -> str:
-    """One run in a process of its own; returns what went wrong, in one line, or nothing."""
+def run_job(job: Job, digest: str) -> str:
+    """One run in a process of its own; returns what went wrong, in one line, or nothing.
+
+    Args:
+        digest: of the task's rows.
+    """
+    started, begin = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     try:
         apart.call(quality_run.run_and_write, job)
         return ""
@@ -235,9 +329,10 @@ def run_job(job: Job) -> str:
         problem = f"{type(error).__name__}: {lines[0]}"
         trace = "".join(traceback.format_exception(error))
     record = {
-        "run_info": {"experiment_name": job.experiment, "error_msg": trace},
+        "run_info": quality_record.run_info(job, started, time.monotonic() - begin, error=trace),
         "train_info": {"status": "failed", "metrics": []},
-        "hdpissa": {"arm": job.arm, "lr": job.lr, "seed": job.seed, "configuration": job.configuration},
+        "meta_info": quality_record.meta_info(digest),
+        "hdpissa": quality_record.identity(job),
     }
     quality_record.write_whole(Path(job.record), json.dumps(record, indent=1) + "\n")
     return f"failed: {problem}"
@@ -260,22 +355,25 @@ def check(args: Arguments) -> None:
 
 
 def main() -> int:
-    args = task.parse(Arguments)
+    args = task.parse(Arguments, presets=PRESETS)
     check(args)
-    arms = make_arms(args)
+    found = read_records(args, any_configuration=args.report)
     if args.report:
-        records, ending = read_records(args, any_configuration=True), "report of what is there"
+        whole, ending = recorded_plan(args, found.values()), "report of what is there"
+        refuse_mixture(args, whole, found)
     else:
+        arms = make_arms(args)
+        whole = plan_of(args, arms)
+        refuse_mixture(args, whole, found)
         work = task.make_task(args, test_rows=args.test_rows, test_dataset_name=args.test_dataset_name)
         work.order(args, slices=args.slices, seed=args.seeds[0])  # refuses too few rows before any run
         ending = sweep(args, arms, work.digest)
-        records = read_records(args)
+        found = read_records(args)
+    records, whole = select(found, whole)
     if not records:
         raise ConfigError(f"--output_dir {args.output_dir} holds no run that ended well; run without --report first")
-    missing = [job.experiment for job in plan(args, arms, records) if job.experiment not in records]
-    incomplete = [arm.name for arm in arms.values() if best_rate(arm, records, args.seeds[0]) is None]
-    missing += [f"{name} at its best rate, seeds {args.seeds[1:]}" for name in incomplete if args.seeds[1:]]
-    quality_report.report(records, args.seeds[0], missing, name=args.name, folder=Path(args.folder))
+    missing = missing_of(whole, records)
+    quality_report.report(records, whole, missing, name=args.name, folder=Path(args.folder))
     print(f"{ending}; {len(records)} runs there, {len(missing)} missing" + "".join(f"\n  {line}" for line in missing))
     return 0
 

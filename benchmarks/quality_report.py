@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.benchmarks import plots, timing
+from hdpissa.benchmarks.quality_record import Plan
 
 IDENTITY = ("arm",)
 FIGURES = {
@@ -22,10 +23,11 @@ FIGURES = {
 }
 COLUMNS = (
     *("arm", "learning rate", "seeds", "valid loss", "± valid", "test loss", "± test", "exact match", "± match"),
-    *("train s", "whole run s", "peak memory GB", "trained numbers", "remark"),
+    *("train s", "whole run s", "peak memory GB", "of building GB", "of training GB", "trained numbers", "remark"),
 )
 SPREADS = {"valid loss": "± valid", "test loss": "± test", "exact match": "± match"}
-SWEEP_COLUMNS = ("arm", "learning rate", "valid loss", "test loss", "exact match", "train s")
+SWEEP_COLUMNS = ("arm", "learning rate", "valid loss", "test loss", "exact match", "train s", "remark")
+PEAKS = {"of building GB": "build", "of training GB": "train"}
 
 
 def last(record: Mapping[str, Any], key: str) -> float:
@@ -53,45 +55,78 @@ def best_of(records: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str
     return sorted((r for r in records if r["hdpissa"]["lr"] == best), key=lambda r: r["hdpissa"]["seed"])
 
 
-def summary(arm: str, records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """An arm's row: means over seeds, sample standard deviations where there are two or more."""
-    runs = best_of(records, seed)
+def finite_of(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that have not diverged."""
+    return [run for run in runs if math.isfinite(last(run, "valid loss"))]
+
+
+def summary(arm: str, records: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
+    """An arm's row: means over the seeds that have not diverged, sample standard deviations where there are two."""
+    runs = finite_of(best_of(records, plan.seeds[0]))
     if not runs:
-        return {"arm": arm, "remark": "no learning rate gave a finite loss"}
+        return {"arm": arm, "remark": "; ".join(["no learning rate gave a finite loss", *gaps(arm, records, plan)])}
     values = {column: [last(run, key) for run in runs] for column, key in FIGURES.items()}
     values["train s"] = [run["train_info"]["train_time"] for run in runs]
     values["whole run s"] = [run["run_info"]["total_time"] for run in runs]
     values["peak memory GB"] = [run["train_info"]["accelerator_memory_max"] / 1e9 for run in runs]
+    for column, phase in PEAKS.items():
+        peaks = [run["hdpissa"].get("memory", {}) for run in runs]
+        values[column] = [(peak[phase] - peak["start"]) / 1e9 for peak in peaks if phase in peak]
+    values = {
+        column: numbers for column, found in values.items() if (numbers := [n for n in found if math.isfinite(n)])
+    }
     rate = runs[0]["hdpissa"]["lr"]
     row: dict[str, Any] = {"arm": arm, "learning rate": rate if rate else "", "seeds": len(runs)}
     row |= {column: statistics.fmean(found) for column, found in values.items()}
-    if len(runs) > 1:
-        row |= {spread: statistics.stdev(values[column]) for column, spread in SPREADS.items()}
+    for column, spread in SPREADS.items():
+        if len(values.get(column, ())) > 1:
+            row[spread] = statistics.stdev(values[column])
     row["trained numbers"] = runs[0]["train_info"]["num_trainable_params"]
-    row["remark"] = remark(records, rate, seed)
+    row["remark"] = remark(arm, records, rate, plan)
     return row | {"samples": values}
 
 
-def remark(records: Sequence[Mapping[str, Any]], best: float, seed: int) -> str:
+def remark(arm: str, records: Sequence[Mapping[str, Any]], best: float, plan: Plan) -> str:
     """Where the best rate is the least or the largest that was tried, a better one may lie beyond it."""
-    tried = sorted({r["hdpissa"]["lr"] for r in records if r["hdpissa"]["seed"] == seed})
     if not best:
         return "untrained"
-    if len(tried) == 1:
-        return "only one learning rate tried"
-    if best in (tried[0], tried[-1]):
-        return f"best of {len(tried)} rates is the {'largest' if best == tried[-1] else 'least'}"
-    return f"best of {len(tried)} rates"
+    tried = sorted({r["hdpissa"]["lr"] for r in records if r["hdpissa"]["seed"] == plan.seeds[0]})
+    words = "only one learning rate tried" if len(tried) == 1 else f"best of {len(tried)} rates"
+    if len(tried) > 1 and best in (tried[0], tried[-1]):
+        words += f" is the {'largest' if best == tried[-1] else 'least'}"
+    runs = best_of(records, plan.seeds[0])
+    diverged = len(runs) - len(finite_of(runs))
+    told = [words, f"{diverged} of {len(runs)} seeds diverged"] if diverged else [words]
+    if len(runs) < len(plan.seeds):
+        told.append(f"incomplete: {len(runs)} of {len(plan.seeds)} seeds")
+    return "; ".join(told + gaps(arm, records, plan))
+
+
+def gaps(arm: str, records: Sequence[Mapping[str, Any]], plan: Plan) -> list[str]:
+    """What the sweep of an arm lacks of its plan, and what there is beside it."""
+    tried = {r["hdpissa"]["lr"] for r in records if r["hdpissa"]["seed"] == plan.seeds[0]}
+    planned = plan.rates.get(arm, ())
+    told = []
+    if planned and len(tried) < len(planned):
+        told.append(f"incomplete: {len(tried)} of {len(planned)} rates")
+    if arm in plan.guessed:
+        told.append("planned rates not recorded: those that are there")
+    if count := plan.set_aside.get(arm, 0):
+        told.append(f"{count} run(s) at other rates or seeds left out")
+    return told
 
 
 def sweep_rows(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> list[dict[str, Any]]:
-    """Every run of the sweeps."""
+    """Every run of the sweeps; one that diverged has no losses but a remark."""
     rows = []
     for arm, runs in records.items():
         for run in sorted(runs, key=lambda r: r["hdpissa"]["lr"]):
             if run["hdpissa"]["seed"] == seed and run["hdpissa"]["lr"]:
                 row = {"arm": arm, "learning rate": run["hdpissa"]["lr"], "train s": run["train_info"]["train_time"]}
-                rows.append(row | {column: last(run, key) for column, key in FIGURES.items()})
+                figures = {column: last(run, key) for column, key in FIGURES.items()}
+                row |= {column: figure for column, figure in figures.items() if math.isfinite(figure)}
+                ended = run["run_info"].get("error_msg") or "diverged"
+                rows.append(row | {"remark": "" if "valid loss" in row else ended})
     return rows
 
 
@@ -100,7 +135,7 @@ def curve(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], li
     points: dict[int, list[float]] = {}
     for run in runs:
         for row in run["train_info"]["metrics"]:
-            if "valid loss" in row and "test accuracy" not in row:
+            if row.get("valid loss") is not None and "test accuracy" not in row:
                 points.setdefault(row["step"], []).append(row["valid loss"])
     steps = sorted(points)
     spread = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in steps]
@@ -120,16 +155,15 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
             if arm == "base":
                 continue
             style = look(runs[0]["hdpissa"], arm, records)
-            if best := best_of(runs, seed):
+            if best := finite_of(best_of(runs, seed)):
                 steps, mean, spread = curve(best)
                 curves.plot(steps, mean, **style)
                 low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
                 curves.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 thin = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 0.7, "alpha": 0.7}
                 curves.plot(*training_curve(best), **thin)
-            tried = [(row["learning rate"], row["valid loss"]) for row in sweep_rows({arm: runs}, seed)]
-            finite = [point for point in tried if math.isfinite(point[1])]
-            if finite:
+            tried = sweep_rows({arm: runs}, seed)
+            if finite := [(row["learning rate"], row["valid loss"]) for row in tried if "valid loss" in row]:
                 sweeps.semilogx(*zip(*finite, strict=True), **style)
         curves.set(xlabel="optimizer step", ylabel="loss (nats / answer token)")
         title = "at each arm's best learning rate: validation (marked; band: ± standard deviation over seeds)"
@@ -167,7 +201,8 @@ def note_of(records: Iterable[Mapping[str, Any]], missing: Sequence[str]) -> str
         f"({how['eval_rows']} rows); loss per answer token and exact match of the test are of {how['test_rows']} other "
         f"rows. ± is the standard deviation over seeds, which vary order and initialisation. Exact match: the number "
         f"after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems its own "
-        f"sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its start."
+        f"sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its "
+        f"start, and of these where the record tells them apart: building the method; training steps, no validation."
     )
     if missing:
         words += f" Incomplete: {len(missing)} run(s) missing, {missing[0]} the first."
@@ -175,12 +210,12 @@ def note_of(records: Iterable[Mapping[str, Any]], missing: Sequence[str]) -> str
 
 
 def report(
-    records: Mapping[str, Mapping[str, Any]], seed: int, missing: Sequence[str], *, name: str, folder: Path
+    records: Mapping[str, Mapping[str, Any]], plan: Plan, missing: Sequence[str], *, name: str, folder: Path
 ) -> list[dict[str, Any]]:
     """Writes <name> and <name>_rates (JSON, Markdown) and <name>.png; returns the rows."""
-    arms = by_arm(records.values())
-    rows = [summary(arm, runs, seed) for arm, runs in arms.items()]
-    some = next(iter(records.values()))["hdpissa"]["configuration"]
+    arms, seed = by_arm(records.values()), plan.seeds[0]
+    rows = [summary(arm, runs, plan) for arm, runs in arms.items()]
+    some = next(iter(records.values()))["hdpissa"]["configuration"] | plan.as_record()
     pictures = []
     if any(arm != "base" for arm in arms):
         draw(arms, seed, folder / f"{name}.png")

@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hdpissa.benchmarks import methods, task, timing
+from hdpissa.benchmarks import methods, task, throughput_worker, timing
+from hdpissa.benchmarks.method_base import DivergedError
 from hdpissa.benchmarks.quality_record import (
     Job,
     Log,
     Training,
+    identity,
     mean,
     meta_info,
     run_info,
@@ -63,20 +64,29 @@ def validate(method: methods.Method, batches: EvalBatches) -> float:
 
 
 def train(method: methods.Method, job: Job, args: Training, work: task.Task, order: task.Order, steps: int) -> Log:
-    """All optimizer steps of a run, with the validation loss before, in between and at the end."""
+    """All optimizer steps of a run, with the validation loss before, in between and at the end.
+
+    A loss that is not finite, or a step that the method refuses, ends it; `Log.diverged` says so.
+    """
     log, start = Log(), time.perf_counter()
     batches = eval_batches(work.held_out, args, work.tokenizer)
     rates = learning_rates(job.lr, steps, args.warmup_ratio)
     spent = tokens = 0.0
     for done in range(steps + 1):
         if done % args.eval_steps == 0 or done == steps:
+            watch(log, "train" if done else "build")
             before = time.perf_counter()
-            row: dict[str, Any] = {"step": done, "valid loss": validate(method, batches)}
+            loss = validate(method, batches)
+            row: dict[str, Any] = {"step": done, "valid loss": loss if math.isfinite(loss) else None}
             row |= {"train loss": mean(log.losses[-args.eval_steps :]), "train samples": done * samples(args)}
             row |= {"train time": spent, "eval time": time.perf_counter() - before}
             row |= {"tokens / sec": tokens / spent if spent else None, "elapsed time": time.perf_counter() - start}
             log.metrics.append(row)
-            print(f"{job.experiment}: step {done}, valid loss {row['valid loss']:.4f}", flush=True)
+            print(f"{job.experiment}: step {done}, valid loss {loss:.4f}", flush=True)
+            watch(log, "validation")
+            if not math.isfinite(loss):
+                log.diverged = f"the validation loss after step {done} is {loss}"
+                return log
             spent = tokens = 0.0
         if done < steps:
             before, losses = time.perf_counter(), []
@@ -85,10 +95,14 @@ def train(method: methods.Method, job: Job, args: Training, work: task.Task, ord
                 tokens += int(batch["attention_mask"].sum())
                 log.tokens += int(batch["attention_mask"].sum())
             log.losses.append(float(torch.stack(losses).mean()))
-            if not math.isfinite(log.losses[-1]):
-                log.diverged = True
+            try:
+                if not math.isfinite(log.losses[-1]):
+                    raise DivergedError(f"the training loss of step {done + 1} is {log.losses[-1]}")
+                method.step(rates[done])
+            except DivergedError as error:
+                watch(log, "train")
+                log.diverged = str(error)
                 return log
-            method.step(rates[done])
             spent += time.perf_counter() - before
             log.train_time += time.perf_counter() - before
             log.memory.append(memory_now())
@@ -106,8 +120,11 @@ def memory_now() -> int:
     return torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def memory_peak() -> int:
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else zero3.peak_memory_bytes()
+def watch(log: Log, phase: str) -> None:
+    """Notes the peak since the last call as that of a phase."""
+    peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else throughput_worker.peak_bytes()
+    log.peaks[phase] = max(log.peaks.get(phase, 0), peak)
+    throughput_worker.restart_peak()
 
 
 # --- testing ----------------------------------------------------------------------------------------------------------
@@ -179,7 +196,7 @@ def test_trained(model: nn.Module, job: Job, args: Training, work: task.Task, lo
     loss = validate(Plain(model), eval_batches(work.held_out, args, work.tokenizer))  # type: ignore[arg-type]
     if job.method:
         refuse_other_model(loss, log.metrics[-1]["valid loss"], args.dtype)
-    return {"valid loss": loss, "train loss": mean(log.losses), **test(model, job, args, work)}
+    return {"valid loss": loss, "train loss": mean(log.losses[-args.eval_steps :]), **test(model, job, args, work)}
 
 
 def refuse_other_model(found: float, expected: float, dtype: str) -> None:
@@ -200,15 +217,15 @@ def run(job: Job) -> dict[str, Any]:
     work = task.make_task(args, test_rows=args.test_rows, test_dataset_name=args.test_dataset_name)
     order = work.order(args, slices=args.slices, seed=job.seed)
     steps = count_steps(args, order) if job.method else 0
+    throughput_worker.restart_peak()
     initial, log = memory_now(), Log()
     weights: dict[str, Tensor] = {}
-    peak, cpu = 0, [time.process_time()]
+    cpu = [time.process_time()]
     if job.method:
         method = methods.build(job.method, setting_of(job, args))
         cpu.append(time.process_time())
         log = train(method, job, args, work, order, steps)
         cpu.append(time.process_time())
-        peak = memory_peak()
         weights = trained_weights(method)
         del method
         gc.collect()
@@ -221,14 +238,17 @@ def run(job: Job) -> dict[str, Any]:
     log.metrics.append(last)
     cpu.append(time.process_time())
     phases = ("start", "build", "train", "test") if job.method else ("start", "test")
+    error = f"diverged: {log.diverged}" if log.diverged else ""
+    itemsize = (torch.float32 if job.method == "hd_pissa" else methods.DTYPES[args.dtype]).itemsize
     return {
-        "run_info": run_info(job, args, started, time.perf_counter() - begin),
-        "train_info": train_info(job, log, model, weights, memory=(initial, peak)),
-        "meta_info": meta_info(work),
+        "run_info": run_info(job, started, time.perf_counter() - begin, steps=steps, error=error),
+        "train_info": train_info(job, log, model, weights, initial=initial, itemsize=itemsize),
+        "meta_info": meta_info(work.digest),
         "hdpissa": {
-            **{name: value for name, value in asdict(job).items() if name not in ("arguments", "record", "answers")},
+            **identity(job),
             "cpu_time": {name: after - before for name, before, after in zip(phases, [0.0, *cpu], cpu, strict=False)},
-            "losses": log.losses,
+            "losses": [loss if math.isfinite(loss) else None for loss in log.losses],
+            "memory": {"start": initial, **log.peaks},
             "rows": {"train": len(work.train.dataset), "truncated": work.train.truncated},
             "revision": timing.environment()["revision"],
             "device": timing.environment()["device"],

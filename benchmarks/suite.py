@@ -52,7 +52,11 @@ STEPS = (
     Step("throughput_tiny_fp32", "throughput.py"),
     Step("plan_counted", "projection.py"),
     Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
-    Step("quality", "quality.py", ("--steps", "2", "--seeds", "0", "--arms", "lora_r16", "hd_pissa_s8_r16")),
+    Step(
+        "quality",
+        "quality.py",
+        ("--preset", "small", "--steps", "2", "--seeds", "0", "--arms", "lora_r16", "hd_pissa_s8_r16"),
+    ),
 )
 
 

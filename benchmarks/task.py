@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import torch
 from torch import Tensor
 
 from hdpissa.engine.batches import SliceBatches
@@ -23,7 +24,7 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
 from hdpissa.engine.slicing import SlicePlan
 from hdpissa.launch import demo_data
-from hdpissa.launch.command_line import make_parser, option, read
+from hdpissa.launch.command_line import make_parser, one_of, option, read
 from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 from hdpissa.launch.train_checks import check_vocabulary, read_model_config, read_tokenizer
 
@@ -47,16 +48,35 @@ class TaskArguments:
     accumulation: int = option(8, "micro-batches of an optimizer step, for every method")
 
 
-def parse(arguments: type, argv: list[str] | None = None) -> Any:
-    """The dataclass filled from a command line, the model's folder in its place; ConfigError for bad input."""
-    values, _ = read(make_parser(arguments), sys.argv[1:] if argv is None else argv)
+def parse(
+    arguments: type, argv: list[str] | None = None, *, presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
+    """The dataclass filled from a command line, the model's folder in its place; ConfigError for bad input.
+
+    Args:
+        presets: name → defaults in place of the dataclass's. "full" is taken where there is a GPU, "small" where there
+            is none, and another by the dataclass's option `preset`.
+
+    Returns:
+        The dataclass; its attribute `given` has the names of what stands on the command line.
+    """
+    parser, words = make_parser(arguments), sys.argv[1:] if argv is None else argv
+    if presets:
+        parser.set_defaults(**presets["full" if torch.cuda.is_available() else "small"])
+    values, given = read(parser, words)
+    if presets and values["preset"]:
+        one_of(SimpleNamespace(**values), "preset", presets)
+        parser = make_parser(arguments)
+        parser.set_defaults(**presets[values["preset"]])
+        values, given = read(parser, words)
     args = arguments(**values)
+    args.given = frozenset(given)
     for name in ("max_length", "eval_rows", "micro_batch", "accumulation"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1; raise it")
     if args.train_rows < 0 or (args.train_rows == 0 and args.dataset_name is None):
         raise ConfigError(f"--train_rows is {args.train_rows}: must be at least 1, or 0 for all of a file; raise it")
-    if not args.model_name_or_path:
+    if not args.model_name_or_path and not getattr(args, "report", False):  # which reads no model
         try:
             args.model_name_or_path = ensure_demo_model()
         except DemoModelError as error:

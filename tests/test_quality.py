@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -13,8 +16,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from hdpissa.benchmarks import apart, quality, quality_record, quality_report, quality_run, task
+from hdpissa.benchmarks import apart, quality, quality_record, quality_report, quality_run, suite, task
 from hdpissa.benchmarks.quality import Arguments, make_arms
+from hdpissa.benchmarks.quality_record import Plan
 from hdpissa.engine import answers
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.generation import generate
@@ -87,9 +91,15 @@ def arguments(**more) -> Arguments:
 
 def record(arm: str, lr: float, seed: int, loss: float | None, **more) -> dict:
     method = arm.split("_r")[0] if arm != "base" else None
-    last = {"step": 2, "valid loss": loss, "test loss": loss, "test accuracy": more.get("accuracy", 0.5)}
+    last = {"step": 2, "valid loss": loss}
+    if loss is not None:
+        last |= {"test loss": loss, "test accuracy": more.get("accuracy", 0.5)}
+    own = {"arm": arm, "method": method, "r": 16, "slices": 0, "lr": lr, "seed": seed, "losses": [3.0, loss]}
+    if "plan" in more:
+        own |= {"plan": more["plan"].as_record(), "memory": {"start": 1e9, "build": 4e9, "train": 2.5e9}}
     return {
-        "run_info": {"experiment_name": quality_record.experiment(arm, lr, seed), "total_time": 9.0},
+        "run_info": {"experiment_name": quality_record.experiment(arm, lr, seed), "total_time": 9.0}
+        | {"created_at": f"2025-01-01T00:00:{more.get('second', 0):02}+00:00"},
         "train_info": {
             "train_time": 5.0 + seed,
             "accelerator_memory_max": 2e9,
@@ -98,8 +108,7 @@ def record(arm: str, lr: float, seed: int, loss: float | None, **more) -> dict:
             "metrics": [{"step": 0, "valid loss": 9.0}, {"step": 2, "valid loss": loss}, last],
         },
         "meta_info": {"dataset_info": {"task": {"sha": more.get("rows", "1234")}}},
-        "hdpissa": {"arm": arm, "method": method, "r": 16, "slices": 0, "lr": lr, "seed": seed}
-        | {"configuration": quality.configuration(arguments()), "rows": {"train": 3, "truncated": 0}},
+        "hdpissa": own | {"configuration": quality.configuration(arguments()), "rows": {"train": 3, "truncated": 0}},
     }
 
 
@@ -170,70 +179,306 @@ def test_runs_of_another_configuration_are_refused(tmp_path):
         quality.read_records(args)
 
 
+# --- a folder that holds more than one comparison ---------------------------------------------------------------------
+
+RATES = {"lora_r16": (1e-4, 1e-3), "full": (1e-5, 1e-4)}
+
+
+def start(monkeypatch, *command: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, command)])
+    return task.run(quality.main)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two arms with their sweeps and two seeds, then a later run of one of them at other rates."""
+
+    def fill(*, known=True, later: tuple[float, ...] = (1e-6, 1e-7)) -> Path:
+        first, second = Plan(RATES, (0, 1)), Plan({"full": later}, (0, 1))
+        runs = [("base", 0.0, 0, 9.0, first)]
+        runs += [(arm, rate, 0, 2.0 + rate, first) for arm, rates in RATES.items() for rate in rates]
+        runs += [("lora_r16", 1e-4, 1, 2.5, first), ("full", 1e-5, 1, 2.5, first)]
+        runs += [("full", rate, 0, 1.0 + rate, second) for rate in later]
+        for number, (*run, plan) in enumerate(runs):
+            content = record(*run, second=number, **({"plan": plan} if known else {}))
+            (tmp_path / f"{number}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return fill
+
+
+def table(folder: Path) -> dict[str, dict]:
+    return {row["arm"]: row for row in json.loads((folder / "out" / "quality.json").read_text())["rows"]}
+
+
+def test_only_planned_rates_stand_in_the_table(folder, monkeypatch):
+    """The later plan's; runs at other rates are counted in the remark, and --rates asks for the earlier ones."""
+    path = folder()
+    command = ["--report", "--output_dir", path, "--folder", path / "out"]
+    assert start(monkeypatch, *command) == 0
+    row = table(path)["full"]
+    assert row["valid loss"] == 1.0 + 1e-7
+    assert "incomplete: 1 of 2 seeds" in row["remark"]
+    assert "3 run(s) at other rates" in row["remark"]
+    assert start(monkeypatch, *command, "--rates", "full=1e-5,1e-4") == 0
+    row = table(path)["full"]
+    assert row["valid loss"] == pytest.approx(2.25, abs=1e-4)
+    assert "incomplete" not in row["remark"]
+    assert start(monkeypatch, *command, "--arms", "lora_r16") == 0
+    assert list(table(path)) == ["base", "lora_r16"]
+    assert start(monkeypatch, *command, "--seeds", 0) == 0
+    assert table(path)["lora_r16"]["seeds"] == 1
+
+
+def test_unequal_sweeps_in_one_folder_are_refused(folder, monkeypatch, capsys):
+    """By the report, and by a run before it starts."""
+    path = folder(later=(1e-6, 1e-7, 1e-8))
+    assert start(monkeypatch, "--report", "--output_dir", path, "--folder", path / "out") == 2
+    assert "sweeps of 2 rates (lora_r16) and of 3 (full)" in capsys.readouterr().err
+    command = ["--model", "m", "--output_dir", path, "--folder", path / "out", "--arms", "pissa_r16"]
+    assert start(monkeypatch, *command, "--rates", "pissa_r16=1e-3") == 2
+    assert "give every arm equally many" in capsys.readouterr().err
+    assert start(monkeypatch, "--report", "--output_dir", path, "--rates", "dora=1") == 2
+    assert "--rates dora" in capsys.readouterr().err
+
+
+def test_records_that_do_not_say_what_was_planned_are_reported_with_a_remark(folder, monkeypatch):
+    path = folder(known=False)
+    assert start(monkeypatch, "--report", "--output_dir", path, "--folder", path / "out", "--seeds", 0, 1) == 0
+    assert "best of 4 rates is the least; incomplete: 1 of 2 seeds" in table(path)["full"]["remark"]
+    assert all("planned rates not recorded" in table(path)[arm]["remark"] for arm in RATES)
+
+
+def test_presets(monkeypatch):
+    """The full one where there is a GPU, or by name; the command line before both."""
+    assert task.parse(Arguments, ["--model", "m"], presets=quality.PRESETS).steps == 20
+    full = task.parse(Arguments, ["--model", "m", "--preset", "full", "--r", "4"], presets=quality.PRESETS)
+    assert (full.steps, full.dtype, full.test_rows, full.r) == (0, "bf16", 1319, 4)
+    assert {"preset", "r"} <= full.given
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    here = task.parse(Arguments, ["--model", "m", "--dtype", "fp32"], presets=quality.PRESETS)
+    assert (here.steps, here.dtype) == (0, "fp32")
+    assert task.parse(Arguments, ["--model", "m", "--preset", "small"], presets=quality.PRESETS).steps == 20
+    with pytest.raises(ConfigError, match="--preset is large: must be one of small, full"):
+        task.parse(Arguments, ["--model", "m", "--preset", "large"], presets=quality.PRESETS)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
 def test_mean_and_spread_are_over_the_seeds_of_the_best_rate():
     runs = [record("full", 1e-5, seed, loss) for seed, loss in ((0, 2.0), (1, 2.3), (2, 2.9))]
     runs += [record("full", 1e-4, 0, 2.4), record("full", 1e-6, 0, 2.2)]
-    row = quality_report.summary("full", runs, 0)
+    row = quality_report.summary("full", runs, Plan({"full": (1e-5, 1e-4, 1e-6)}, (0, 1, 2)))
     assert row["learning rate"] == 1e-5
     assert row["valid loss"] == pytest.approx(2.4)
     assert row["± valid"] == pytest.approx(statistics.stdev([2.0, 2.3, 2.9]))
     assert row["samples"]["train s"] == [5.0, 6.0, 7.0]
     assert row["remark"] == "best of 3 rates"
-    assert quality_report.summary("full", runs[:4], 0)["remark"] == "best of 2 rates is the least"
+    row = quality_report.summary("full", runs[:4], Plan({"full": (1e-5, 1e-4)}, (0, 1, 2)))
+    assert row["remark"] == "best of 2 rates is the least"
+
+
+def test_a_row_with_fewer_rates_or_seeds_than_planned_says_so():
+    runs = [record("full", 1e-5, 0, 2.0), record("full", 1e-5, 1, 2.0)]
+    row = quality_report.summary("full", runs, Plan({"full": (1e-5, 1e-4)}, (0, 1, 2), set_aside={"full": 4}))
+    assert "incomplete: 2 of 3 seeds" in row["remark"]
+    assert "incomplete: 1 of 2 rates" in row["remark"]
+    assert "4 run(s) at other rates" in row["remark"]
+    diverged = [record("full", 1e-5, 0, None)]
+    assert "1 of 2 rates" in quality_report.summary("full", diverged, Plan({"full": (1e-5, 1e-4)}, (0,)))["remark"]
+
+
+def test_peaks_of_building_and_training_stand_apart():
+    plan = Plan({"full": (1e-5,)}, (0,))
+    row = quality_report.summary("full", [record("full", 1e-5, 0, 2.0, plan=plan)], plan)
+    assert (row["peak memory GB"], row["of building GB"], row["of training GB"]) == (2.0, 3.0, 1.5)
+    assert "of building GB" not in quality_report.summary("full", [record("full", 1e-5, 0, 2.0)], plan)
 
 
 def test_a_run_that_diverged_is_never_the_best():
     runs = [record("full", 1e-5, 0, None), record("full", 1e-6, 0, 3.0)]
-    assert quality_report.summary("full", runs, 0)["valid loss"] == 3.0
-    assert "finite" in quality_report.summary("full", runs[:1], 0)["remark"]
+    plan = Plan({"full": (1e-5, 1e-6)}, (0,))
+    assert quality_report.summary("full", runs, plan)["valid loss"] == 3.0
+    assert "finite" in quality_report.summary("full", runs[:1], plan)["remark"]
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_seed_that_diverged_at_the_best_rate_is_told_and_left_out(left, tmp_path):
+    """The whole report, with as many finite seeds: means over these, and JSON without NaN."""
+    plan = Plan({"full": (1e-5, 1e-4)}, (0, 1, 2))
+    losses = [2.0, None, 3.0 if left == 2 else None]
+    runs = [record("full", 1e-5, seed, loss, plan=plan) for seed, loss in enumerate(losses)]
+    runs += [record("full", 1e-4, 0, None, plan=plan), record("base", 0.0, 0, 9.0, plan=plan)]
+    rows = {row["arm"]: row for row in quality_report.report(done(*runs), plan, [], name="q", folder=tmp_path)}
+    assert rows["full"]["seeds"] == left
+    assert rows["full"]["valid loss"] == (2.5 if left == 2 else 2.0)
+    assert rows["full"].get("± valid") == (pytest.approx(math.sqrt(0.5)) if left == 2 else None)
+    assert f"{3 - left} of 3 seeds diverged" in rows["full"]["remark"]
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = [json.loads((tmp_path / f"{n}.json").read_text(), parse_constant=refuse) for n in ("q", "q_rates")]
+    assert written[0]["configuration"]["rates"] == {"full": [1e-5, 1e-4]}
+    [finite, diverged] = written[1]["rows"]
+    assert finite["valid loss"] == 2.0
+    assert "valid loss" not in diverged
+    assert diverged["remark"] == "diverged"
 
 
 def test_curve_is_the_mean_over_runs():
     steps, mean, spread = quality_report.curve([record("full", 1e-5, 0, 2.0), record("full", 1e-5, 1, 4.0)])
     assert (steps, mean) == ([0, 2], [9.0, 3.0])
     assert spread == pytest.approx([0.0, math.sqrt(2)])
+    assert quality_report.curve([record("full", 1e-5, 0, None), record("full", 1e-5, 1, 4.0)])[1] == [9.0, 4.0]
 
 
 # --- for real ---------------------------------------------------------------------------------------------------------
 
+REAL = ("lora_r2", "pissa_r2", "hd_pissa_s2_r2", "full")
 
-def shown(folder: Path) -> list[str]:
-    """The table without its last line, which names the process that wrote it."""
-    return (folder / "quality.md").read_text().splitlines()[:-1]
+# What PEFT's comparison (method_comparison/processing.py) takes from a record, and the type it gives a column.
+PEFT_COLUMNS = {
+    ("run_info", "experiment_name"): "string",
+    ("run_info", "train_config", "model_id"): "string",
+    ("run_info", "total_time"): float,
+    ("run_info", "peft_branch"): "string",
+    ("run_info", "created_at"): "string",
+    ("train_info", "accelerator_memory_reserved_avg"): int,
+    ("train_info", "accelerator_memory_max"): int,
+    ("train_info", "accelerator_memory_reserved_99th"): int,
+    ("train_info", "train_time"): float,
+    ("train_info", "file_size"): int,
+    ("train_info", "metrics", -1, "test accuracy"): float,
+    ("train_info", "metrics", -1, "train loss"): float,
+    ("train_info", "metrics", -1, "train samples"): int,
+    ("train_info", "metrics", -1, "train total tokens"): int,
+    ("meta_info", "package_info"): "string",
+    ("meta_info", "package_info", "peft-version"): "string",
+    ("meta_info", "package_info", "transformers-version"): "string",
+    ("meta_info", "package_info", "datasets-version"): "string",
+    ("meta_info", "package_info", "torch-version"): "string",
+    ("meta_info", "package_info", "bitsandbytes-version"): "string",
+    ("meta_info", "system_info"): "string",
+}
 
 
-def test_stops_goes_on_and_reports(inputs, tmp_path, monkeypatch, capsys):
-    """A comparison with the base: stopped after its first run, gone on with to the end, shown again."""
+def peft_frame(folder: Path):
+    """The records of a folder as PEFT's comparison loads them: the successful ones, but it looks into all."""
+    import pandas
+
+    rows = []
+    for content in (json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))):
+        kind = content["run_info"]["peft_config"]
+        row = {("peft_type",): kind["peft_type"] if kind else "full-finetuning"}
+        assert content["meta_info"]
+        if content["train_info"]["status"] == "success":
+            for path in PEFT_COLUMNS:
+                row[path] = functools.reduce(operator.getitem, path, content)
+            rows.append(row)
+    frame = pandas.DataFrame([{"/".join(map(str, path)): value for path, value in row.items()} for row in rows])
+    return frame.astype({"/".join(map(str, path)): kind for path, kind in PEFT_COLUMNS.items()})
+
+
+@pytest.fixture(scope="module")
+def compared(inputs, tmp_path_factory):
+    """Two steps of four methods with two seeds and the base, every run in a process of its own."""
+    folder = tmp_path_factory.mktemp("quality")
     command = ["--model", inputs["model_name_or_path"], "--dataset_name", inputs["dataset_name"], "--r", "2"]
-    command += ["--slices", "2", "--accumulation", "4", "--steps", "4", "--eval_steps", "2", "--seeds", "0"]
-    command += ["--arms", "hd_pissa_s2_r2", "--rates", "hd_pissa_s2_r2=1e-2", "--eval_rows", "6"]
-    command += ["--test_rows", "5", "--max_new_tokens", "8", "--folder", str(tmp_path), "--output_dir", f"{tmp_path}/o"]
+    command += ["--slices", "2", "--accumulation", "2", "--steps", "2", "--eval_steps", "1", "--seeds", "0", "1"]
+    command += ["--eval_rows", "6", "--test_rows", "5", "--max_new_tokens", "4", "--warmup_ratio", "0"]
+    command += ["--folder", folder / "out", "--output_dir", folder]
+    rates = ["--rates", *(f"{arm}={'1e-2' if 'lora' in arm else '3e-3'}" for arm in REAL)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apart, "call", lambda function, *args: run_ranks(1, function, *args)[0])  # a fork that is there
+        assert start(patch, *command, "--arms", *REAL, *rates, "--time_limit", "0.001") == 0
+        assert len(list(folder.glob("*.json"))) == 1
+        assert start(patch, *command, "--arms", *REAL, *rates) == 0
+    return folder, command
 
-    monkeypatch.setattr(apart, "call", lambda function, *args: run_ranks(1, function, *args)[0])  # a fork that is there
 
-    def start(*more: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["quality.py", *command, *more])
-        assert task.run(quality.main) == 0
-        return capsys.readouterr().out
+def stored(folder: Path, experiment: str) -> dict:
+    return json.loads((folder / f"{experiment.replace('/', '--')}.json").read_text())
 
-    assert "stopped after" in start("--time_limit", "0.001")
-    assert "complete; 2 runs there, 0 missing" in (told := start())
-    assert "base/lr_0-seed_0: done" not in told
-    rows = {row["arm"]: row for row in json.loads((tmp_path / "quality.json").read_text())["rows"]}
-    assert rows["hd_pissa_s2_r2"]["valid loss"] < rows["base"]["valid loss"]
-    kept = (tmp_path / "o" / "answers" / "hd_pissa_s2_r2--lr_0.01-seed_0.jsonl").read_text().splitlines()
-    assert len(kept) == 5
-    assert {"run_info", "train_info", "meta_info"} < json.loads(
-        (tmp_path / "o" / "hd_pissa_s2_r2--lr_0.01-seed_0.json").read_text()
-    ).keys()
-    before = shown(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["quality.py", *command, "--report"])
-    assert task.run(quality.main) == 0
-    assert shown(tmp_path) == before
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["quality.py", *command, "--steps", "5"])
-    assert task.run(quality.main) == 2
+
+def test_a_comparison_of_four_methods_with_two_seeds(compared):
+    """Went on after its first run to the end. All start at the base's loss, learn something else with another seed,
+    and the plain model with the merged weights has the loss that training ended at."""
+    folder, _ = compared
+    rows = table(folder)
+    assert list(rows) == ["base", *REAL]
+    for arm in REAL:
+        assert rows[arm]["seeds"] == len(rows[arm]["samples"]["valid loss"]) == 2
+        assert "incomplete" not in rows[arm]["remark"]
+        assert rows[arm]["± valid"] > 0
+        assert rows[arm]["valid loss"] < rows["base"]["valid loss"]
+        own = stored(folder, quality_record.experiment(arm, rows[arm]["learning rate"], 1))
+        first, _, trained, last = own["train_info"]["metrics"]
+        assert first["valid loss"] == pytest.approx(rows["base"]["valid loss"], rel=1e-4)
+        assert last["valid loss"] == pytest.approx(trained["valid loss"], rel=1e-3)
+        assert last["train loss"] == own["hdpissa"]["losses"][-1]  # of the last --eval_steps, as in PEFT's
+        memory = own["hdpissa"]["memory"]
+        assert 0 < memory["start"] < min(memory["build"], memory["train"], memory["validation"])
+        answers = folder / "answers" / f"{arm}--lr_{rows[arm]['learning rate']:g}-seed_1.jsonl"
+        assert len(answers.read_text().splitlines()) == 5
+    assert (folder / "out" / "quality.png").stat().st_size > 10_000
+
+
+def test_records_load_as_those_of_peft(compared, monkeypatch):
+    """With the run that was killed beside them: file sizes are those of the trained numbers in fp32."""
+    folder, _ = compared
+    args = Arguments(model_name_or_path="m", output_dir=str(folder))
+
+    def killed(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(apart, "call", killed)
+    arms = make_arms(args)
+    job = quality.make_job(args, arms["lora_r128"], 1.0, 0, quality.plan_of(args, arms))
+    try:
+        assert quality.run_job(job, "1234") == "failed: RuntimeError: out of memory"
+        frame = peft_frame(folder)
+    finally:
+        Path(job.record).unlink()
+    assert len(frame) == 1 + 2 * len(REAL)
+    sizes = dict(zip(frame["run_info/experiment_name"], frame["train_info/file_size"], strict=True))
+    for name, size in sizes.items():
+        assert size == 4 * stored(folder, name)["train_info"]["num_trainable_params"]
+        assert size > 0 or name.startswith("base")
+    assert (frame["train_info/accelerator_memory_reserved_avg"] < frame["train_info/accelerator_memory_max"] + 1).all()
+
+
+def test_reports_what_is_there(compared, monkeypatch, capsys):
+    """The same table, without any option of the runs; runs of other settings do not go into the folder."""
+    folder, command = compared
+    before = (folder / "out" / "quality.md").read_text().splitlines()[:-1]  # the last line names the process
+    assert start(monkeypatch, "--report", "--output_dir", folder, "--folder", folder / "out") == 0
+    assert "9 runs there, 0 missing" in capsys.readouterr().out
+    assert (folder / "out" / "quality.md").read_text().splitlines()[:-1] == before
+    assert start(monkeypatch, *command, "--arms", "full", "--steps", "5") == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+def test_runs_that_diverge_are_told_apart_from_runs_that_fail(compared, tmp_path, monkeypatch, capsys):
+    """HD-PiSSA refuses such a step, AdamW takes it; both have diverged, are not tried again, and have a row."""
+    folder, command = compared
+    shutil.copytree(folder, tmp_path / "more")
+    command = [tmp_path / "more" if part == folder else part for part in command]
+    command += ["--arms", "hd_pissa_s2_r2", "full", "--rates", "hd_pissa_s2_r2=1e30", "full=1e30"]
+    monkeypatch.setattr(apart, "call", lambda function, *args: run_ranks(1, function, *args)[0])
+    assert start(monkeypatch, *command) == 0
+    assert "complete; 3 runs there, 0 missing" in capsys.readouterr().out
+    for arm, words in (("hd_pissa_s2_r2", "refused: learning rate"), ("full", "loss")):
+        own = stored(tmp_path / "more", f"{arm}/lr_1e+30-seed_0")
+        assert own["train_info"]["status"] == "diverged"
+        assert words in own["run_info"]["error_msg"]
+    rows = json.loads((folder / "out" / "quality.json").read_text())["rows"]
+    assert all("no learning rate gave a finite loss" in row["remark"] for row in rows[1:])
+    assert "2 run(s) at other rates" in rows[1]["remark"]
+    assert len(peft_frame(tmp_path / "more")) == 1 + 2 * len(REAL)
+
+
+def test_the_suite_takes_the_small_form():
+    [step] = [step for step in suite.STEPS if step.script == "quality.py"]
+    assert task.parse(Arguments, ["--model", "m", *step.arguments], presets=quality.PRESETS).preset == "small"
