@@ -171,7 +171,8 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
         sweeps.set(xlabel="learning rate", ylabel="validation loss at the end (nats / token)")
         sweeps.set_title("the sweeps", fontsize=9)
         for ax in (curves, sweeps):
-            ax.legend(fontsize=8)
+            if ax.lines:
+                ax.legend(fontsize=8)
 
 
 def look(run: Mapping[str, Any], arm: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
