@@ -109,8 +109,9 @@ def _checkpoint(rows: Rows) -> str:
 def _init(rows: Rows) -> str:
     every = one(rows, shape="all")
     return (
-        f"{every['matrices']} matrices in {every['ours s']:.1f} s, {every['full / ours']:.2f} times as fast as a full fp32 SVD of each; largest "
-        f"relative error of σ {every['σ error']:.0e}, largest angle of a slice {every['slice angle']:.0e}"
+        f"{every['matrices']} matrices in {every['ours s']:.1f} s, {every['full / ours']:.2f} times as fast as a full "
+        f"fp32 SVD of each; largest relative error of σ {every['σ error']:.0e}, largest angle of a slice "
+        f"{every['slice angle']:.0e}"
     )
 
 
@@ -190,7 +191,9 @@ def _memory(rows: Rows) -> str:
 
 
 def _counted(rows: Rows) -> str:
-    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on 1, 2 and 4 processes"
+    *most, last = sorted({row["ranks"] for row in rows})
+    counts = " and ".join(filter(None, (", ".join(map(str, most)), str(last))))
+    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on {counts} processes"
 
 
 DEMO = "smollm2-135m-instruct"
@@ -237,7 +240,7 @@ FIGURES = (
         {"model_name_or_path": DEMO, "layers": None, "r": 16, "slices": 8, "threads": 1},
     ),
     Figure(
-        "decomposing larger matrices, S·r = 128",
+        "decomposing larger matrices, S·r = {ranks[0]}",
         "svd_methods",
         "svd_methods.py --ranks 128",
         _svd,
@@ -272,7 +275,7 @@ FIGURES = (
         {"model": DEMO, "ranks": 2, "slices": 8, "r": 16, "rounds": 5},
     ),
     Figure(
-        "CPU time of a whole training step on two ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}",
+        "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}",
         "throughput_smollm2_135m_instruct_fp32",
         THROUGHPUT,
         _throughput,

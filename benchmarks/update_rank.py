@@ -332,9 +332,9 @@ def configuration_of(args: Arguments) -> dict[str, Any]:
 def main() -> int:
     args = task.parse(Arguments)
     check(args)
-    task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)  # refuses before anything is trained
     configuration = configuration_of(args)
     timing.refuse_other(args.name, configuration, folder=Path(args.folder), force=args.force)
+    task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)  # refuses before anything is trained
     found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
     for variant in variants(args):
         found |= apart.call(measure, variant, args)
