@@ -17,7 +17,7 @@ import torch
 from ranks import run_ranks
 from tiny import tiny_llama
 
-from hdpissa.benchmarks import ranks, suite, timing
+from hdpissa.benchmarks import ranks, suite
 
 
 def main_of(stem: str, arguments: list[str]) -> None:
