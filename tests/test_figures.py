@@ -21,7 +21,6 @@ NOT_TOLD = {
     "cpu_layers_bf16",
     "cpu_layers_fp32",
     "export_memory",
-    "init",
     "load_memory",
     "slice_cache_start",
     "svd_methods",
