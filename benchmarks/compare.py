@@ -9,6 +9,7 @@ the interval is that of new − old instead, and says so. A figure without sampl
 it is shown when it differs, and left to the reader. --all shows what did not move, too.
 
 What OLD has and NEW lacks is always told: a result, a row, a figure, a method that failed. Then the exit code is 1.
+Told, too, is a new remark of a row that has its figures: that it failed after some rounds, or that a seed diverged.
 
 Samples of one run share their machine, its temperature and its other guests: an interval tells the noise within the
 runs, not that between them. Run each side twice and compare these first. With four or more rounds the rounds are what
@@ -96,6 +97,8 @@ def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
         elif after and not before:
             yield {**line, "verdict": f"failed in OLD: {reason(olds[key])}"}
         else:
+            if news[key].get("remark") and news[key].get("remark") != olds[key].get("remark"):
+                yield {**line, "verdict": f"remark in NEW: {news[key]['remark']}"}
             rounds = [noise.rounds_of(side) for side in (old, new)]
             for figure in dict.fromkeys((*before, *after)):
                 verdict = judge(figure, (olds[key], news[key]), (before, after), rounds)

@@ -115,7 +115,7 @@ def test_cpu_layers(bench):
 _CPU_LAYERS = ("--dtype", "fp32", "--layers", 1)
 
 
-# Script → the test that runs its `main` and looks at what it found. Those that are slow alone are a debt.
+# Script → the test that runs its `main` and looks at what it found. Those that are slow alone are named.
 CASES = {
     "aot_table": "test_kernel_aot.py::compiled",
     "cpu_layers": "test_bench_smoke.py::test_cpu_layers",
@@ -126,11 +126,11 @@ CASES = {
     "export_memory": "test_bench_smoke.py::test_export_memory",
     "checkpoint": "test_bench_smoke.py::test_checkpoint",
     "throughput": "test_throughput.py::test_a_run_through_the_launcher",
-    "projection": "test_throughput.py::test_the_plan_is_what_is_counted",
+    "projection": "test_throughput.py::test_the_script_counts_and_draws",
     "update_rank": "test_update_rank.py::test_measured_ranks_reach_their_bounds",
     "quality": "test_quality.py::test_stops_goes_on_and_reports",
 }
-SLOW_ALONE = {"projection"}
+SLOW_ALONE = {"projection"}  # what it counts and compares is in test_the_plan_is_what_is_counted
 
 
 def case_of(script: str) -> ast.FunctionDef:

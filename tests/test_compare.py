@@ -162,6 +162,15 @@ def test_what_breaks_is_told(tmp_path, capsys, new, verdict):
     assert any(words in back for words in ("in OLD", "only in NEW"))
 
 
+def test_a_remark_beside_figures_is_told(tmp_path, capsys):
+    old, new = rows_of(tmp_path, "old", FINE), rows_of(tmp_path, "new", {**FINE, "remark": "failed after 2 rounds"})
+    capsys.readouterr()
+    assert compare.main([old, new]) == 0
+    assert "| remark in NEW: failed after 2 rounds |" in capsys.readouterr().out
+    assert compare.main([new, new]) == 0
+    assert "remark" not in capsys.readouterr().out
+
+
 def test_results_of_one_side_are_told(tmp_path, capsys):
     result(tmp_path, "old", NOISY), result(tmp_path, "new", NOISY)
     timing.write("y", [{"a": 1}], ["a"], folder=tmp_path / "old")
