@@ -1,33 +1,37 @@
-"""What moved between two results of the same benchmark, beyond noise?
+"""What moved between two results of the same benchmark, beyond noise, and what broke?
 
     python benchmarks/compare.py OLD NEW [--all]
 
 OLD and NEW are result files (JSON), or folders of them, of which the names in both are compared. Rows are matched by
-their identity columns. A figure that has raw samples on both sides is given as new / old with the 95 % interval of that
-ratio of medians (bootstrap over the samples): it "moved" when 1 is outside. A figure without samples has no known
-noise; it is shown when it differs, and left to the reader. --all shows what did not move, too.
+their identity columns. A figure that has raw samples on both sides is given as new / old with the 95 % interval of
+that ratio (noise.py), and it "moved" when 1 is outside and a permutation test agrees. Where a sample is 0 or negative
+the interval is that of new − old instead, and says so. A figure without samples, or with too few, has no known noise;
+it is shown when it differs, and left to the reader. --all shows what did not move, too.
+
+What OLD has and NEW lacks is always told: a result, a row, a figure, a method that failed. Then the exit code is 1.
+Told, too, is a new remark of a row that has its figures: that it failed after some rounds, or that a seed diverged.
 
 Samples of one run share their machine, its temperature and its other guests: an interval tells the noise within the
-runs, not that between them. Run each side twice and compare these first.
+runs, not that between them. Run each side twice and compare these first. With four or more rounds the rounds are what
+is drawn again, and the interval has what changes from run to run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hdpissa.benchmarks import timing
+from hdpissa.benchmarks import noise, timing
 from hdpissa.engine.errors import ConfigError
 
 COLUMNS = ("result", "row", "figure", "old", "new", "new / old", "95 % interval", "verdict")
-RESAMPLES = 4000
-FEWEST = 3  # samples that an interval is made of
+QUIET = ("equal", "within noise")
+LOST = ("only in OLD", "gone in NEW", "failed in NEW", "not finite in NEW")  # how a verdict begins
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -54,11 +58,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def by_identity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def by_identity(result: Mapping[str, Any], identity: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What tells a row from the others → the row. Without identity columns: everything in it that is text."""
     rows: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        columns = result.get("identity") or [key for key, value in row.items() if isinstance(value, str)]
+        columns = identity or [key for key, value in row.items() if isinstance(value, str)]
         name = ", ".join(f"{row[column]}" for column in columns if column in row)
         key, number = name, 2
         while key in rows:
@@ -67,46 +71,65 @@ def by_identity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def interval(old: list[float], new: list[float]) -> tuple[float, float]:
-    """95 % interval of median(new) / median(old), by bootstrap; the same for the same samples."""
-    generator = np.random.default_rng(0)
-    medians = [
-        np.median(generator.choice(np.asarray(samples, float), (RESAMPLES, len(samples))), axis=1)
-        for samples in (old, new)
-    ]
-    ratios = medians[1] / medians[0]
-    return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+def figures(row: Mapping[str, Any], identity: Sequence[str]) -> dict[str, float]:
+    """The numbers of a row that are no part of its name."""
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {key: float(value) for key, value in numbers.items() if key not in identity}
 
 
-def figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row."""
-    return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+def reason(row: Mapping[str, Any]) -> str:
+    """Why a row has no figures, in its own words."""
+    return str(row.get("remark") or row.get("status") or "it has no figures")
 
 
 def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A line per figure that both sides have, and one per row that only one has."""
-    olds, news = by_identity(old), by_identity(new)
+    """A line per figure of either side, and one per row that only one has or that has failed."""
+    identity = list(new.get("identity") or old.get("identity") or ())
+    olds, news = by_identity(old, identity), by_identity(new, identity)
     for key in dict.fromkeys((*olds, *news)):
+        line = {"result": name, "row": key}
         if key not in olds or key not in news:
-            yield {"result": name, "row": key, "verdict": "only in NEW" if key in news else "only in OLD"}
+            yield {**line, "verdict": "only in NEW" if key in news else "only in OLD"}
             continue
-        before, after = figures(olds[key]), figures(news[key])
-        samples = [row.get("samples", {}) for row in (olds[key], news[key])]
-        identity = set(old.get("identity") or ())
-        for figure in [f for f in before if f in after and f not in identity]:
-            line: dict[str, Any] = {"result": name, "row": key, "figure": figure}
-            line |= {"old": before[figure], "new": after[figure]}
-            if before[figure]:
-                line["new / old"] = after[figure] / before[figure]
-            both = [side.get(figure, []) for side in samples]
-            if before[figure] == after[figure]:
-                yield {**line, "verdict": "equal"}
-            elif min(map(len, both)) < FEWEST:
-                yield {**line, "verdict": "differs; noise unknown"}
-            else:
-                low, high = interval(*both)
-                moved = "within noise" if low <= 1 <= high else "moved"
-                yield {**line, "95 % interval": f"{low:.3f} … {high:.3f}", "verdict": moved}
+        before, after = figures(olds[key], identity), figures(news[key], identity)
+        if before and not after:
+            yield {**line, "verdict": f"failed in NEW: {reason(news[key])}"}
+        elif after and not before:
+            yield {**line, "verdict": f"failed in OLD: {reason(olds[key])}"}
+        else:
+            if news[key].get("remark") and news[key].get("remark") != olds[key].get("remark"):
+                yield {**line, "verdict": f"remark in NEW: {news[key]['remark']}"}
+            rounds = [noise.rounds_of(side) for side in (old, new)]
+            for figure in dict.fromkeys((*before, *after)):
+                verdict = judge(figure, (olds[key], news[key]), (before, after), rounds)
+                yield {**line, "figure": figure, **verdict}
+
+
+def judge(
+    figure: str, rows: Sequence[Mapping[str, Any]], numbers: Sequence[Mapping[str, float]], rounds: Sequence[int]
+) -> dict[str, Any]:
+    """The cells of a figure of two rows; each argument has OLD's and NEW's."""
+    before, after = (side.get(figure) for side in numbers)
+    if before is None or after is None:
+        there = {"new": after} if before is None else {"old": before}
+        instead = rows[1].get(figure) or rows[1].get("remark")
+        why = f": {instead}" if before is not None and instead else ""
+        return {**there, "verdict": "only in NEW" if before is None else f"gone in NEW{why}"}
+    line: dict[str, Any] = {"old": before, "new": after}
+    samples = [list((row.get("samples") or {}).get(figure, [])) for row in rows]
+    if (before == after or (math.isnan(before) and math.isnan(after))) and samples[0] == samples[1]:
+        return {**line, "verdict": "equal"}
+    if not math.isfinite(before) or not math.isfinite(after):
+        return {**line, "verdict": f"not finite in {'OLD' if math.isfinite(after) else 'NEW'}"}
+    if before:
+        line["new / old"] = after / before
+    found = noise.compared((before, after), samples, [row.get("weights") for row in rows], rounds)
+    if isinstance(found, str):
+        return {**line, "verdict": "equal" if before == after else f"differs; noise unknown{found}"}
+    if found.ratio is not None:
+        line["new / old"] = found.ratio
+    moved = "moved" if found.moved else "within noise"
+    return {**line, "95 % interval": str(found), "verdict": moved}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         old, new = read(args.old), read(args.new)
-        if not old.keys() & new.keys():
+        both = [name for name in old if name in new]
+        if not both:
             raise ConfigError(
                 f"{args.old} holds {', '.join(old)} and {args.new} {', '.join(new)}: nothing in common; compare two "
                 f"results of the same benchmark"
@@ -125,24 +149,33 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    lines = [line for name in old if name in new for line in changes(name, old[name], new[name])]
-    shown = [line for line in lines if args.all or line["verdict"] not in ("equal", "within noise")]
+    lines = [line for name in both for line in changes(name, old[name], new[name])]
+    compared = sum("figure" in line for line in lines)
+    lines += [{"result": name, "verdict": "only in OLD"} for name in old if name not in new]
+    lines += [{"result": name, "verdict": "only in NEW"} for name in new if name not in old]
+    shown = [line for line in lines if args.all or line["verdict"] not in QUIET]
     if shown:
         print(timing.markdown(shown, COLUMNS))
     count = sum(line["verdict"] == "moved" for line in lines)
-    print(f"{len(lines)} figures compared, {count} moved beyond noise, {len(lines) - len(shown)} not shown")
-    for name in old:
-        if name in new:
-            print(*differences(name, old[name], new[name]), sep="\n", end="")
-    return 0
+    lost = sum(line["verdict"].startswith(LOST) for line in lines)
+    print(
+        f"{compared} figures compared, {count} moved beyond noise, {lost} failed or gone in NEW, "
+        f"{len(lines) - len(shown)} not shown"
+    )
+    for name in both:
+        print(*differences(name, old[name], new[name]), sep="", end="")
+    return 1 if lost else 0
 
 
 def differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """What else than the code was different: the device, and every key of the configuration; a line each."""
     sides = [{"device": r.get("environment", {}).get("device"), **(r.get("configuration") or {})} for r in (old, new)]
+    for side, result in zip(("OLD", "NEW"), (old, new), strict=True):
+        if not result.get("configuration"):
+            yield f"{name}: {side} does not tell its configuration\n"
     for key in dict.fromkeys((*sides[0], *sides[1])):
-        before, after = (side.get(key) for side in sides)
-        if before != after:
+        before, after = (side.get(key, "not told") for side in sides)
+        if before != after and all(r.get("configuration") or key == "device" for r in (old, new)):
             yield f"{name}: not the same {key}: {before} in OLD, {after} in NEW\n"
 
 

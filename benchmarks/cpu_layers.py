@@ -9,8 +9,9 @@ so that every Linear computes its input gradient. Three variants take turns, eac
     ours     `SliceLinear`: also the gradients of the slices
     lora     PEFT's LoRA with adapters in the base's dtype and no dropout
 
-The figure is the CPU time of one thread, which is steady where other processes share the cores. Beside it: the
-optimizer step of ours (Adam and update of the exact weights) with one slice and with eight.
+The figure is the CPU time of one thread, which is steadier than the clock where other processes share the cores. The
+optimizer step of ours (Adam and update of the exact weights) takes its turn in every round, too, with one slice and
+with eight. A ratio is taken within a round; told are the median of the rounds and their range.
 
 --layers N takes the first N decoder layers and leaves the output head away: for CPUs without bf16 arithmetic, where
 the whole model takes minutes. It is the stricter figure, because the head costs all three the same.
@@ -22,6 +23,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ from hdpissa.launch.demo_model import ensure_demo_model
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 R = 16
 BATCH, LENGTH = 4, 256
-COLUMNS = ("variant", "median s", "least s", "/ frozen, median of rounds", "/ frozen, least of each")
+SLICES = (1, 8)  # of the optimizer steps
+COLUMNS = ("variant", "median s", "least s", "/ frozen, median of rounds", "range of rounds")
 
 
 def load(dtype: torch.dtype, layers: int | None) -> nn.Module:
@@ -95,8 +98,8 @@ def rounds_of(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, li
     return seconds
 
 
-def optimizer_seconds(dtype: torch.dtype, layers: int | None, slices: int) -> float:
-    """CPU time of an optimizer step, the least of three."""
+def optimizer_step(dtype: torch.dtype, layers: int | None, slices: int) -> Callable[[], None]:
+    """An optimizer step of ours on a model of its own, with made-up gradients."""
     model = load(dtype, layers)
     optimizer = plain_engine.attach(model, r=R, slices=slices)
     optimizer.store.grads.normal_(std=1e-3)
@@ -105,41 +108,54 @@ def optimizer_seconds(dtype: torch.dtype, layers: int | None, slices: int) -> fl
         assert not optimizer.vote(torch.zeros(2, dtype=torch.float64)).refusal
         optimizer.step()
 
-    return min(cpu_seconds(step) for _ in range(3))
+    return step
 
 
 def row(name: str, spent: list[float], base: list[float]) -> dict[str, object]:
-    """A row of the table; both ratios, because what else runs on the machine stretches CPU time, too."""
+    """A row of the table. Ratios are of the same round, because what else runs stretches CPU time, too."""
+    ratios = [a / b for a, b in zip(spent, base, strict=True)]
     return {
         "variant": name,
         "median s": statistics.median(spent),
         "least s": min(spent),
-        "/ frozen, median of rounds": statistics.median(a / b for a, b in zip(spent, base, strict=True)),
-        "/ frozen, least of each": min(spent) / min(base),
-        "samples": {"median s": [round(s, 4) for s in spent]},
+        "/ frozen, median of rounds": statistics.median(ratios),
+        "range of rounds": f"{min(ratios):.3g} … {max(ratios):.3g}",
+        "samples": {"median s": spent, "/ frozen, median of rounds": ratios},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dtype = DTYPES[args.dtype]
-    models = {name: load(dtype, args.layers) for name in ("frozen", "ours", "lora")}
+def measure(dtype: torch.dtype, layers: int | None, rounds: int) -> list[dict[str, object]]:
+    """The rows: forward and backward of the three variants, and the optimizer steps, all in rotation."""
+    models = {name: load(dtype, layers) for name in ("frozen", "ours", "lora")}
     plain_engine.attach(models["ours"], r=R)
     models["lora"] = with_lora(models["lora"])
     embedding = models["frozen"].get_input_embeddings()
     ids = torch.randint(0, embedding.num_embeddings, (BATCH, LENGTH))
     embeds = embedding(ids).detach()
-    seconds = rounds_of({name: forward_backward(m, embeds, ids) for name, m in models.items()}, args.rounds)
-    rows = [row(name, spent, seconds["frozen"]) for name, spent in seconds.items()]
-    for slices in (1, 8):
-        spent = optimizer_seconds(dtype, args.layers, slices)
-        rows.append(row(f"optimizer step of ours, S = {slices}", [spent] * args.rounds, seconds["frozen"]))
+    works = {name: forward_backward(model, embeds, ids) for name, model in models.items()}
+    works |= {f"optimizer step of ours, S = {s}": optimizer_step(dtype, layers, s) for s in SLICES}
+    seconds = rounds_of(works, rounds)
+    return [row(name, spent, seconds["frozen"]) for name, spent in seconds.items()]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    timing.add_result_options(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    part = "" if args.layers is None else f"_{args.layers}_layers"
+    name = timing.labelled(f"cpu_layers_{args.dtype}{part}", args.label)
+    configuration = timing.configuration_of(args)
+    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = measure(DTYPES[args.dtype], args.layers, args.rounds)
     depth = "whole model" if args.layers is None else f"{args.layers} layers without head"
     native = "has" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "has no"
     note = (
@@ -147,11 +163,11 @@ def main() -> None:
         f"forward + backward, {args.rounds} rounds in rotating order, one thread of a CPU that {native} bf16 "
         f"instructions. Limits: ours / frozen at most 1.15, and less than lora / frozen."
     )
-    part = "" if args.layers is None else f"_{args.layers}_layers"
-    ratios = {row["variant"]: row["/ frozen, least of each"] for row in rows}
-    headline = f"forward + backward, frozen = 1: ours {ratios['ours']:.2f}, LoRA {ratios['lora']:.2f} ({args.dtype})"
-    timing.write(f"cpu_layers_{args.dtype}{part}", rows, COLUMNS, note, identity=("variant",), headline=headline)
+    ours, lora = (f"{row['/ frozen, median of rounds']:.2f} ({row['range of rounds']})" for row in rows[1:3])
+    headline = f"forward + backward, frozen = 1: ours {ours}, LoRA {lora}; {args.dtype}"
+    kept: dict[str, Any] = {"identity": ("variant",), "configuration": configuration, "headline": headline}
+    timing.write(name, rows, COLUMNS, note, folder=args.folder, **kept)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

@@ -114,18 +114,26 @@ def from_checkpoints(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
     parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    args = parser.parse_args()
+    timing.add_result_options(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     torch.manual_seed(0)
     if args.out:
         ranks.answer(args.out, from_the_run(Path(args.model_folder)))
         return
+    name = timing.labelled("export_memory", args.label)
+    configuration = {**timing.configuration_of(args), "r": R, "slices": SLICES}
+    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
     with tempfile.TemporaryDirectory() as own:
         folder = Path(args.model_folder or own)
         write_model(folder, args.gigabytes)
@@ -135,8 +143,9 @@ def main() -> None:
     worst = max(line["peak MB"] for line in rows)
     note = f"A model of {size:.2f} GB in bf16. {within} of {len(rows)} exports stay within their bound."
     headline = f"{size:.1f} GB model: at most {worst:.0f} MB, {within} of {len(rows)} exports within their bound"
-    timing.write("export_memory", rows, COLUMNS, note, identity=("from", "export", "ranks"), headline=headline)
+    kept: dict[str, Any] = {"identity": ("from", "export", "ranks"), "configuration": configuration}
+    timing.write(name, rows, COLUMNS, note, folder=args.folder, headline=headline, **kept)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

@@ -3,15 +3,17 @@
     python benchmarks/figures.py          prints the table
     python benchmarks/figures.py --write  puts it into README.md, between its two marks
 
-tests/test_figures.py holds that README says what the results say. A result that is not there yet is said to be missing.
+tests/test_figures.py holds that README says what the results say, and that each result is of the configuration that its
+row names. A result that is not there yet is said to be missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,31 @@ class Figure:
     """A row of the table.
 
     Attributes:
-        question: what it answers. result: name of the result file. command: what measured it.
-        say: the text, from the result's rows.
+        question: what it answers; what stands in braces is filled from `configuration`.
+        result: name of the result file. command: what measured it. say: the text, from the result's rows.
+        configuration: what the result has to be of: all that the question and the command say, and defaults that
+            would change the figure.
     """
 
     question: str
     result: str
     command: str
     say: Callable[[Rows], str]
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> str:
+        """The question with its values."""
+        return self.question.format(**self.configuration)
+
+    def others(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """What the stored configuration says otherwise; key → its value. Older results hold their values as text."""
+        both = {key: value for key, value in self.configuration.items() if key in stored}
+        return {key: stored[key] for key, value in both.items() if str(stored[key]) != str(value)}
+
+    def not_told(self, stored: Mapping[str, Any]) -> list[str]:
+        """What the stored configuration does not say."""
+        return [key for key in self.configuration if key not in stored]
 
 
 def one(table: Rows, /, **wanted: Any) -> dict[str, Any]:
@@ -57,24 +76,43 @@ def _aot(rows: Rows) -> str:
     return f"{len(rows)} variants, {spills or 'none'} with spills"
 
 
+def ratios(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[float]:
+    """CPU time over the base's in each round; a result of older form calls its samples otherwise."""
+    seconds = [found["samples"]["median s"] if "samples" in found else found["rounds s"] for found in (row, base)]
+    return [a / b for a, b in zip(*seconds, strict=True)]
+
+
 def _cpu_layers(rows: Rows) -> str:
-    ours, lora = (one(rows, variant=name)["/ frozen, least of each"] for name in ("ours", "lora"))
-    return f"HD-PiSSA {ours:.2f}, PEFT's LoRA {lora:.2f}"
+    base = one(rows, variant="frozen")
+    told = []
+    for variant, name in (("ours", "HD-PiSSA"), ("lora", "PEFT's LoRA")):
+        found = ratios(one(rows, variant=variant), base)
+        told.append(f"{name} {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+    return f"{', '.join(told)}: median and range of {len(found)} rounds; the base itself {base['median s']:.3g} s"
+
+
+def _spread(row: Mapping[str, Any], column: str) -> str:
+    """Seconds, with the range of the samples where there are some."""
+    samples = (row.get("samples") or {}).get(column)
+    return f"{row[column]:.1f} s" + (f" ({min(samples):.1f} to {max(samples):.1f})" if samples else "")
 
 
 def _checkpoint(rows: Rows) -> str:
-    full, small = (one(rows, kind=kind) for kind in ("full", "small"))
-    return (
-        f"full {full['files MB']:.0f} MB, small {small['files MB']:.0f} MB; a full one stops training for "
-        f"{full['pause at once s']:.1f} s, in the background {full['pause in background s']:.1f} s"
-    )
+    told = [
+        f"{row['kind']}: {row['files MB']:.0f} MB, stops training for {_spread(row, 'pause at once s')}, in the "
+        f"background for {_spread(row, 'pause in background s')}"
+        for row in (one(rows, kind=kind) for kind in ("full", "small"))
+    ]
+    times = "" if "samples" in rows[0] else "; one save of each"
+    return "; ".join(told) + times
 
 
 def _init(rows: Rows) -> str:
     every = one(rows, shape="all")
     return (
-        f"{every['ours s']:.1f} s, {every['full / ours']:.2f} times as fast as a full fp32 SVD of each; largest "
-        f"relative error of σ {every['σ error']:.0e}, largest angle of a slice {every['slice angle']:.0e}"
+        f"{every['matrices']} matrices in {every['ours s']:.1f} s, {every['full / ours']:.2f} times as fast as a full "
+        f"fp32 SVD of each; largest relative error of σ {every['σ error']:.0e}, largest angle of a slice "
+        f"{every['slice angle']:.0e}"
     )
 
 
@@ -98,7 +136,12 @@ def _export(rows: Rows) -> str:
 
 
 def _cache(rows: Rows) -> str:
-    return ", ".join(f"{row['second / first, slices s']:.1%} on {row['ranks']} ranks" for row in rows)
+    told = [f"{row['second / first, slices CPU s']:.1%} on {_number(row['ranks'], 'rank')}" for row in rows]
+    return ", ".join(told)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _rank(rows: Rows) -> str:
@@ -149,45 +192,129 @@ def _memory(rows: Rows) -> str:
 
 
 def _counted(rows: Rows) -> str:
-    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on 1, 2 and 4 processes"
+    *most, last = sorted({row["ranks"] for row in rows})
+    counts = " and ".join(filter(None, (", ".join(map(str, most)), str(last))))
+    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on {counts} processes"
 
 
+DEMO = "smollm2-135m-instruct"
 THROUGHPUT = (
-    "throughput.py --model ~/.cache/hdpissa/smollm2-135m-instruct --num_accelerators 2 --r 16 --max_length 256"
+    f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --max_length 256"
     " --micro_batch 2 --steps 4 --warmup 2"
 )
+THROUGHPUT_IS = {
+    "model": DEMO,
+    "num_accelerators": [2],
+    "methods": ["hd_pissa", "lora", "pissa", "full", "frozen", "reference"],
+    "r": 16,
+    "max_length": 256,
+    "micro_batch": 2,
+    "steps": 4,
+    "warmup": 2,
+    "dtype": "fp32",
+    "layers": None,
+    "slices": None,
+    "accumulation": 1,
+    "gradient_checkpointing": False,
+}
 FIGURES = (
     Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", _aot),
     Figure(
-        "CPU time of forward + backward, frozen base = 1, SmolLM2-135M, 1024 tokens, fp32",
+        "CPU time of forward + backward, frozen base = 1, SmolLM2-135M, 1024 tokens, {dtype}",
         "cpu_layers_fp32",
-        "cpu_layers.py --dtype fp32",
+        "cpu_layers.py --dtype fp32 --rounds 5",
         _cpu_layers,
+        {"dtype": "fp32", "layers": None, "rounds": 5},
     ),
-    Figure("the same in bf16, which this CPU emulates", "cpu_layers_bf16", "cpu_layers.py --dtype bf16", _cpu_layers),
-    Figure("decomposing the 210 targets of SmolLM2-135M, S·r = 128", "init", "init.py", _init),
-    Figure("decomposing larger matrices, S·r = 128", "svd_methods", "svd_methods.py", _svd),
     Figure(
-        "a start from the slice cache, the first start = 100 %", "slice_cache_start", "slice_cache_start.py", _cache
+        "the same in {dtype}, which this CPU emulates",
+        "cpu_layers_bf16",
+        "cpu_layers.py --dtype bf16 --rounds 3",
+        _cpu_layers,
+        {"dtype": "bf16", "layers": None, "rounds": 3},
     ),
-    Figure("loading, peak memory of a rank and time", "load_memory", "load_memory.py", _load),
-    Figure("exporting a model of several GB, peak memory", "export_memory", "export_memory.py", _export),
-    Figure("a checkpoint of SmolLM2-135M, S = 8, r = 16, two ranks", "checkpoint", "checkpoint.py", _checkpoint),
     Figure(
-        "CPU time of a whole training step on two ranks, frozen base = 1, SmolLM2-135M, fp32, r = 16",
+        "decomposing all targets of SmolLM2-135M, S = {slices}, r = {r}, by the clock with {threads} threads",
+        "init",
+        "init.py --threads 2",
+        _init,
+        {"model_name_or_path": DEMO, "layers": None, "r": 16, "slices": 8, "threads": 2},
+    ),
+    Figure(
+        "decomposing larger matrices, S·r = {ranks[0]}",
+        "svd_methods",
+        "svd_methods.py --ranks 128",
+        _svd,
+        {"largest": 4096, "ranks": [128]},
+    ),
+    Figure(
+        "CPU time of a start from the slice cache, the first start's = 100 %, S = {slices}, r = {r}",
+        "slice_cache_start",
+        "slice_cache_start.py",
+        _cache,
+        {"model": DEMO, "ranks": [1, 2], "r": 16, "slices": 8, "bf16": False},
+    ),
+    Figure(
+        "loading a model of {gigabytes:g} GB, peak memory of a rank and time",
+        "load_memory",
+        "load_memory.py",
+        _load,
+        {"gigabytes": 3.0, "ranks": [2, 4]},
+    ),
+    Figure(
+        "exporting a model of {gigabytes:g} GB, {ranks} ranks, peak memory",
+        "export_memory",
+        "export_memory.py",
+        _export,
+        {"gigabytes": 3.0, "ranks": 2, "r": 8, "slices": 8},
+    ),
+    Figure(
+        "a checkpoint of SmolLM2-135M, S = {slices}, r = {r}, {ranks} ranks",
+        "checkpoint",
+        "checkpoint.py",
+        _checkpoint,
+        {"model": DEMO, "ranks": 2, "slices": 8, "r": 16, "rounds": 5},
+    ),
+    Figure(
+        "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}",
         "throughput_smollm2_135m_instruct_fp32",
         THROUGHPUT,
         _throughput,
+        THROUGHPUT_IS,
     ),
     Figure(
         "the same runs: time of the published algorithm's step, HD-PiSSA's = 1",
         "throughput_smollm2_135m_instruct_fp32",
         THROUGHPUT,
         _published,
+        THROUGHPUT_IS,
     ),
-    Figure("the same runs: peak memory of a rank", "throughput_smollm2_135m_instruct_fp32", THROUGHPUT, _memory),
+    Figure(
+        "the same runs: peak memory of a rank",
+        "throughput_smollm2_135m_instruct_fp32",
+        THROUGHPUT,
+        _memory,
+        THROUGHPUT_IS,
+    ),
     Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", _counted),
-    Figure("rank of the change of W, r = 16", "update_rank", "update_rank.py", _rank),
+    Figure(
+        "rank of the change of W, r = {r}",
+        "update_rank",
+        "update_rank.py",
+        _rank,
+        {
+            "model_name_or_path": DEMO,
+            "dataset_name": None,
+            "methods": ["lora", "pissa", "hd_pissa", "full"],
+            "slices": [1, 2, 4, 8],
+            "r": 16,
+            "steps": [1, 3],
+            "lr": 2e-4,
+            "layers": [],
+            "micro_batch": 1,
+            "accumulation": 8,
+        },
+    ),
 )
 
 
@@ -203,7 +330,7 @@ def _lines() -> Iterator[str]:
         said = figure.say(json.loads(file.read_text())["rows"]) if file.exists() else "**not measured yet**"
         where = f"[{figure.result}](benchmarks/results/{figure.result}.md)" if file.exists() else figure.result
         source = f"`{figure.command}`, {where}"
-        yield f"| {figure.question} | {said} | {source} |"
+        yield f"| {figure.asked} | {said} | {source} |"
 
 
 def replaced(text: str) -> str:

@@ -16,7 +16,6 @@ LAPACK's float64 SVD:
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from hdpissa.benchmarks import timing
 from hdpissa.engine import base_files, svd
 from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.precision import full_fp32
 
 COLUMNS = ("shape", "matrices", "method", "full fp32 s", "ours s", "full / ours", "σ error", "slice angle", "residual")
@@ -103,52 +103,54 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", type=Path, help="a folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--threads", type=int, default=1, help="more than one: seconds of the clock")
     parser.add_argument("--layers", type=int, help="only the first ones")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--slices", type=int, default=8)
-    parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
-    args = parser.parse_args()
+    timing.add_result_options(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(args.threads)
     if args.model_name_or_path is None:
         from hdpissa.launch.demo_model import ensure_demo_model
 
         args.model_name_or_path = Path(ensure_demo_model())
+    name, configuration = timing.labelled("init", args.label), timing.configuration_of(args)
+    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
     wanted = matrices(args.model_name_or_path, args.layers)
     if not wanted:
-        message = f"--model_name_or_path {args.model_name_or_path}: no {'/'.join(DEFAULT_TARGETS)} weights there"
-        print(f"init.py: {message}; give a folder with a Llama's safetensors files", file=sys.stderr)
-        return 2
+        raise ConfigError(
+            f"--model_name_or_path {args.model_name_or_path}: no {'/'.join(DEFAULT_TARGETS)} weights there; give a "
+            f"folder with a Llama's safetensors files"
+        )
     rows = []
-    for name, file in wanted:
+    for weight, file in wanted:
         with safe_open(file, framework="pt") as weights:
-            W = weights.get_tensor(name).float()
+            W = weights.get_tensor(weight).float()
         if args.r * args.slices > min(W.shape):
-            print(
-                f"init.py: --slices {args.slices} × --r {args.r} exceeds the smaller side of {name} {tuple(W.shape)}; "
-                f"lower one of them",
-                file=sys.stderr,
+            raise ConfigError(
+                f"--slices {args.slices} × --r {args.r} exceeds the smaller side of {weight} {tuple(W.shape)}; lower "
+                f"one of them"
             )
-            return 2
-        rows.append(case(name, W, args.r, args.slices))
+        rows.append(case(weight, W, args.r, args.slices))
     how = "processor seconds of one thread" if args.threads == 1 else f"seconds by the clock, {args.threads} threads"
     note = (
         f"The top {args.r * args.slices} triplets (S = {args.slices}, r = {args.r}) of {len(rows)} target matrices: "
         f"{how}, each matrix the better of two, added up; the largest error of each kind."
     )
     table = [*summary(rows), *rows]
-    configuration = {**vars(args), "model_name_or_path": args.model_name_or_path.name}
-    del configuration["folder"]
     overall = summary(rows)[-1]
     headline = f"full fp32 SVD / ours {overall['full / ours']:.2f}, largest error of σ {overall['σ error']:.1e}"
     identity = ("shape", "matrix")
     kept: dict[str, Any] = {"identity": identity, "configuration": configuration, "headline": headline}
-    timing.write("init", table, COLUMNS, note, folder=args.folder, **kept)
-    return 0
+    timing.write(name, table, COLUMNS, note, folder=args.folder, **kept)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(timing.run(main))

@@ -73,7 +73,7 @@ def load(folder: str, path: str) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -81,10 +81,17 @@ def main() -> None:
     parser.add_argument("--path", choices=(OWN, WHOLE), help="set by the script itself, for the ranks")
     parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    args = parser.parse_args()
+    timing.add_result_options(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     if args.out:
         ranks.answer(args.out, load(args.model_folder, args.path))
         return
+    name, configuration = timing.labelled("load_memory", args.label), timing.configuration_of(args)
+    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
     rows = []
     with tempfile.TemporaryDirectory() as own:
         folder = args.model_folder or own
@@ -99,8 +106,9 @@ def main() -> None:
         f"{rows[0]['seconds']:.1f} s by own rows, {rows[1]['peak MB']:.0f} MB and {rows[1]['seconds']:.1f} s by rank 0"
     )
     note = f"Peak of the rank that needs most. By own rows it is {'within' if within else 'ABOVE'} the bound."
-    timing.write("load_memory", rows, COLUMNS, note, identity=("ranks", "path"), headline=headline)
+    kept: dict[str, Any] = {"identity": ("ranks", "path"), "configuration": configuration, "headline": headline}
+    timing.write(name, rows, COLUMNS, note, folder=args.folder, **kept)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

@@ -31,13 +31,14 @@ class Step:
     """A script in its small form.
 
     Attributes:
-        result: name of the result file. limit: seconds.
+        result: name of the result file. limit: seconds. more: names of the other results that it writes.
     """
 
     result: str
     script: str
     arguments: tuple[str, ...] = ()
     limit: int = 240
+    more: tuple[str, ...] = ()
 
 
 STEPS = (
@@ -48,14 +49,15 @@ STEPS = (
     Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "2")),
     Step("load_memory", "load_memory.py", ("--gigabytes", "0.4", "--ranks", "2")),
     Step("export_memory", "export_memory.py", ("--gigabytes", "0.4")),
-    Step("checkpoint", "checkpoint.py", ("--slices", "2")),
+    Step("checkpoint", "checkpoint.py", ("--slices", "2", "--rounds", "1")),
     Step("throughput_tiny_fp32", "throughput.py"),
-    Step("plan_counted", "projection.py"),
+    Step("plan_counted", "projection.py", more=("projection",)),
     Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
     Step(
         "quality",
         "quality.py",
         ("--preset", "small", "--steps", "2", "--seeds", "0", "--arms", "lora_r16", "hd_pissa_s8_r16"),
+        more=("quality_rates",),
     ),
 )
 
@@ -80,6 +82,15 @@ def run(step: Step, environment: dict[str, str], log: Path) -> tuple[str, float]
                 raise
             return f"stopped after {step.limit} s; see {log}", time.monotonic() - start
     return "" if code == 0 else f"exit code {code}; see {log}", time.monotonic() - start
+
+
+def clear(step: Step, folder: Path) -> None:
+    """Removes what an earlier run of the step left: of a script that fails now, nothing may seem measured."""
+    for name in (step.result, *step.more):
+        for file in (*folder.glob(f"{name}.*"), *folder.glob(f"{name}_*.png")):
+            file.unlink()
+    if step.result == "quality":  # runs that are there would not be repeated
+        shutil.rmtree(folder / "quality_runs", ignore_errors=True)
 
 
 def found(step: Step, folder: Path) -> str:
@@ -113,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     for step in [known[name] for name in args.names] or STEPS:
         print(f"{step.script} {' '.join(step.arguments)}", flush=True)
-        if step.result == "quality":  # runs that are there would not be repeated
-            shutil.rmtree(args.folder / "quality_runs", ignore_errors=True)
+        clear(step, args.folder)
+        if step.result == "quality":
             step = replace(step, arguments=(*step.arguments, "--output_dir", str(args.folder / "quality_runs")))
         problem, seconds = run(step, environment, args.folder / f"{step.script[:-3]}.log")
         failed |= bool(problem)

@@ -28,6 +28,7 @@ from hdpissa.engine.precision import full_fp32
 
 SIZES = [(576, 1536), (1024, 1024), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008)]
 RANKS = (32, 128, 512)
+MODELS_RANK = 128
 # σ over its value at 3 % of the spectrum, measured at these fractions on SmolLM2-135M's layer 15.
 FRACTIONS = [0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.047, 0.0625, 0.1, 0.2, 0.4, 0.7, 0.95, 1]
 SPECTRA = {
@@ -126,7 +127,7 @@ def flop(method: str, rows: int, cols: int, rank: int) -> float:
     return svd.seconds(method, rows, cols, rank, svd.Rates(gemm32=1, gemm64=1, eigh32=1 / 9, eigh64=1 / 9, row=0.0))
 
 
-def models(device: torch.device, rank: int = 128) -> list[dict[str, Any]]:
+def models(device: torch.device, rank: int = MODELS_RANK) -> list[dict[str, Any]]:
     """Every target matrix of two Llamas, by shape and in all, by the method that `auto` takes."""
     rates_reached = {}
     for method, (rows, cols) in MEASURED.items():
@@ -151,34 +152,45 @@ def models(device: torch.device, rank: int = 128) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", action="store_true")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--largest", type=int, default=4096, help="smaller side of the largest matrix")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    args = parser.parse_args()
+    timing.add_result_options(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    name, configuration = timing.labelled("svd_methods", args.label), timing.configuration_of(args)
+    if args.models:
+        name, configuration = timing.labelled("svd_models", args.label), {"rank": MODELS_RANK}
+    if not args.rates:
+        timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    kept: dict[str, Any] = {"folder": args.folder, "configuration": configuration}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     if args.rates:
         return print(rates(device))
     if args.models:
         found = models(device)
-        timing.write("svd_models", found, list(found[0]), MODELS_NOTE)
+        timing.write(name, found, list(found[0]), MODELS_NOTE, identity=("model", "matrix"), **kept)
         return None
     table: list[dict[str, Any]] = []
     for rows, cols in SIZES:
-        for name in SPECTRA if rows <= args.largest else ():
+        for shape in SPECTRA if rows <= args.largest else ():
             full = None
             for rank in args.ranks:
                 if 2 * rank < rows:
-                    table.append(case(rows, cols, rank, name, device, full))
+                    table.append(case(rows, cols, rank, shape, device, full))
                     full = table[-1]["full fp32 s"]
                     print(table[-1], flush=True)
     columns = ["rows", "cols", "rank", "spectrum", "full fp32 s"]
     columns += [f"{m} {c}" for m in ("gram", "randomized") for c in ("s", "predicted s", "residual", "σ error")]
     columns += ["full / gram", "full / randomized", "auto", "lowrank s", "lowrank σ error"]
-    timing.write("svd_methods", table, columns, NOTE)
+    timing.write(name, table, columns, NOTE, identity=("rows", "cols", "rank", "spectrum"), **kept)
     return None
 
 
@@ -195,4 +207,4 @@ MODELS_NOTE = (
 )
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

@@ -1,11 +1,15 @@
 """How benchmarks time a GPU, what its ceilings are, and where results go.
 
 `write` leaves <name>.json and <name>.md in `benchmarks/results/`, or in the folder that HDPISSA_RESULTS names: the
-rows, a sentence on how to read them, and the environment they were measured in.
+rows, a sentence on how to read them, what the run was started with, and the environment it was measured in.
+
+A script asks `refuse_other` first, before it measures anything: a result of another configuration is not replaced
+unasked, because README's table names the configuration that its figures are of.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -18,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hdpissa.engine.errors import ConfigError
 
 RESULTS = Path(os.environ.get("HDPISSA_RESULTS") or Path(__file__).parent / "results")
 
@@ -103,6 +109,73 @@ def _revision() -> str | None:
         return None
 
 
+# --- results --------------------------------------------------------------------------------------------------------
+
+# Of a command line, what is no part of what is measured: where results go, and what scripts tell their own ranks.
+ELSEWHERE = ("folder", "name", "label", "force", "out", "local_rank", "cache", "path")
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """--folder, --label and --force."""
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--label", default="", help="end of the result's name, to stand beside others")
+    parser.add_argument("--force", action="store_true", help="replace a result of another configuration")
+
+
+def labelled(name: str, label: str) -> str:
+    """The name of a result with its label, where it has one."""
+    return f"{name}_{label}" if label else name
+
+
+def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
+    """A script's full arguments as JSON holds them. Of a path stays its last part: the rest is this machine's."""
+    found: dict[str, Any] = {}
+    for key, value in vars(args).items():
+        if key not in ELSEWHERE:
+            text = isinstance(value, Path) or (isinstance(value, str) and key.startswith("model"))
+            found[key] = Path(value).name if text else value
+    return json.loads(json.dumps(found))
+
+
+def refuse_other(name: str, configuration: Mapping[str, Any], *, folder: Path, force: bool) -> None:
+    """Called before anything is measured.
+
+    What the result that is there does not tell cannot differ: older ones have no configuration, or a smaller one.
+
+    Raises:
+        ConfigError: the result of that name is of another configuration or device, and `force` is not set.
+    """
+    try:
+        there = json.loads((folder / f"{name}.json").read_text())
+        told = {**(there.get("configuration") or {}), "device": _device_of(there)}
+    except (OSError, ValueError, AttributeError):
+        return  # none there, or none that could be kept
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    wanted = {**json.loads(json.dumps(dict(configuration))), "device": here}
+    other = [key for key in wanted if key in told and told[key] != wanted[key]]
+    if other and not force:
+        differs = ", ".join(f"{key} {told[key]} (now {wanted[key]})" for key in other)
+        raise ConfigError(
+            f"{folder.name}/{name}.json is of another configuration: {differs}; it would be lost: give --label TEXT "
+            f"to write beside it, or --force to replace it"
+        )
+
+
+def _device_of(result: Mapping[str, Any]) -> str:
+    """The GPU's name, or CPU, of whatever kind and with however many threads."""
+    device = str((result.get("environment") or {}).get("device", ""))
+    return "CPU" if device.startswith("CPU") else device
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """`main` with a user's mistakes as one line and exit code 2."""
+    try:
+        return main() or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def write(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -119,11 +192,13 @@ def write(
 
     Args:
         rows: column → value; a row may lack columns. `samples`, where a row has it, is column → the raw values of which
-            that column is a summary: compare.py takes the noise from them.
+            that column is the median or mean: compare.py takes the noise from them. Where the configuration has
+            `rounds`, they are round after round, equally many of each. `weights`, where a row has it, names what its
+            samples are of, one by one: then each is compared with its namesake.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
         identity: the columns that tell one row from another, for compare.py.
-        configuration: what the whole run was started with.
+        configuration: what the whole run was started with (`configuration_of`).
         pictures: files in the same folder, shown below the table.
         headline: what was found, in one line; suite.py prints it.
     """

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Arguments(task.TaskArguments):
     seed: int = option(0, "of the order of the data, and of LoRA's A")
     name: str = option("update_rank", "name of the result files")
     folder: str = option(str(timing.RESULTS), "where the results go")
+    force: bool = option(False, "replace a result of another configuration")
 
 
 @dataclass(frozen=True)
@@ -321,9 +323,17 @@ def check(args: Arguments) -> None:
     task.refuse_slices(args.slices, args.accumulation)
 
 
+def configuration_of(args: Arguments) -> dict[str, Any]:
+    """The full arguments; of paths their last part."""
+    found = timing.configuration_of(Namespace(**asdict(args)))
+    return found | ({"dataset_name": Path(args.dataset_name).name} if args.dataset_name else {})
+
+
 def main() -> int:
     args = task.parse(Arguments)
     check(args)
+    configuration = configuration_of(args)
+    timing.refuse_other(args.name, configuration, folder=Path(args.folder), force=args.force)
     task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)  # refuses before anything is trained
     found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
     for variant in variants(args):
@@ -333,10 +343,6 @@ def main() -> int:
     spectra = {group: [sigma for _, sigma in matrices] for group, matrices in found.items()}
     folder, picture = Path(args.folder), f"{args.name}.png"
     draw(spectra, folder / picture, r=args.r)
-    configuration = {**asdict(args), "model_name_or_path": Path(args.model_name_or_path).name}
-    del configuration["folder"], configuration["name"]
-    if args.dataset_name:
-        configuration["dataset_name"] = Path(args.dataset_name).name
     timing.write(
         args.name,
         rows,

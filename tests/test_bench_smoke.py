@@ -6,6 +6,7 @@ starts such scripts is shown by tests/test_throughput.py and, for all of them, b
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import sys
@@ -16,7 +17,7 @@ import torch
 from ranks import run_ranks
 from tiny import tiny_llama
 
-from hdpissa.benchmarks import ranks, suite, timing
+from hdpissa.benchmarks import ranks, suite
 
 
 def main_of(stem: str, arguments: list[str]) -> None:
@@ -36,13 +37,15 @@ def bench(tmp_path, monkeypatch):
 
     def call(stem: str, result: str, *arguments: object):
         monkeypatch.setattr(sys, "argv", sys.argv)
-        main_of(stem, [*map(str, arguments)])
+        main_of(stem, [*map(str, arguments), "--folder", str(tmp_path)])
         content = json.loads((tmp_path / f"{result}.json").read_text())
         assert (tmp_path / f"{result}.md").read_text().startswith(f"# {result}")
+        assert content["identity"]
+        assert content["configuration"]
+        assert str(tmp_path.parent) not in json.dumps(content["configuration"])
         return content["rows"]
 
     monkeypatch.setattr(ranks, "launch", forked)
-    monkeypatch.setitem(timing.write.__kwdefaults__, "folder", tmp_path)
     return call
 
 
@@ -61,9 +64,16 @@ def test_slice_cache_start(bench, model):
 
 
 def test_checkpoint(bench, model):
-    rows = bench("checkpoint", "checkpoint", "--model", model, "--r", 2, "--slices", 2)
+    """Every round has a sample of its own of each kind and way."""
+    rows = bench("checkpoint", "checkpoint", "--model", model, "--r", 2, "--slices", 2, "--rounds", 3)
     assert [row["kind"] for row in rows] == ["full", "small"]
-    assert all(0 < row["pause in background s"] <= row["in all s"] for row in rows)
+    for row in rows:
+        assert row["files MB"] > row["of them fixed factors MB"] > 0
+        for name, values in row["samples"].items():
+            assert len(set(values)) == 3
+            assert row[name] == sorted(values)[1]
+        pauses, wholes = row["samples"]["pause in background s"], row["samples"]["in all s"]
+        assert all(0 < pause <= whole for pause, whole in zip(pauses, wholes, strict=True))
 
 
 def test_load_memory(bench, model):
@@ -88,15 +98,54 @@ def test_svd_methods(bench):
 
 
 def test_cpu_layers(bench):
-    rows = bench("cpu_layers", "cpu_layers_fp32_1_layers", "--dtype", "fp32", "--layers", 1, "--rounds", 1)
-    assert [row["variant"] for row in rows][:3] == ["frozen", "ours", "lora"]
+    """Every sample is measured: the optimizer step takes its turn in each round."""
+    rows = bench("cpu_layers", "cpu_layers_fp32_1_layers_x", *_CPU_LAYERS, "--rounds", 2, "--label", "x")
+    steps = [f"optimizer step of ours, S = {s}" for s in (1, 8)]
+    assert [row["variant"] for row in rows] == ["frozen", "ours", "lora", *steps]
     assert rows[0]["/ frozen, median of rounds"] == 1
-    assert all(row["least s"] > 0 for row in rows)
+    base = rows[0]["samples"]["median s"]
+    for row in rows:
+        seconds, ratios = row["samples"]["median s"], row["samples"]["/ frozen, median of rounds"]
+        assert len(set(seconds)) == 2
+        assert row["least s"] == min(seconds) > 0
+        assert ratios == [a / b for a, b in zip(seconds, base, strict=True)]
+        assert row["range of rounds"] == f"{min(ratios):.3g} … {max(ratios):.3g}"
 
 
-def test_every_script_of_the_suite_has_a_case():
-    """Here, or in a file of its own."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    for step in suite.STEPS:
-        stem = step.script.removesuffix(".py")
-        assert any(f'"{text}"' in tests for text in (stem, step.script)) or f"import {stem}" in tests, stem
+_CPU_LAYERS = ("--dtype", "fp32", "--layers", 1)
+
+
+# Script → the test that runs its `main` and looks at what it found. Those that are slow alone are named.
+CASES = {
+    "aot_table": "test_kernel_aot.py::compiled",
+    "cpu_layers": "test_bench_smoke.py::test_cpu_layers",
+    "init": "test_suite.py::test_init",
+    "svd_methods": "test_bench_smoke.py::test_svd_methods",
+    "slice_cache_start": "test_bench_smoke.py::test_slice_cache_start",
+    "load_memory": "test_bench_smoke.py::test_load_memory",
+    "export_memory": "test_bench_smoke.py::test_export_memory",
+    "checkpoint": "test_bench_smoke.py::test_checkpoint",
+    "throughput": "test_throughput.py::test_a_run_through_the_launcher",
+    "projection": "test_throughput.py::test_the_script_counts_and_draws",
+    "update_rank": "test_update_rank.py::test_measured_ranks_reach_their_bounds",
+    "quality": "test_quality.py::test_stops_goes_on_and_reports",
+}
+SLOW_ALONE = {"projection"}  # what it counts and compares is in test_the_plan_is_what_is_counted
+
+
+def case_of(script: str) -> ast.FunctionDef:
+    """The test (or the fixture that measures for several tests) that runs a script."""
+    file, name = CASES[script].split("::")
+    tree = ast.parse(Path(__file__).with_name(file).read_text())
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+@pytest.mark.parametrize("script", [step.script.removesuffix(".py") for step in suite.STEPS])
+def test_every_script_of_the_suite_has_a_case(script):
+    """One that `make test` runs, and that runs the script and not something beside it."""
+    case = case_of(script)
+    marks = [ast.unparse(decorator) for decorator in case.decorator_list]
+    assert any(mark.startswith("pytest.mark.slow") for mark in marks) == (script in SLOW_ALONE)
+    text = ast.unparse(ast.Module(case.body, []))
+    names = (f"'{script}'", f"'{script}.py'", f"{script}.main(", "SCRIPT")
+    assert any(name in text for name in names), f"{CASES[script]} does not run {script}"

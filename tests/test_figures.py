@@ -1,13 +1,36 @@
-"""README's figures are those of the committed results; compare.py tells what moved from noise."""
+"""README's figures are those of the committed results, and these are of the configurations that README names."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shlex
+from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 
-from hdpissa.benchmarks import compare, figures, timing
+from hdpissa.benchmarks import figures, throughput, timing, update_rank
+from hdpissa.engine.errors import ConfigError
+
+# Committed results of an older form, which do not tell all of their configuration. Whoever measures one again takes it
+# off this list.
+NOT_TOLD = {
+    "checkpoint",
+    "cpu_layers_bf16",
+    "cpu_layers_fp32",
+    "export_memory",
+    "load_memory",
+    "slice_cache_start",
+    "svd_methods",
+}
+
+
+def stored(figure):
+    """The configuration of its result; None where there is no result."""
+    file = figures.RESULTS / f"{figure.result}.json"
+    return (json.loads(file.read_text()).get("configuration") or {}) if file.exists() else None
 
 
 def test_readme_says_what_the_results_say():
@@ -30,92 +53,128 @@ def test_no_other_table_of_readme_has_measured_numbers():
     assert not [row for row in rows if re.search(r"\d+\.\d+ ?(?:s|MB|GB|x|×|%)(?:\W|$)", row)]
 
 
-def result(folder, name, values, **row):
-    rows = [{"method": "ours", "time": sorted(values)[len(values) // 2], "samples": {"time": values}, **row}]
-    timing.write("x", rows, ["time"], identity=("method",), folder=folder / name)
-    return folder / name / "x.json"
+@pytest.mark.parametrize("figure", figures.FIGURES, ids=lambda figure: figure.result)
+def test_results_are_of_the_configuration_that_readme_names(figure):
+    if stored(figure) is None:
+        pytest.skip("not measured yet")
+    assert figure.others(stored(figure)) == {}
 
 
-NOISY = [1.0, 1.1, 0.95, 1.05, 1.02, 0.98, 1.07]
+def test_results_that_do_not_tell_their_configuration_are_these():
+    """The list shrinks as results are measured again, and never grows."""
+    found = {f.result: f.not_told(stored(f)) for f in figures.FIGURES if stored(f) is not None}
+    assert {name for name, missing in found.items() if missing} == NOT_TOLD & found.keys()
+
+
+def test_a_result_of_another_configuration_is_seen():
+    figure = figures.Figure("S = {slices}", "x", "x.py", str, {"slices": 8, "r": 16})
+    assert figure.asked == "S = 8"
+    assert figure.others({"slices": 2, "r": 16, "seed": 0}) == {"slices": 2}
+    assert figure.not_told({"slices": 2}) == ["r"]
+
+
+def started(figure, monkeypatch):
+    """The full configuration that its command starts a run with, as the script itself reads it."""
+    script, *words = shlex.split(figure.command)
+    stem = script.removesuffix(".py")
+    if stem == "update_rank":
+        assert not words
+        return json.loads(json.dumps(asdict(update_rank.Arguments())))
+    monkeypatch.setattr(throughput, "check", lambda *_: None)  # the model is not there
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    found = timing.configuration_of(importlib.import_module(f"hdpissa.benchmarks.{stem}").parse(words))
+    if stem == "export_memory":
+        found |= {"r": 8, "slices": 8}  # constants of the script
+    return found
+
+
+@pytest.mark.parametrize("figure", [f for f in figures.FIGURES if f.configuration], ids=lambda figure: figure.result)
+def test_the_named_command_gives_that_configuration(figure, monkeypatch):
+    """Defaults of the script among them; a model that is not given is the demo's."""
+    found = started(figure, monkeypatch)
+    for key, value in figure.configuration.items():
+        assert found[key] == value or (key.startswith("model") and not found[key] and value == figures.DEMO), key
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_configurations_have_no_path_of_this_machine(tmp_path):
+    args = Namespace(model=str(tmp_path / "m"), data=tmp_path / "d", r=2, ranks=(1, 2), folder=tmp_path, label="x")
+    assert timing.configuration_of(args) == {"model": "m", "data": "d", "r": 2, "ranks": [1, 2]}
 
 
 @pytest.mark.parametrize(
-    ("factor", "verdict"), [(1.0, "equal"), (1.01, "within noise"), (1.5, "moved"), (0.6, "moved")]
-)
-def test_noise_and_change(tmp_path, capsys, factor, verdict):
-    old = result(tmp_path, "old", NOISY)
-    new = result(tmp_path, "new", [factor * value for value in NOISY])
-    capsys.readouterr()
-    assert compare.main([str(old), str(new), "--all"]) == 0
-    said = capsys.readouterr().out
-    assert f"| {verdict} |" in said
-    assert f"1 figures compared, {int(verdict == 'moved')} moved" in said
-
-
-def test_the_interval_holds_the_true_ratio():
-    """95 of a hundred intervals of samples with a known ratio; with this seed not less than 90."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    draw = lambda scale: (scale * generator.lognormal(0, 0.05, 15)).tolist()  # noqa: E731
-    holds = 0
-    for _ in range(100):
-        low, high = compare.interval(draw(1.0), draw(1.2))
-        holds += low <= 1.2 <= high
-    assert holds >= 90
-
-
-def test_figures_without_samples_are_not_judged(tmp_path, capsys):
-    old, new = result(tmp_path, "old", NOISY, bytes=100), result(tmp_path, "new", NOISY, bytes=110)
-    capsys.readouterr()
-    assert compare.main([str(old.parent), str(new.parent)]) == 0
-    said = capsys.readouterr().out
-    assert "| bytes | 100 | 110 | 1.1 |  | differs; noise unknown |" in said
-    assert "| time |" not in said
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
+    ("there", "refused"),
     [
-        ("[]", "TypeError"),
-        ("{", "JSONDecodeError"),
-        ('{"name": "x", "rows": [1]}', "no list of records"),
-        (None, "no result"),
+        ({"configuration": {"r": 4}}, "r 4 (now 2)"),
+        ({"configuration": {"r": 2}}, None),
+        ({"configuration": {}}, None),
+        ({}, None),
+        ({"environment": {"device": "A GPU"}, "configuration": {"r": 2}}, "device A GPU (now CPU)"),
     ],
 )
-def test_bad_results(tmp_path, capsys, content, words):
-    good = result(tmp_path, "old", NOISY)
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    if content is not None:
-        (bad / "x.json").write_text(content)
-    capsys.readouterr()
-    assert compare.main([str(good), str(bad)]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert len(said.splitlines()) == 1
+def test_a_result_of_another_configuration_is_not_replaced(tmp_path, monkeypatch, there, refused):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    content = {"environment": {"device": "CPU (some), 2 threads"}, "rows": [], **there}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    ask = {"configuration": {"r": 2, "seed": 0}, "folder": tmp_path}
+    timing.refuse_other("x", force=True, **ask)
+    timing.refuse_other("y", force=False, **ask)
+    if refused is None:
+        return timing.refuse_other("x", force=False, **ask)
+    with pytest.raises(ConfigError, match=re.escape(refused)) as error:
+        timing.refuse_other("x", force=False, **ask)
+    assert "--label" in str(error.value)
+    return None
 
 
-def test_other_configurations_are_named(tmp_path, capsys):
-    old = result(tmp_path, "old", NOISY)
-    content = json.loads(old.read_text())
-    content["configuration"] = {**(content.get("configuration") or {}), "dtype": "bf16"}
-    new = tmp_path / "new.json"
-    new.write_text(json.dumps(content))
-    capsys.readouterr()
-    assert compare.main([str(old), str(new)]) == 0
-    assert "x: not the same dtype: None in OLD, bf16 in NEW" in capsys.readouterr().out
-    assert compare.main([str(old), str(old)]) == 0
-    assert "not the same" not in capsys.readouterr().out
+class Measured(Exception):  # noqa: N818
+    """The script went on to measure."""
 
 
-def test_rows_of_one_side_only(tmp_path, capsys):
-    old = result(tmp_path, "old", NOISY)
-    content = json.loads(old.read_text())
-    content["rows"][0]["method"] = "theirs"
-    new = tmp_path / "new.json"
-    new.write_text(json.dumps(content))
-    assert compare.main([str(old), str(new)]) == 0
-    said = capsys.readouterr().out
-    assert "only in OLD" in said
-    assert "only in NEW" in said
+REFUSING = {
+    "cpu_layers": ("cpu_layers_fp32", "cpu_layers.measure", ["--dtype", "fp32"], "rounds"),
+    "checkpoint": ("checkpoint", "ranks.launch", ["--model", "m"], "slices"),
+    "init": ("init", "init.matrices", ["--model_name_or_path", "m"], "layers"),
+    "load_memory": ("load_memory", "load_memory.write_model", [], "gigabytes"),
+    "slice_cache_start": ("slice_cache_start", "ranks.launch", ["--model", "m"], "slices"),
+    "svd_methods": ("svd_methods", "svd_methods.imitated", [], "largest"),
+    "export_memory": ("export_memory", "export_memory.write_model", [], "gigabytes"),
+    "update_rank": ("update_rank", "task.make_task", ["--model", "m"], "lr"),
+}
+
+
+@pytest.mark.parametrize("stem", REFUSING)
+def test_scripts_refuse_before_they_measure(stem, tmp_path, monkeypatch):
+    """With --label (update_rank: --name) or --force they go on."""
+    name, measuring, words, key = REFUSING[stem]
+    main = importlib.import_module(f"hdpissa.benchmarks.{stem}").main
+
+    def measured(*args, **kwargs):
+        raise Measured
+
+    monkeypatch.setattr(f"hdpissa.benchmarks.{measuring}", measured)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
+    timing.write(name, [], [], folder=tmp_path, configuration={key: -1})
+    before = (tmp_path / f"{name}.json").read_text()
+
+    def start(*more):
+        monkeypatch.setattr("sys.argv", [stem, *words, "--folder", str(tmp_path), *more])
+        main()
+
+    with pytest.raises(ConfigError, match=rf"{name}\.json is of another configuration: .*{key} -1 \(now "):
+        start()
+    for more in (["--force"], ["--name" if stem == "update_rank" else "--label", "other"]):
+        with pytest.raises(Measured):
+            start(*more)
+    assert (tmp_path / f"{name}.json").read_text() == before
+
+
+def test_mistakes_are_one_line(capsys):
+    def main():
+        raise ConfigError("--x 1: must be 2")
+
+    assert timing.run(main) == 2
+    assert capsys.readouterr().err == "error: --x 1: must be 2\n"
+    assert timing.run(lambda: None) == 0

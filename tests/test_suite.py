@@ -53,11 +53,19 @@ def test_a_script_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, 
     for name, text in {"bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)", "good": write}.items():
         (tmp_path / f"{name}.py").write_text(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {text}\n")
     steps = tuple(
-        suite.Step(name, f"{name}.py", limit=limit) for name, limit in (("bad", 60), ("slow", 1), ("good", 60))
+        suite.Step(name, f"{name}.py", limit=limit, more=(f"{name}_more",))
+        for name, limit in (("bad", 60), ("slow", 1), ("good", 60))
     )
     monkeypatch.setattr(suite, "HERE", tmp_path)
     monkeypatch.setattr(suite, "STEPS", steps)
+    stale = [tmp_path / "out" / name for name in ("bad.json", "bad.md", "bad_phases.png", "slow_more.json")]
+    beside = tmp_path / "out" / "badly.json"
+    (tmp_path / "out").mkdir()
+    for file in (*stale, beside):
+        file.write_text("{}")
     assert suite.main(["--folder", str(tmp_path / "out")]) == 1
+    assert not any(file.exists() for file in stale)  # an earlier result of a script that fails is no result
+    assert beside.exists()
     said = capsys.readouterr().out
     for words in ("exit code 3", "stopped after 1 s", "all is well", "s in all"):
         assert words in said
