@@ -25,10 +25,9 @@ TOKENS = 256
 WEIGHTS = 134_515_008  # of the whole model
 PIECES_MB = (1, 8, None)
 COLUMNS = ("what", "size", "rate", "unit", "seconds")
-SECONDS = 1.0  # of each product
 
 
-def product_rates(dtype: torch.dtype) -> list[dict[str, Any]]:
+def product_rates(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
     """A row per shape: FLOP/s of this process's x Wᵀ."""
     import torch.distributed as dist
 
@@ -36,7 +35,7 @@ def product_rates(dtype: torch.dtype) -> list[dict[str, Any]]:
     for cols, count in SHAPES:
         x, W = torch.randn(TOKENS, cols, dtype=dtype), torch.randn(count, cols, dtype=dtype)
         dist.barrier()
-        samples = repeat(lambda x=x, W=W: x @ W.T, SECONDS)  # type: ignore[misc]
+        samples = repeat(lambda x=x, W=W: x @ W.T, seconds)  # type: ignore[misc]
         rates = [2e-9 * TOKENS * cols * count / s for s in samples]
         size = f"{TOKENS} × {cols} × {count}"
         row = {"what": f"product, {str(dtype).removeprefix('torch.')}", "size": size, "unit": "GFLOP/s per process"}
@@ -44,14 +43,14 @@ def product_rates(dtype: torch.dtype) -> list[dict[str, Any]]:
     return rows
 
 
-def gather_rates(count: int) -> list[dict[str, Any]]:
+def gather_rates(count: int, weights: int) -> list[dict[str, Any]]:
     """A row per size of pieces: all weights in fp32, of which every process has its part, gathered by all."""
     import torch.distributed as dist
 
     from hdpissa.engine.exchange import _all_gather
 
     rows = []
-    own = WEIGHTS // count
+    own = weights // count
     for megabytes in PIECES_MB:
         piece = own if megabytes is None else min(own, megabytes * 250_000)
         mine, every = torch.ones(piece), torch.empty(count * piece)
@@ -65,7 +64,7 @@ def gather_rates(count: int) -> list[dict[str, Any]]:
         seconds = statistics.median(samples[1:])  # the first one connects
         size = "at once" if megabytes is None else f"in pieces of {megabytes} MB"
         rate = 4e-6 * own * (count - 1) / seconds
-        row = {"what": "all-gather of SmolLM2-135M in fp32", "size": size, "unit": "MB/s received", "rate": rate}
+        row = {"what": f"all-gather of {4e-6 * weights:.0f} MB", "size": size, "unit": "MB/s received", "rate": rate}
         rows.append(row | {"seconds": seconds, "samples": {"seconds": samples[1:]}})
     return rows
 
@@ -81,21 +80,32 @@ def repeat(work: Callable[[], object], seconds: float) -> list[float]:
     return samples
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each product")
+    parser.add_argument("--weights", type=int, default=WEIGHTS, help="that are gathered, in fp32")
+    timing.add_result_options(parser)
     parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     if args.out:
         from hdpissa.engine import zero3
 
         zero3.init_distributed()
-        rows = product_rates(torch.float32) + product_rates(torch.bfloat16)
-        ranks.answer(args.out, rows + gather_rates(args.ranks))
+        rows = product_rates(torch.float32, args.seconds) + product_rates(torch.bfloat16, args.seconds)
+        ranks.answer(args.out, rows + gather_rates(args.ranks, args.weights))
         zero3.shut_down()
         return
-    rows = ranks.launch(__file__, args.ranks, "--ranks", args.ranks)
+    name, configuration = timing.labelled("cpu_rates", args.label), timing.configuration_of(args)
+    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    rows = ranks.launch(
+        __file__, args.ranks, "--ranks", args.ranks, "--seconds", args.seconds, "--weights", args.weights
+    )
     fp32, bf16 = (next(r["rate"] for r in rows if r["what"].endswith(kind)) for kind in ("float32", "bfloat16"))
     gathers = [row["seconds"] for row in rows if "seconds" in row]
     headline = f"products {fp32:.0f} GFLOP/s in fp32, {bf16:.1f} in bf16, all weights gathered in {min(gathers):.2f} s"
@@ -103,10 +113,9 @@ def main() -> None:
         f"{args.ranks} processes of one thread each, all at the same work; rank 0's figures, medians. Products are "
         f"x Wᵀ with {TOKENS} rows."
     )
-    keys = ("what", "size")
-    configuration = {"ranks": args.ranks}
-    timing.write("cpu_rates", rows, COLUMNS, note, identity=keys, configuration=configuration, headline=headline)
+    kept: dict[str, Any] = {"identity": ("what", "size"), "configuration": configuration, "headline": headline}
+    timing.write(name, rows, COLUMNS, note, folder=args.folder, **kept)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

@@ -187,6 +187,15 @@ def _published(rows: Rows) -> str:
     return f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time"
 
 
+def _rates(rows: Rows) -> str:
+    fp32, bf16 = ([r["rate"] for r in rows if r["what"] == f"product, {kind}"] for kind in ("float32", "bfloat16"))
+    gathers = [row["seconds"] for row in rows if "seconds" in row]
+    return (
+        f"products {min(fp32):.0f} to {max(fp32):.0f} GFLOP/s in fp32, {min(bf16):.1f} to {max(bf16):.1f} in bf16; all "
+        f"weights of SmolLM2-135M gathered in {min(gathers):.2f} to {max(gathers):.2f} s"
+    )
+
+
 def _memory(rows: Rows) -> str:
     return ", ".join(f"{row['method']} {row['peak MB']:.0f} MB" for row in most_ranks(rows) if "peak MB" in row)
 
@@ -199,23 +208,43 @@ def _counted(rows: Rows) -> str:
 
 DEMO = "smollm2-135m-instruct"
 THROUGHPUT = (
-    f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --max_length 256"
-    " --micro_batch 2 --steps 4 --warmup 2"
+    f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --slices 8 --accumulation 4"
+    " --micro_batch 1 --max_length 256"
 )
 THROUGHPUT_IS = {
     "model": DEMO,
     "num_accelerators": [2],
     "methods": ["hd_pissa", "lora", "pissa", "full", "frozen", "reference"],
     "r": 16,
+    "slices": 8,
+    "accumulation": 4,
+    "micro_batch": 1,
     "max_length": 256,
-    "micro_batch": 2,
-    "steps": 4,
+    "steps": 3,
     "warmup": 2,
     "dtype": "fp32",
     "layers": None,
-    "slices": None,
-    "accumulation": 1,
+    "zero": {},
     "gradient_checkpointing": False,
+}
+FEW = ["hd_pissa", "frozen", "reference"]
+GATHERED = {"stage3_param_persistence_threshold": 10**12}  # as in ds_configs/zero3_gathered.json
+QUALITY_IS = {
+    "model_name_or_path": DEMO,
+    "dataset_name": "gsm8k_train.jsonl",
+    "test_dataset_name": "gsm8k_test.jsonl",
+    "steps": 6,
+    "micro_batch": 1,
+    "accumulation": 8,
+    "max_length": 256,
+    "train_rows": 1024,
+    "eval_rows": 16,
+    "eval_steps": 6,
+    "r": 16,
+    "slices": 8,
+    "test_rows": 8,
+    "max_new_tokens": 96,
+    "dtype": "fp32",
 }
 FIGURES = (
     Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", _aot),
@@ -276,25 +305,59 @@ FIGURES = (
         {"model": DEMO, "ranks": 2, "slices": 8, "r": 16, "rounds": 5},
     ),
     Figure(
-        "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}",
+        "what {ranks} processes of one core each reach, at the same time",
+        "cpu_rates",
+        "cpu_rates.py",
+        _rates,
+        {"ranks": 2, "weights": 134_515_008},
+    ),
+    Figure(
+        "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}, "
+        "S = {slices}",
         "throughput_smollm2_135m_instruct_fp32",
-        THROUGHPUT,
+        f"{THROUGHPUT} --steps 3 --warmup 2",
         _throughput,
         THROUGHPUT_IS,
     ),
     Figure(
-        "the same runs: time of the published algorithm's step, HD-PiSSA's = 1",
+        "the same runs: time of the published algorithm's step, HD-PiSSA's = 1; wanted are 3",
         "throughput_smollm2_135m_instruct_fp32",
-        THROUGHPUT,
+        f"{THROUGHPUT} --steps 3 --warmup 2",
         _published,
         THROUGHPUT_IS,
     ),
     Figure(
-        "the same runs: peak memory of a rank",
+        "the same with weights that stay gathered",
+        "throughput_smollm2_135m_instruct_fp32_gathered",
+        f"{THROUGHPUT} --steps 3 --warmup 2 --methods {' '.join(FEW)} "
+        "--zero stage3_param_persistence_threshold=1000000000000 --label gathered",
+        _published,
+        THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
+    ),
+    Figure(
+        "the same in {dtype}, which this CPU emulates; wanted are 6",
+        "throughput_smollm2_135m_instruct_bf16",
+        f"{THROUGHPUT} --steps 1 --warmup 1 --methods {' '.join(FEW)} --dtype bf16",
+        _published,
+        THROUGHPUT_IS | {"methods": FEW, "dtype": "bf16", "steps": 1, "warmup": 1},
+    ),
+    Figure(
+        "the fp32 runs: peak memory of a rank",
         "throughput_smollm2_135m_instruct_fp32",
-        THROUGHPUT,
+        f"{THROUGHPUT} --steps 3 --warmup 2",
         _memory,
         THROUGHPUT_IS,
+    ),
+    Figure(
+        "test loss on GSM8K after {steps} steps of 8 rows, best of two learning rates, mean ± standard deviation of "
+        "3 seeds (nats per answer token)",
+        "quality",
+        "quality.py --dataset_name gsm8k_train.jsonl --test_dataset_name gsm8k_test.jsonl --prompt_field question "
+        "--response_field answer --steps 6 --eval_steps 6 --test_rows 8 --max_new_tokens 96 "
+        "--rates lora_r16=2e-3,6e-3 lora_r128=2e-3,6e-3 pissa_r16=2e-4,6e-4 pissa_r128=2e-4,6e-4 "
+        "hd_pissa_s8_r16=2e-4,6e-4 full=2e-4,6.67e-5",
+        _quality,
+        QUALITY_IS,
     ),
     Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", _counted),
     Figure(

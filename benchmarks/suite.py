@@ -43,6 +43,7 @@ class Step:
 
 STEPS = (
     Step("aot", "aot_table.py"),
+    Step("cpu_rates", "cpu_rates.py"),
     Step("cpu_layers_fp32_2_layers", "cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
     Step("init", "init.py", ("--layers", "2")),
     Step("svd_methods", "svd_methods.py", ("--largest", "1024", "--ranks", "128")),

@@ -74,8 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decompose", action="store_true", help="singular vectors in random weights, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=1800, help="seconds that a run may take")
-    parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
-    parser.add_argument("--label", default="", help="end of the result's name, beside others of this model and dtype")
+    timing.add_result_options(parser)
     args = parser.parse_args(argv)
     args.zero = dict(map(zero_key, args.zero))
     check(args, gpus)
@@ -258,15 +257,18 @@ def headline(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     return f"{column} on {args.num_accelerators[-1]} processes: {told}"
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """Of the result, without its ending."""
+    model = method_models.name_of(args.model, args.layers).lower()
+    return timing.labelled(f"throughput_{re.sub(r'[^a-z0-9.]+', '_', model)}_{args.dtype}", args.label)
+
+
 def report(args: argparse.Namespace, runs: dict, failures: dict) -> None:
     """Writes the table and its pictures."""
     rows = throughput_table.table(runs, failures, throughput_work.model_work(args.model, args.layers))
-    model = method_models.name_of(args.model, args.layers)
-    name = "_".join(["throughput", re.sub(r"[^a-z0-9.]+", "_", model.lower()), args.dtype, *filter(None, [args.label])])
     args.folder.mkdir(parents=True, exist_ok=True)
+    name = name_of(args)
     pictures = throughput_table.draw(rows, args.folder, name)
-    configuration = {key: value for key, value in vars(args).items() if key not in ("folder", "label")}
-    configuration["model"] = Path(args.model).name  # of a folder its last part: nobody else has the rest
     timing.write(
         name,
         rows,
@@ -274,7 +276,7 @@ def report(args: argparse.Namespace, runs: dict, failures: dict) -> None:
         note(args),
         folder=args.folder,
         identity=throughput_table.IDENTITY,
-        configuration=configuration,
+        configuration=timing.configuration_of(args),
         pictures=pictures,
         headline=headline(rows, args),
     )
@@ -284,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     failures: dict = {}
     try:
         args = parse(argv)
+        timing.refuse_other(name_of(args), timing.configuration_of(args), folder=args.folder, force=args.force)
         for runs, failures in run_all(args):  # after every round, so that a run that is stopped leaves something
             report(args, runs, failures)
     except ConfigError as error:

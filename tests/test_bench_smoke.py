@@ -76,6 +76,16 @@ def test_checkpoint(bench, model):
         assert all(0 < pause <= whole for pause, whole in zip(pauses, wholes, strict=True))
 
 
+def test_cpu_rates(bench):
+    rows = bench("cpu_rates", "cpu_rates", "--seconds", 0.01, "--weights", 600_000)
+    assert [row["unit"] for row in rows] == ["GFLOP/s per process"] * 6 + ["MB/s received"] * 3
+    for row in rows:
+        (values,) = row["samples"].values()
+        assert len(set(values)) == len(values) >= 3
+        assert row["rate"] > 0
+    assert [row["what"] for row in rows[6:]] == ["all-gather of 2 MB"] * 3
+
+
 def test_load_memory(bench, model):
     rows = bench("load_memory", "load_memory", "--model_folder", model, "--ranks", 2)
     assert [row["path"] for row in rows] == ["own rows", "rank 0 reads all"]
@@ -118,6 +128,7 @@ _CPU_LAYERS = ("--dtype", "fp32", "--layers", 1)
 # Script → the test that runs its `main` and looks at what it found. Those that are slow alone are named.
 CASES = {
     "aot_table": "test_kernel_aot.py::compiled",
+    "cpu_rates": "test_bench_smoke.py::test_cpu_rates",
     "cpu_layers": "test_bench_smoke.py::test_cpu_layers",
     "init": "test_suite.py::test_init",
     "svd_methods": "test_bench_smoke.py::test_svd_methods",
@@ -128,7 +139,7 @@ CASES = {
     "throughput": "test_throughput.py::test_a_run_through_the_launcher",
     "projection": "test_throughput.py::test_the_script_counts_and_draws",
     "update_rank": "test_update_rank.py::test_measured_ranks_reach_their_bounds",
-    "quality": "test_quality.py::test_stops_goes_on_and_reports",
+    "quality": "test_quality.py::compared",
 }
 SLOW_ALONE = {"projection"}  # what it counts and compares is in test_the_plan_is_what_is_counted
 
