@@ -103,8 +103,12 @@ def interval(old: Sequence[Any], new: Sequence[Any], statistic: Callable[..., An
     Args:
         old, new: units, each a number or the samples of a round.
     """
-    low, high = np.quantile(np.divide(*_drawn((new, old), statistic)), (LEVEL / 2, 1 - LEVEL / 2))
-    return float(low), float(high)
+    return _ends(np.divide(*_drawn((new, old), statistic)))
+
+
+def _ends(drawn: Any) -> tuple[float, float]:
+    """Of the 95 % in the middle."""
+    return float(np.quantile(drawn, LEVEL / 2)), float(np.quantile(drawn, 1 - LEVEL / 2))
 
 
 def _drawn(sides: Sequence[Sequence[Any]], statistic: Callable[..., Any]) -> list[Any]:
@@ -124,8 +128,7 @@ def _independent(units: Sequence[list[list[float]]], statistic: Callable[..., An
     if positive:
         low, high = interval(old, new, statistic)
     else:
-        ends = np.quantile(np.subtract(*_drawn((new, old), statistic)), (LEVEL / 2, 1 - LEVEL / 2))
-        low, high = float(ends[0]), float(ends[1])
+        low, high = _ends(np.subtract(*_drawn((new, old), statistic)))
     same = 1 if positive else 0
     values = [[float(statistic(unit)) for unit in side] for side in units]
     moved = not low <= same <= high and unpaired_test(*values) <= LEVEL
@@ -140,7 +143,7 @@ def _pairs(sides: Sequence[Mapping[str, float]], statistic: Callable[..., Any]) 
     old, new = (np.array([side[name] for name in names]) for side in sides)
     positive = bool((old > 0).all() and (new > 0).all())
     change = new / old if positive else new - old
-    low, high = (float(end) for end in np.quantile(_drawn([change], statistic)[0], (LEVEL / 2, 1 - LEVEL / 2)))
+    low, high = _ends(_drawn([change], statistic)[0])
     same = 1 if positive else 0
     moved = not low <= same <= high and paired_test(change - same) <= LEVEL
     return Compared(low, high, moved, not positive, float(statistic(change)) if positive else None)
