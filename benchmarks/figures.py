@@ -165,6 +165,9 @@ def _rank(rows: Rows) -> str:
 def _quality(rows: Rows) -> str:
     told = []
     for row in rows:
+        if "test loss" not in row:
+            told.append(f"{row['arm']}: {row['remark']}")
+            continue
         spread = f" ± {row['± test']:.3f}" if "± test" in row else ""
         told.append(f"{row['arm']} {row['test loss']:.3f}{spread}")
     return ", ".join(told)
