@@ -37,7 +37,7 @@ def test_init(model, tmp_path):
     assert every["matrices"] == 14 == sum("matrix" in row for row in rows)
     assert every["σ error"] <= 1e-12
     assert every["slice angle"] <= 1e-6
-    done = start("init.py", tmp_path, "--model_name_or_path", model, "--r", 99)
+    done = start("init.py", tmp_path / "other", "--model_name_or_path", model, "--r", 99)
     assert done.returncode == 2
     assert "--slices 8 × --r 99 exceeds the smaller side of" in done.stderr
 
