@@ -189,8 +189,8 @@ def _published(rows: Rows) -> str:
     row = one(most_ranks(rows), method="hd_pissa")
     frozen = one(most_ranks(rows), method="frozen")
     return (
-        f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time; where nothing is trained "
-        f"{frozen['reference / it']:.2f} and {frozen['CPU reference / it']:.2f}"
+        f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time; with nothing "
+        f"trained {frozen['reference / it']:.2f} and {frozen['CPU reference / it']:.2f}"
     )
 
 
