@@ -63,7 +63,7 @@ def test_json(capsys, folder):
         "bytes_per_step": {"sent_per_gpu", "host_link_per_gpu"},
         "seconds_per_step": {
             "floor_compute", "floor_memory", "low_rank", "gathers", "host_link", "kernel_launches", "exchange",
-            "apply", "adam", "staging", "bound", "predicted",
+            "apply", "adam", "staging", "gathered_again", "bound", "predicted",
         },
         "tokens_per_step_per_gpu": int,
         "tokens_per_second_per_gpu": float,
