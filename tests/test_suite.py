@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny import tiny_llama
 
-from hdpissa.benchmarks import figures, suite
+from hdpissa.benchmarks import figure_words, suite
 
 BENCHMARKS = suite.HERE
 
@@ -33,7 +33,7 @@ def test_init(model, tmp_path):
     done = start("init.py", tmp_path, "--model_name_or_path", model, "--r", 2, "--slices", 2)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "init.json").read_text())["rows"]
-    every = figures.one(rows, shape="all")
+    every = figure_words.one(rows, shape="all")
     assert every["matrices"] == 14 == sum("matrix" in row for row in rows)
     assert every["σ error"] <= 1e-12
     assert every["slice angle"] <= 1e-6
