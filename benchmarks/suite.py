@@ -2,8 +2,8 @@
 
     python benchmarks/suite.py [--folder outputs/bench] [NAME ...]
 
-Under ten minutes on two cores. The results lie in --folder, as JSON, Markdown and pictures, and can be compared with
-those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are of full size, and
+About a quarter of an hour on two cores. The results lie in --folder, as JSON, Markdown and pictures, and can be
+compared with those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are of full size, and
 the command of each is in benchmarks/README.md. A script that fails is named, and the others still run.
 """
 
@@ -43,17 +43,21 @@ class Step:
 
 STEPS = (
     Step("aot", "aot_table.py"),
-    Step("cpu_rates", "cpu_rates.py"),
+    Step("cpu_rates", "cpu_rates.py", ("--seconds", "0.3")),
     Step("cpu_layers_fp32_2_layers", "cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
     Step("init", "init.py", ("--layers", "2")),
     Step("svd_methods", "svd_methods.py", ("--largest", "1024", "--ranks", "128")),
     Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "2")),
-    Step("load_memory", "load_memory.py", ("--gigabytes", "0.4", "--ranks", "2")),
-    Step("export_memory", "export_memory.py", ("--gigabytes", "0.4")),
+    Step("load_memory", "load_memory.py", ("--gigabytes", "0.2", "--ranks", "2")),
+    Step("export_memory", "export_memory.py", ("--gigabytes", "0.2")),
     Step("checkpoint", "checkpoint.py", ("--slices", "2", "--rounds", "1")),
     Step("throughput_tiny_fp32", "throughput.py"),
-    Step("plan_counted", "projection.py", more=("projection",)),
-    Step("update_rank", "update_rank.py", ("--layers", "15", "--slices", "1", "8", "--steps", "1")),
+    Step("plan_counted", "projection.py", ("--num_accelerators", "1", "2"), more=("projection",)),
+    Step(
+        "update_rank",
+        "update_rank.py",
+        ("--layers", "15", "--methods", "lora", "hd_pissa", "--slices", "8", "--steps", "1"),
+    ),
     Step(
         "quality",
         "quality.py",
