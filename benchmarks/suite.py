@@ -3,8 +3,9 @@
     python benchmarks/suite.py [--folder outputs/bench] [NAME ...]
 
 About a quarter of an hour on two cores. The results lie in --folder, as JSON, Markdown and pictures, and can be
-compared with those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are of full size, and
-the command of each is in benchmarks/README.md. A script that fails is named, and the others still run.
+compared with those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are
+of full size, and the command of each is in benchmarks/README.md. A script that fails is named, and the others still
+run.
 """
 
 from __future__ import annotations
