@@ -118,8 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind and way")
     timing.add_result_options(parser)
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    ranks.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -132,8 +131,7 @@ def main() -> None:
         from hdpissa.launch.demo_model import ensure_demo_model
 
         args.model = ensure_demo_model()
-    name, configuration = timing.labelled("checkpoint", args.label), timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of("checkpoint", args)
     arguments = ("--model", args.model, "--r", args.r, "--slices", args.slices, "--rounds", args.rounds)
     found = ranks.launch(__file__, args.ranks, *arguments)
     full, small = rows = found["rows"]

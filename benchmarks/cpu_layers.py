@@ -150,9 +150,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     part = "" if args.layers is None else f"_{args.layers}_layers"
-    name = timing.labelled(f"cpu_layers_{args.dtype}{part}", args.label)
-    configuration = timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of(f"cpu_layers_{args.dtype}{part}", args)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = measure(DTYPES[args.dtype], args.layers, args.rounds)

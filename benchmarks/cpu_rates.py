@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,8 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each product")
     parser.add_argument("--weights", type=int, default=WEIGHTS, help="that are gathered, in fp32")
     timing.add_result_options(parser)
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    ranks.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -101,8 +99,7 @@ def main() -> None:
         ranks.answer(args.out, rows + gather_rates(args.ranks, args.weights))
         zero3.shut_down()
         return
-    name, configuration = timing.labelled("cpu_rates", args.label), timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of("cpu_rates", args)
     rows = ranks.launch(
         __file__, args.ranks, "--ranks", args.ranks, "--seconds", args.seconds, "--weights", args.weights
     )

@@ -119,8 +119,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    ranks.add_options(parser)
     timing.add_result_options(parser)
     return parser.parse_args(argv)
 

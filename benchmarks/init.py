@@ -121,8 +121,7 @@ def main() -> None:
         from hdpissa.launch.demo_model import ensure_demo_model
 
         args.model_name_or_path = Path(ensure_demo_model())
-    name, configuration = timing.labelled("init", args.label), timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of("init", args)
     wanted = matrices(args.model_name_or_path, args.layers)
     if not wanted:
         raise ConfigError(

@@ -79,8 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
     parser.add_argument("--path", choices=(OWN, WHOLE), help="set by the script itself, for the ranks")
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    ranks.add_options(parser)
     timing.add_result_options(parser)
     return parser.parse_args(argv)
 
@@ -90,8 +89,7 @@ def main() -> None:
     if args.out:
         ranks.answer(args.out, load(args.model_folder, args.path))
         return
-    name, configuration = timing.labelled("load_memory", args.label), timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of("load_memory", args)
     rows = []
     with tempfile.TemporaryDirectory() as own:
         folder = args.model_folder or own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -10,6 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--out and --local_rank, which a script that starts itself in ranks has for them."""
+    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
 
 
 def launch(script: str, ranks: int, *arguments: object) -> Any:

@@ -80,8 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slices", type=int, default=8)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cache", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    ranks.add_options(parser)
     timing.add_result_options(parser)
     return parser.parse_args(argv)
 
@@ -94,8 +93,7 @@ def main() -> None:
     from hdpissa.launch.demo_model import ensure_demo_model
 
     args.model = args.model or ensure_demo_model()
-    name, configuration = timing.labelled("slice_cache_start", args.label), timing.configuration_of(args)
-    timing.refuse_other(name, configuration, folder=args.folder, force=args.force)
+    name, configuration = timing.result_of("slice_cache_start", args)
     torch.set_num_threads(1)  # as the ranks, for the note on the environment
     rows = [both_starts(args.model, count, args.r, args.slices, args.bf16) for count in args.ranks]
     share = max(row["second / first, slices CPU s"] for row in rows)

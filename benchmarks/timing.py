@@ -137,6 +137,13 @@ def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def result_of(name: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """A result's name with its label, and its configuration; raises what `refuse_other` does."""
+    name, configuration = labelled(name, args.label), configuration_of(args)
+    refuse_other(name, configuration, folder=args.folder, force=args.force)
+    return name, configuration
+
+
 def refuse_other(name: str, configuration: Mapping[str, Any], *, folder: Path, force: bool) -> None:
     """Called before anything is measured.
 

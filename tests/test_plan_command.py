@@ -73,7 +73,7 @@ def test_json(capsys, folder):
     }  # fmt: skip
     memory = found["memory_per_gpu"]
     assert memory["peak"] < memory["available"]
-    assert found["model"]["parameters"] == 134_515_008
+    assert (found["model"]["parameters"], found["run"]["gpus"]) == (134_515_008, 2)
 
 
 def test_table(capsys, folder):
