@@ -26,7 +26,7 @@ def chosen(words: list[str]) -> Iterator[tuple[str, str, str]]:
     """(command, option, test)"""
     for command, held in options_held.HELD.items():
         for option, test in held.items():
-            if not words or any(word == command or word in option for word in words):
+            if not words or any(word == command if word in options_held.HELD else word in option for word in words):
                 yield command, option, test
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launch_runs import read_json
+from launch_runs import parsed, read_json
 from report_runs import PICTURES, Page, write_run
 
 from hdpissa.engine import pictures, report
@@ -184,16 +184,13 @@ def test_report_spectra_is_not_negative():
 
 def ended(folder: Path, **options) -> tuple[list[str], list[str]]:
     """What `train_report.write` returns for a run that ended in this folder, and what it says."""
-    from hdpissa.launch.train_arguments import TrainArguments
-
     lines: list[str] = []
     recorder = Recorder(folder, total_steps=1, weights=1, device_name="cpu", devices=1, rank=0)
     recorder.say("warning: the disk was full")
     recorder.say("no warning")
     recorder.say = lines.append
     engine = SimpleNamespace(plan=SimpleNamespace(rank=0))
-    args = TrainArguments(output_dir=str(folder), **options)
-    return train_report.write(args, engine, recorder, spectra=False), lines
+    return train_report.write(parsed(folder, **options), engine, recorder, spectra=False), lines
 
 
 def test_the_report_is_an_option(tmp_path):
