@@ -178,7 +178,7 @@ HELD: dict[str, dict[str, str]] = {
         "--base_model": "test_export_command::test_bases_that_cannot_be_read",
     },
     "evaluate": {
-        "--model": "test_evaluate::test_which_model_is_meant",
+        "--model": "test_evaluate::test_data_are_read_as_the_run_did",
         "--tasks": "test_evaluate::test_what_is_handed_to_lm_eval",
         "--num_fewshot": "test_evaluate::test_what_is_handed_to_lm_eval",
         "--limit": "test_evaluate::test_what_is_handed_to_lm_eval",

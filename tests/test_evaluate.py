@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def test_what_is_handed_to_lm_eval(tmp_path):
     words = ["--model", str(tmp_path / "run"), "--tasks", "gsm8k,arc", "--num_fewshot", "5", "--limit", "10"]
     words += ["--batch_size", "4", "--device", "cpu", "--output_path", "out", "--trust_remote_code"]
     script = Path(evaluate.__file__)
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    path = os.pathsep.join(filter(None, (str(tmp_path / "site"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PATH": ""}
     done = subprocess.run(
         [sys.executable, str(script), *words, "--", "--apply_chat_template"],
         env=environment, capture_output=True, text=True, timeout=60,
