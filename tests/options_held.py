@@ -187,7 +187,7 @@ HELD: dict[str, dict[str, str]] = {
         "--eval_max_samples": "test_evaluate_options::test_answers_and_results",
         "--output_path": "test_evaluate_options::test_answers_and_results",
         "--device": "test_evaluate_options::test_answers_and_results",
-        "--max_new_tokens": "test_evaluation::test_the_run_ends_early_and_exports_the_best",
+        "--max_new_tokens": "test_evaluate_options::test_answers_and_results",
         "--batch_size": "test_evaluate_options::test_batches_are_of_that_size",
         "--dataset_name": "test_evaluate_options::test_templates_and_columns",
         "--prompt_field": "test_evaluate_options::test_templates_and_columns",

@@ -25,7 +25,8 @@ def inputs(tmp_path_factory):
     rows = [json.loads(line) for line in Path(made["eval_dataset_name"]).read_text().splitlines()][:8]
     shapes = {
         "rows": [{"instruction": r["instruction"], "response": r["response"]} for r in rows],
-        "other": [{"q": r["instruction"], "a": r["response"], "text": r["response"]} for r in rows],
+        "other": [{"q": r["instruction"], "a": r["response"]} for r in rows],
+        "both": [{"instruction": r["instruction"], "response": r["response"], "text": r["response"]} for r in rows],
         "texts": [{"body": r["response"]} for r in rows],
         "chats": [
             {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": "Yes."}]}
@@ -66,7 +67,7 @@ def test_which_tokens_count(capsys, inputs, words, fewer):
     """Each option changes the number of target tokens, in its direction; cut rows are not dropped ones."""
     words = [inputs["middle"] if word == "MIDDLE" else word for word in words]
     plain, found = figures(capsys, inputs), figures(capsys, inputs, *words)
-    assert (found["tokens"] < plain["tokens"]) == fewer
+    assert found["tokens"] < plain["tokens"] if fewer else found["tokens"] > plain["tokens"]
     if "drop" in words:
         assert found["tokens"] != figures(capsys, inputs, *words[:2])["tokens"]
 
@@ -75,7 +76,7 @@ def test_templates_and_columns(capsys, inputs):
     plain = figures(capsys, inputs)
     assert figures(capsys, inputs, "--prompt_template", "none")["loss"] != plain["loss"]
     assert figures(capsys, inputs, "--prompt_field", "q", "--response_field", "a", data="other") == plain
-    texts = figures(capsys, inputs, "--dataset_format", "text", data="other")
+    texts = figures(capsys, inputs, "--dataset_format", "text", data="both")
     assert texts == figures(capsys, inputs, "--dataset_text_field", "body", "--dataset_format", "text", data="texts")
     assert texts["tokens"] != plain["tokens"]  # of a text everything counts but the first token
     chat = figures(capsys, inputs, "--chat_template", CHAT, data="chats")
@@ -105,7 +106,8 @@ def test_answers_and_results(capsys, inputs, tmp_path):
     found = figures(capsys, inputs, *words, "--batch_size", "3", "--device", "cpu")
     assert found["samples"] == 2
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 2
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    assert [len(tokenizer(answer["answer"])["input_ids"]) <= 2 for answer in answers] == [True, True]
     assert json.loads((tmp_path / "evaluation.json").read_text())["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
     with pytest.raises((RuntimeError, AssertionError)):  # a device that is not there
         figures(capsys, inputs, "--device", "cuda:7")

@@ -144,8 +144,8 @@ def test_run_json_tells_what_was_run(launched, inputs):
 
 def test_from_a_yaml_file_the_run_is_described_alike(launched, inputs):
     run, described = (read_json(launched[name] / "run.json") for name in ("deepspeed", "torchrun"))
-    for arguments_ in (run["arguments"], described["arguments"]):
-        arguments_.pop("local_rank")  # only the deepspeed launcher gives it
+    for arguments_, local_rank in ((run["arguments"], 0), (described["arguments"], -1)):
+        assert arguments_.pop("local_rank") == local_rank  # only the deepspeed launcher gives it
         arguments_.pop("output_dir")
     assert described["arguments"] == run["arguments"]
     assert described["ds_config"] == run["ds_config"]
