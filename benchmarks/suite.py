@@ -52,7 +52,7 @@ STEPS = (
     Step("load_memory", "load_memory.py", ("--gigabytes", "0.2", "--ranks", "2")),
     Step("export_memory", "export_memory.py", ("--gigabytes", "0.2")),
     Step("checkpoint", "checkpoint.py", ("--slices", "2", "--rounds", "1")),
-    Step("throughput_tiny_fp32", "throughput.py"),
+    Step("throughput_tiny_fp32", "throughput.py", ("--num_accelerators", "2")),
     Step("plan_counted", "projection.py", ("--num_accelerators", "1", "2"), more=("projection",)),
     Step(
         "update_rank",
@@ -62,7 +62,11 @@ STEPS = (
     Step(
         "quality",
         "quality.py",
-        ("--preset", "small", "--steps", "2", "--seeds", "0", "--arms", "lora_r16", "hd_pissa_s8_r16"),
+        (
+            *("--preset", "small", "--steps", "2", "--seeds", "0", "--eval_rows", "8", "--test_rows", "4"),
+            *("--max_new_tokens", "32", "--arms", "lora_r16", "hd_pissa_s8_r16"),
+            *("--rates", "lora_r16=2e-3", "hd_pissa_s8_r16=2e-4"),
+        ),
         more=("quality_rates",),
     ),
 )
