@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launch_runs import flags, make_inputs, read_json, read_metrics, small_run, train_ranks, write_ds_config
+from launch_runs import flags, make_inputs, parsed, read_json, read_metrics, small_run, train_ranks, write_ds_config
 from tiny import tiny_batch, tiny_llama
 
 from hdpissa.engine import ConfigError
@@ -167,7 +167,7 @@ def test_liger_is_applied_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(transformers.integrations.liger, "apply_liger_kernel", lambda net, how: applied.append(net))
     monkeypatch.setattr(hdpissa.engine, "load_pretrained", lambda name, ds, **options: model, raising=False)
     for wanted in (False, True):
-        args = train_arguments.TrainArguments(use_liger_kernel=wanted)
+        args = parsed(use_liger_kernel=wanted)
         train_model.check_model(args, model)
         assert train_model.load_model(args, {}) is model
         assert applied == [model] * wanted
