@@ -49,11 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
 
+    from hdpissa.engine.base_files import local_folder
     from hdpissa.launch.export_card import write_card
     from hdpissa.launch.export_checkpoint import export, open_checkpoint
+    from hdpissa.launch.model_checks import check_export
 
     reader = open_checkpoint(args.checkpoint)
-    folder = Path(args.output_dir)
+    folder, base = Path(args.output_dir), local_folder(args.base_model or reader.manifest.base.name_or_path)
+    check_export(folder, f"--output_dir {folder}", checkpoint=reader.folder, base=base)
     report = export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model)
     print(report)
     try:

@@ -14,7 +14,9 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
-ADAPTER = "adapter_config.json"
+ADAPTER, CHECKPOINT = "adapter_config.json", "checkpoint.json"
+# Of an export: what it says of itself when it is complete, and where it is while it is being written.
+EXPORT, UNFINISHED = "hdpissa_export.json", ".export.partial"
 # Of transformers' weight files, those that an index may name, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Heads that answer with something else than the next token. A base without any head may be tied, so it is let pass.
@@ -44,6 +46,32 @@ def check_folder(name: str) -> None:
         raise ConfigError(
             f"--model_name_or_path {name}: holds {ADAPTER}, so it is an adapter, not a whole model; merge it into its "
             f"base (PEFT's merge_and_unload, then save_pretrained) and give the folder with the merged model"
+        )
+
+
+def check_export(folder: Path, asked: str, **others: str | Path | None) -> None:
+    """Refuses a folder in which an export would take the place of a model that no export wrote, or of a checkpoint.
+
+    Args:
+        asked: the option with its value, for the message.
+        others: what the export is made from, by what it is: `base="Qwen/Qwen3-0.6B"` (or a folder), `checkpoint=…`.
+
+    Raises:
+        ConfigError: with what would be lost.
+    """
+    for what, where in others.items():
+        if where and folder.is_dir() and Path(where).is_dir() and folder.samefile(where):
+            raise ConfigError(
+                f"{asked}: {folder} is the {what} itself, which the export would replace; give another folder"
+            )
+    if (folder / CHECKPOINT).is_file():
+        raise ConfigError(f"{asked}: {folder} is a checkpoint, which the export would damage; give another folder")
+    weights = next((p for end in ("safetensors", "bin") for p in sorted(folder.glob(f"*model*.{end}"))), None)
+    ours = (folder / EXPORT).exists() or (folder / UNFINISHED).exists()
+    if weights and not ours:
+        raise ConfigError(
+            f"{asked}: {folder} holds a model that no export wrote ({weights.name}), and that would be lost; give "
+            f"another folder"
         )
 
 

@@ -29,7 +29,7 @@ from hdpissa.launch.train_checkpoints import (
     find_checkpoint,
     stopping_on_signals,
 )
-from hdpissa.launch.train_checks import Job, check
+from hdpissa.launch.train_checks import Job, check, export_folders
 from hdpissa.launch.train_description import describe_run
 from hdpissa.launch.train_evaluation import Evaluation, make_evaluator
 from hdpissa.launch.train_guard import Guard
@@ -259,10 +259,9 @@ def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
     from hdpissa.engine import pulse
     from hdpissa.launch import train_report
 
-    folders = {"hf": "model", "peft": "adapter"}
-    formats = {"both": ["hf", "peft"], "none": []}.get(args.export_format, [args.export_format])
-    for format in formats:
-        folder = Path(args.output_dir) / folders[format]
+    folders = export_folders(args.export_format)
+    for format, name in folders.items():
+        folder = Path(args.output_dir) / name
         cut = {"rank": args.export_rank} if format == "peft" else {}
         exported = engine.export(folder, format=format, dtype=args.export_dtype, **cut)
         recorder.say(str(exported))
@@ -270,10 +269,10 @@ def export(args: Any, job: Job, engine: Any, recorder: Any) -> list[str]:
             with pulse.alone("tokenizer"):
                 job.tokenizer.save_pretrained(folder)
             train_report.write_card(args, job, recorder, folder, exported)
-    for format in folders.keys() - set(formats):
-        if (Path(args.output_dir) / folders[format]).exists():
-            recorder.say(f"warning: {args.output_dir}/{folders[format]}/ is an earlier run's, not this one's")
-    return [f"{folders[format]}/" for format in formats]
+    for name in set(export_folders("both").values()) - set(folders.values()):
+        if (Path(args.output_dir) / name).exists():
+            recorder.say(f"warning: {args.output_dir}/{name}/ is an earlier run's, not this one's")
+    return [f"{name}/" for name in folders.values()]
 
 
 def main(argv: list[str] | None = None, *, callbacks: Sequence[Any] = ()) -> bool:

@@ -93,6 +93,14 @@ def check_output_dir(args: Any) -> None:
             f"--output_dir {folder} holds another run ({used}); give another folder, --overwrite_output_dir, or "
             f"--resume_from_checkpoint auto to go on with it"
         )
+    for name in export_folders(args.export_format).values():
+        model_checks.check_export(folder / name, f"--output_dir {folder}", base=args.model_name_or_path)
+
+
+def export_folders(formats: str) -> dict[str, str]:
+    """Format → the name of its folder in the output folder, of those that --export_format says."""
+    names = {"hf": "model", "peft": "adapter"}
+    return {kind: name for kind, name in names.items() if formats in (kind, "both")}
 
 
 def goes_on(args: Any, folder: Path) -> bool:

@@ -206,6 +206,7 @@ OUTPUT = [
     argument("output folder of another run", ("DIR/used", "--overwrite_output_dir"), output_dir="DIR/used"),
     argument("output folder that is a file", ("DIR/notes.txt is a file", "give a folder"), output_dir="DIR/notes.txt"),
     argument("output folder below a file", ("DIR/notes.txt is a file",), output_dir="DIR/notes.txt/run"),
+    argument("an export that would replace the base", ("DIR/model is the base itself", "another"), output_dir="DIR"),
 ]
 CASES = [*COMMAND_LINE, *YAML, *DEEPSPEED, *HD_PISSA, *MODEL, *DATA, *EVALUATION, *OUTPUT]
 

@@ -138,6 +138,24 @@ def test_a_cut_adapter_in_bf16(tmp_path, saved):
     assert 0 < report["truncation"] <= report["residual"]["overall"] < 1
 
 
+def test_nothing_but_an_export_is_replaced(tmp_path, saved, capsys):
+    """Neither the base nor the checkpoint, without which the run is lost, nor somebody's model; an export is."""
+    run = saved["fp32"]
+    checkpoint = run["folder"] / "full" / "checkpoint-4"
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"theirs")
+    for folder, said in ((run["base"], "is the base itself"), (checkpoint, "itself"), (tmp_path, "no export wrote")):
+        before = whole_folder(run["base"])
+        assert run_export(checkpoint, folder) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1
+        assert f"--output_dir {folder}" in told[0]
+        assert said in told[0]
+        assert all(torch.equal(before[name], value) for name, value in whole_folder(run["base"]).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model-00001-of-00002.bin"]
+    assert run_export(run["folder"] / "full", run["folder"] / "small" / "checkpoint-4") == 2
+    assert "is a checkpoint" in capsys.readouterr().err
+
+
 def test_neither_deepspeed_nor_transformers_is_imported(tmp_path, saved):
     """They would cost more memory than the export; and no process group, so no launcher."""
     script = Path(export.__file__)
