@@ -25,6 +25,7 @@ from hdpissa.launch.train_callbacks import Callbacks
 from hdpissa.launch.train_checkpoints import (
     PREEMPTED,
     Checkpoints,
+    count_from_the_data,
     describe_start,
     find_checkpoint,
     stopping_on_signals,
@@ -65,6 +66,8 @@ def fit(
     accumulation = engine.gradient_accumulation_steps()
     recorder.start()
     callbacks.train_begin()
+    if engine.global_steps == 0:
+        callbacks.evaluate(evaluation.before(engine), evaluation.best)
     if evaluation.missed(engine.global_steps, total_steps):
         callbacks.evaluate(evaluation.evaluate(engine, engine.global_steps), evaluation.best)
     for step in range(engine.global_steps, total_steps):
@@ -111,6 +114,10 @@ def fit(
             callbacks.save()
         if callbacks.should_stop():
             break
+    callbacks.evaluate(evaluation.last(engine), evaluation.best)
+    if callbacks.wants("should_save"):
+        checkpoints.save(engine, engine.global_steps)
+        callbacks.save()
     callbacks.train_end()
     return True
 
@@ -220,8 +227,6 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     checkpoints = Checkpoints(args, job, recorder, reader)
     data_began = job.data.steps_per_epoch, checkpoints.data_offset
     evaluation = Evaluation(args, make_evaluator(args, job), recorder, checkpoints, *data_began)
-    if start == 0:
-        evaluation.before(engine)
     guard = Guard(engine, args)
     told = {"engine": engine, "scheduler": scheduler, "data_offset": checkpoints.data_offset}
     callbacks = Callbacks(job.callbacks, args, job, **told)
@@ -298,6 +303,7 @@ def main(argv: list[str] | None = None, *, callbacks: Sequence[Any] = ()) -> boo
         if args.resume_from_checkpoint is not None:  # before looking at what another run may still be writing
             lock_folder(Path(args.output_dir), job.plan.rank)
         reader = find_checkpoint(args, job)
+        job = count_from_the_data(args, job, reader)
         recorder = make_recorder(args, job, reader)
     except ConfigError:  # which every rank raises
         raise

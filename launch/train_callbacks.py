@@ -11,10 +11,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.options_evaluation import METRICS, is_greater_better, metric_name, strategy
 
 CALLED: tuple[str, ...] = ("init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end")
 CALLED += ("log", "evaluate", "save")
@@ -72,6 +74,7 @@ class Callbacks:
 
     Args:
         callbacks: instances. With none every method is a matter of nanoseconds.
+        args: they get a copy in which nothing is left to a default, as Trainer's arguments have none left.
         scheduler, tokenizer: handed to them, as Trainer does; and the engine, as `engine`.
         data_offset: steps done when the data began; epochs are counted from there.
     """
@@ -88,7 +91,9 @@ class Callbacks:
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
 
-        self._args, self._engine, self._epoch, self._offset = args, engine, job.data.steps_per_epoch, data_offset
+        resolved = {"metric_for_best_model": metric_name(args), "greater_is_better": is_greater_better(args)}
+        self._args = replace(args, **resolved, eval_strategy=strategy(args))
+        self._engine, self._epoch, self._offset = engine, job.data.steps_per_epoch, data_offset
         self._handler = CallbackHandler([Flow, *callbacks], engine.module, job.tokenizer, engine.optimizer, scheduler)
         self.any, self.control = bool(callbacks), TrainerControl()
         self.state = TrainerState(
@@ -104,6 +109,7 @@ class Callbacks:
             is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
         )
         self._happened = False  # an event since the ranks last agreed
+        self._in_epoch = False
         self._tell("init_end")
 
     def never_called(self) -> list[str]:
@@ -120,11 +126,13 @@ class Callbacks:
         self._tell("train_begin")
 
     def train_end(self) -> None:
+        self._end_epoch()
         self._tell("train_end")
 
     def step_begin(self, step: int) -> None:
         """Before the first micro-batch of step `step`, counted from 0."""
-        if (step - self._offset) % self._epoch == 0:
+        if not self._in_epoch:  # also in the middle of one, where a run goes on
+            self._in_epoch = True
             self._tell("epoch_begin")
         self._tell("step_begin")
 
@@ -140,8 +148,8 @@ class Callbacks:
         for name, value in wanted.items():
             setattr(self.control, name, value)
         self._tell("step_end")
-        if seen % self._epoch == 0:
-            self._tell("epoch_end")
+        if seen % self._epoch == 0 or done == self.state.max_steps:
+            self._end_epoch()
         self._agree()
         return type(self.control)(**{name: getattr(self.control, name) for name in FLAGS})
 
@@ -159,7 +167,8 @@ class Callbacks:
         """
         if row is not None:
             self.log(row)
-            self._tell("evaluate", metrics=dict(row))
+            as_trainer = {f"eval_{name}": row[name] for name in METRICS.values() & row.keys() if name[:5] != "eval_"}
+            self._tell("evaluate", metrics={**row, **as_trainer})
             self.state.best_metric, self.state.best_global_step = best.value, best.step
 
     def wants(self, flag: str) -> bool:
@@ -170,6 +179,7 @@ class Callbacks:
 
     def save(self) -> None:
         """After a checkpoint was saved, or has begun to be."""
+        self.control.should_save = False
         self._tell("save")
 
     def should_stop(self) -> bool:
@@ -177,6 +187,11 @@ class Callbacks:
         if self._happened:
             self._agree()
         return self.control.should_training_stop
+
+    def _end_epoch(self) -> None:
+        if self._in_epoch:
+            self._in_epoch = False
+            self._tell("epoch_end")
 
     def _tell(self, event: str, **more: Any) -> None:
         if self.any:

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,23 @@ class Stopped:
     words: str
 
 
+def data_offset(args: Any, job: Job, reader: Any) -> int:
+    """Steps done when the data began; not 0 after --ignore_data_skip, and then for the rest of the run."""
+    if reader is None:
+        return 0
+    # other data begin anew, once: the runs after this one find their own data in its checkpoints
+    if other_data(reader, describe_data(args, job)):
+        return reader.manifest.step
+    return reader.manifest.client_state.get("data_offset", 0)
+
+
+def count_from_the_data(args: Any, job: Job, reader: Any) -> Job:
+    """The job, whose --num_train_epochs are those of the data that begin anew; --max_steps counts all steps."""
+    if args.max_steps > 0:
+        return job
+    return replace(job, total_steps=data_offset(args, job, reader) + job.total_steps)
+
+
 class Checkpoints:
     """Saves a run when it is time to; the same decisions on every rank.
 
@@ -161,7 +178,7 @@ class Checkpoints:
         reader: the checkpoint that the run goes on from, or None.
 
     Attributes:
-        data_offset: steps done when the data began; not 0 after --ignore_data_skip, and then for the rest of the run.
+        data_offset: steps done when the data began.
         best: the best evaluation so far; it stands in every checkpoint.
     """
 
@@ -170,11 +187,9 @@ class Checkpoints:
 
         self._args, self._recorder, self._total = args, recorder, job.total_steps
         self._steps_per_epoch = job.data.steps_per_epoch
-        data = describe_data(args, job)
-        before = reader.manifest.client_state.get("data_offset", 0) if reader else 0
-        # other data begin anew, once: the runs after this one find their own data in its checkpoints
-        self.data_offset = reader.manifest.step if reader and other_data(reader, data) else before
+        self.data_offset = data_offset(args, job, reader)
         arguments = {k: _plain(v) for k, v in asdict(args).items()}
+        data = describe_data(args, job)
         self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
         self._saved_at = -1
         self.best, self._tracks = make_best(args, reader), needs_best(args)

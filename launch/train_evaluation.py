@@ -108,11 +108,11 @@ class Evaluation:
         """Whether the checkpoint that the run goes on from was due to be evaluated, and was not: there was no time."""
         return 0 < start < total and self._best.seen < start and self.due(start, total)
 
-    def before(self, engine: Any) -> None:
-        """Before training."""
-        if self._args.eval_on_start:
-            self._evaluate(engine, 0, counts=False)
+    def before(self, engine: Any) -> dict[str, Any] | None:
+        """Before training; returns the row, None where there is none."""
+        row = self._evaluate(engine, 0, counts=False) if self._args.eval_on_start else None
         self._evaluator.sample(engine, self._recorder, step=0, title="before training")
+        return row
 
     def due(self, done: int, total: int) -> bool:
         """Whether to evaluate after `done` optimizer steps."""
@@ -136,13 +136,19 @@ class Evaluation:
         """Whether the run should end early."""
         return self._best.stops
 
-    def end(self, engine: Any) -> None:
-        """After training: the last evaluation, the best weights if they are wanted, the last answers."""
+    def last(self, engine: Any) -> dict[str, Any] | None:
+        """After the last step; returns the row, None where it has been made before, or there is none."""
         step = engine.global_steps
-        if self._evaluated != step and not self._is_recorded(step):
-            self._evaluate(engine, step)
-            if self._args.save_strategy == "best" and self._checkpoints.due(step):  # a callback has ended the run
-                self._checkpoints.save(engine, step)
+        if self._evaluated == step or self._is_recorded(step):
+            return None
+        row = self._evaluate(engine, step)
+        if self._args.save_strategy == "best" and self._checkpoints.due(step):  # a callback has ended the run
+            self._checkpoints.save(engine, step)
+        return row
+
+    def end(self, engine: Any) -> None:
+        """After training: the best weights if they are wanted, the last answers."""
+        step = engine.global_steps
         if self.stops:
             self._recorder.say(
                 f"stopped after step {step}: {self._best.metric} has not improved in {self._best.waited} evaluations; "

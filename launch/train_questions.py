@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.options_evaluation import strategy
 
 
 def read_questions(args: Any, tokenizer: Any, rows: Any) -> tuple[list[Any], list[Any]]:
@@ -43,5 +44,6 @@ def rows_needed(args: Any) -> dict[str, bool]:
         "early_stopping_patience": args.early_stopping_patience > 0,
         "save_strategy best": args.save_strategy == "best",
         "eval_strategy": args.eval_strategy in ("steps", "epoch"),
+        "eval_steps": strategy(args) == "steps",
         "sample_steps": args.sample_steps > 0 and args.sample_prompt is None,
     }

@@ -181,6 +181,12 @@ EVALUATION = [
     argument(
         "unknown strategy", ("--eval_strategy is often", "must be one of steps, epoch, no"), eval_strategy="often"
     ),
+    argument(
+        "evaluations of nothing",
+        ("--eval_steps needs evaluation rows", "--eval_split"),
+        eval_steps=2,
+        eval_dataset_name=None,
+    ),
     argument("steps without their number", ("--eval_steps 0", "give --eval_steps"), eval_strategy="steps"),
     argument(
         "answers without evaluation rows",

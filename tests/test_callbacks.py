@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from launch_runs import make_inputs, read_json, read_metrics, small_run, train_ranks
+from launch_runs import make_inputs, parsed, read_json, read_metrics, small_run, train_ranks
+from transformers import EarlyStoppingCallback
 
 from hdpissa.launch import train_arguments, train_callbacks
 
@@ -93,10 +94,12 @@ def test_what_one_rank_wants_all_do(called):
 
 
 def test_the_order_of_events(called):
-    ours = [["on_train_begin", 0], ["on_epoch_begin", 0], ["on_step_begin", 0], ["on_step_end", 1]]
+    metrics = ["eval_loss", "eval_perplexity", "eval_tokens", "perplexity", "step"]
+    evaluated = [[["on_log", step, "eval_loss"], ["on_evaluate", step, *metrics]] for step in (0, 3, 4)]
+    ours = [["on_train_begin", 0], *evaluated[0], ["on_epoch_begin", 0], ["on_step_begin", 0], ["on_step_end", 1]]
     ours += [["on_step_begin", 1], ["on_step_end", 2], ["on_log", 2, "loss"], ["on_step_begin", 2], ["on_step_end", 3]]
-    ours += [["on_log", 3, "eval_loss"], ["on_evaluate", 3, "eval_loss", "eval_tokens", "perplexity", "step"]]
-    ours += [["on_step_begin", 3], ["on_step_end", 4], ["on_save", 4], ["on_train_end", 4]]
+    ours += [*evaluated[1], ["on_step_begin", 3], ["on_step_end", 4], ["on_save", 4], *evaluated[2]]
+    ours += [["on_train_end", 4]]
     seen = [read_json(called / f"seen_{rank}.json") for rank in (0, 1)]
     assert seen[0]["seen"] == ours
     assert seen[0] == seen[1]
@@ -113,6 +116,25 @@ def test_events_that_do_not_exist_here(folder, called):
     args = train_arguments.TrainArguments(max_steps=8)
     made = train_callbacks.Callbacks(callbacks, args, job, engine=engine, scheduler=None)
     assert made.never_called() == ["Tell.on_pre_optimizer_step"]
+
+
+@pytest.mark.parametrize(("metric", "values"), [(None, [0.9, 0.5, 0.6]), ("exact_match", [0.1, 0.5, 0.4])])
+def test_early_stopping_of_transformers_has_the_defaults(monkeypatch, metric, values):
+    """As after Trainer's own arguments have filled them in: which metric, and whether more of it is better."""
+    monkeypatch.setattr(train_callbacks.Callbacks, "_agree", lambda self: None)  # with other ranks
+    engine = SimpleNamespace(module=None, optimizer=None, global_steps=0)
+    data, plan = SimpleNamespace(steps_per_epoch=4), SimpleNamespace(rank=0)
+    job = SimpleNamespace(data=data, tokenizer=None, total_steps=8, plan=plan)
+    args = parsed(eval_steps=1, **({"metric_for_best_model": metric, "eval_exact_match": True} if metric else {}))
+    callback = EarlyStoppingCallback(early_stopping_patience=1)
+    callbacks = train_callbacks.Callbacks([callback], args, job, engine=engine, scheduler=None)
+    callbacks.train_begin()
+    stops = []
+    for step, value in enumerate(values, 1):
+        best = SimpleNamespace(value=value if step < 3 else values[1], step=min(step, 2))
+        callbacks.evaluate({"eval_loss": value, "eval_exact_match": value, "step": step}, best)
+        stops.append(callbacks.should_stop())
+    assert stops == [False, False, True]
 
 
 LATE = """

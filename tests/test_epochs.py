@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
-from hdpissa.launch import train_arguments
+from hdpissa.engine.batches import SHUFFLED
+from hdpissa.launch import train_arguments, train_checkpoints
 from hdpissa.launch.train_callbacks import Callbacks
-from hdpissa.launch.train_checkpoints import Checkpoints
+from hdpissa.launch.train_checkpoints import Checkpoints, count_from_the_data
+from hdpissa.launch.train_checks import Job
 from hdpissa.launch.train_evaluation import Evaluation, make_best
 
 LENGTH, TOTAL = 3, 9
@@ -30,7 +32,7 @@ class Seen(TrainerCallback):
     ("offset", "epochs", "count"),
     [
         (0, [("begin", 0, 0), ("end", 3, 1), ("begin", 3, 1), ("end", 6, 2), ("begin", 6, 2), ("end", 9, 3)], 3),
-        (2, [("begin", 2, 0), ("end", 5, 1), ("begin", 5, 1), ("end", 8, 2), ("begin", 8, 2)], 3),
+        (2, [("begin", 2, 0), ("end", 5, 1), ("begin", 5, 1), ("end", 8, 2), ("begin", 8, 2), ("end", 9, 7 / 3)], 3),
     ],
 )
 def test_what_callbacks_see(monkeypatch, offset, epochs, count):
@@ -47,6 +49,35 @@ def test_what_callbacks_see(monkeypatch, offset, epochs, count):
         callbacks.step_end(step + 1, 10)
     assert seen.epochs == epochs
     assert callbacks.state.epoch == (TOTAL - offset) / LENGTH
+
+
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_begins_it(monkeypatch):
+    """As in Trainer: whoever measures an epoch's time from on_epoch_begin has it in this process, too."""
+    monkeypatch.setattr(Callbacks, "_agree", lambda self: None)
+    seen, engine = Seen(), SimpleNamespace(module=None, optimizer=None, global_steps=1)
+    job = SimpleNamespace(
+        data=SimpleNamespace(steps_per_epoch=LENGTH), tokenizer=None, total_steps=TOTAL, plan=SimpleNamespace(rank=0)
+    )
+    callbacks = Callbacks([seen], train_arguments.TrainArguments(), job, engine=engine, scheduler=None)
+    for step in (1, 2, 3):
+        callbacks.step_begin(step)
+        callbacks.step_end(step + 1, 10)
+    callbacks.train_end()  # a callback has ended it
+    assert seen.epochs == [("begin", 1, 1 / 3), ("end", 3, 1), ("begin", 3, 1), ("end", 4, 4 / 3)]
+
+
+@pytest.mark.parametrize("max_steps", [0, 7])
+def test_how_many_steps_data_that_begin_anew_make(monkeypatch, max_steps):
+    """Whole epochs of them; --max_steps counts from the run's beginning."""
+    job = Job({}, None, 0, None, None, SimpleNamespace(steps_per_epoch=LENGTH), max_steps or 2 * LENGTH, [], [], [])
+    args = train_arguments.TrainArguments(max_steps=max_steps, num_train_epochs=2, ignore_data_skip=True)
+    reader = SimpleNamespace(manifest=SimpleNamespace(step=4, client_state={"data": {"seed": 0}, "data_offset": 1}))
+    monkeypatch.setattr(train_checkpoints, "describe_data", lambda args, job: {"seed": seed, "order": SHUFFLED})
+    seed = 7
+    assert count_from_the_data(args, job, reader).total_steps == (max_steps or 4 + 2 * LENGTH)
+    seed = 0  # the run after that one
+    assert count_from_the_data(args, job, reader).total_steps == (max_steps or 1 + 2 * LENGTH)
+    assert count_from_the_data(args, job, None).total_steps == (max_steps or 2 * LENGTH)
 
 
 @pytest.mark.parametrize(("offset", "steps"), [(0, [3, 6]), (2, [5, 8]), (3, [6])])

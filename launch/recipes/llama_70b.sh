@@ -5,7 +5,8 @@
 #
 # MODEL and OUTPUT name another base and another folder, GPU the kind that the plan reckons with.
 set -euo pipefail
-data=$(realpath "${1:?a data set}") && shift
+data=${1:?a file, a hub name, or a mix} && shift
+if [ -e "$data" ]; then data=$(realpath "$data"); fi
 cd "$(dirname "$0")/../.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-70B}
 shape=(--ds_config zero3_70b_node --model_name_or_path "$MODEL" --max_length 2048
