@@ -118,6 +118,8 @@ def _of_one(pairs: LivePairs, adapted: Adapted, clock: _Clock) -> list[float] | 
             with pulse.alone("spectra"):
                 pair = pairs.join(adapted, 0, adapted.r, parts)
                 values = clock.timed(_operations(adapted), singular_values, *pair, adapted.scale)
+        except torch.linalg.LinAlgError:  # not finite: no lack of time or memory
+            raise
         except (RuntimeError, MemoryError):  # no memory, or a device without float64
             return None
         return [float(f"{v:.4g}") for v in values.tolist()]

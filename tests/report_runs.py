@@ -175,10 +175,13 @@ def text_boxes(picture: Any) -> list[tuple[str, tuple[float, ...]]]:
 
 
 def spectra_here(engine) -> dict[str, Any]:
-    """What `spectra.measure` finds in an engine: all weights, without a limit of time, and with none at all."""
+    """What `spectra.measure` finds in an engine: all weights, without limit of time, with no time, and damaged."""
     from hdpissa.engine import spectra
 
     store = engine.optimizer.store
     found = spectra.measure(engine.module, store, most=99, most_seconds=1e9)
     none = spectra.measure(engine.module, store, most=99, most_seconds=0.0)
-    return {"found": found, "none": none, "kinds": {t.kind for t in engine.targets}}
+    for _, sum_A, _ in store.state_views("delta_sum", 0):
+        sum_A.fill_(float("nan"))
+    damaged = spectra.measure(engine.module, store, most=99, most_seconds=1e9)
+    return {"found": found, "none": none, "damaged": damaged, "kinds": {t.kind for t in engine.targets}}

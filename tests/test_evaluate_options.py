@@ -195,8 +195,7 @@ def test_patience_with_silent_slices(monkeypatch):
     seen = []
     monkeypatch.setattr(slice_figures, "SliceFigures", lambda optimizer, **how: seen.append(how))
     engine = SimpleNamespace(plan=None, module=None, optimizer=None, global_steps=7)
-    options = {"max_skipped_steps": 1, "integrity_steps": 0, "slice_metrics_steps": 2, "silent_slice_steps": 4}
-    Guard(engine, SimpleNamespace(**options))
+    Guard(engine, parsed(slice_metrics_steps=2, silent_slice_steps=4))
     assert seen == [{"every": 2, "patience": 4, "start": 7}]
 
 

@@ -53,3 +53,7 @@ def test_spectra_of_a_run_are_those_of_its_change(exchange):
     assert told["none"]["weights"] == []
     assert len(told["none"]["left_out"]) == 14
     assert results[1]["after"]["found"]["weights"] == []  # rank 0 has them
+    damaged = told["damaged"]
+    assert (damaged["weights"], damaged["left_out"]) == ([], []), "what is not finite is no lack of time"
+    assert "rank 0" in damaged["problem"]
+    assert "non-finite" in damaged["problem"]
