@@ -214,13 +214,13 @@ FIGURES = (
         THROUGHPUT_IS,
     ),
     Figure(
-        "test loss on GSM8K after {steps} steps of 8 rows, best of two learning rates, mean ± standard deviation of "
+        "test loss on GSM8K after {steps} steps of 8 rows, best of three learning rates, mean ± standard deviation of "
         "3 seeds (nats per answer token)",
         "quality",
         "quality.py --dataset_name gsm8k_train.jsonl --test_dataset_name gsm8k_test.jsonl --prompt_field question "
         "--response_field answer --steps 6 --eval_steps 6 --test_rows 8 --max_new_tokens 96 "
-        "--rates lora_r16=2e-3,6e-3 lora_r128=2e-3,6e-3 pissa_r16=2e-4,6e-4 pissa_r128=2e-4,6e-4 "
-        "hd_pissa_s8_r16=2e-4,6e-4 full=2e-4,6.67e-5",
+        "--rates lora_r16=2e-3,6e-3,2e-2 lora_r128=2e-3,6e-3,6.67e-4 pissa_r16=2e-4,6e-4,2e-3 "
+        "pissa_r128=2e-4,6e-4,6.67e-5 hd_pissa_s8_r16=2e-4,6e-4,6.67e-5 full=2e-4,6.67e-5,6e-4",
         figure_words.tell_quality,
         QUALITY_IS,
     ),

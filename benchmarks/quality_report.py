@@ -150,6 +150,7 @@ def training_curve(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[f
 
 def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: Path) -> None:
     """Learning curves at each arm's best rate, with the standard deviation over seeds, and the sweeps beside them."""
+    untrained = 0.0
     with plots.picture(target, columns=2, width=6) as (curves, sweeps):
         for arm, runs in records.items():
             if arm == "base":
@@ -158,6 +159,7 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
             if best := finite_of(best_of(runs, seed)):
                 steps, mean, spread = curve(best)
                 curves.plot(steps, mean, **style)
+                untrained = max(untrained, mean[0])
                 low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
                 curves.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 thin = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 0.7, "alpha": 0.7}
@@ -170,9 +172,20 @@ def draw(records: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, target: 
         curves.set_title(f"{title}\nand training (thin; the rows of each step, before it)", fontsize=8)
         sweeps.set(xlabel="learning rate", ylabel="validation loss at the end (nats / token)")
         sweeps.set_title("the sweeps", fontsize=9)
+        cut(sweeps, untrained)
         for ax in (curves, sweeps):
             if ax.lines:
                 ax.legend(fontsize=8)
+
+
+def cut(ax: Any, top: float) -> None:
+    """What ended worse than it began is a number at the edge: drawn to scale it would press all else flat."""
+    above = [(*point, line.get_color()) for line in ax.lines for point in line.get_xydata() if point[1] > top > 0]
+    if above:
+        ax.set_ylim(top=top)
+    for rate, loss, color in above:
+        at = {"textcoords": "offset points", "xytext": (0, -12), "ha": "center", "fontsize": 8}
+        ax.annotate(f"{loss:.3g} ↑", (rate, top), color=color, **at)
 
 
 def look(run: Mapping[str, Any], arm: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
