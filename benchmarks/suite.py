@@ -48,7 +48,7 @@ STEPS = (
     Step("cpu_layers_fp32_2_layers", "cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
     Step("init", "init.py", ("--layers", "2")),
     Step("svd_methods", "svd_methods.py", ("--largest", "1024", "--ranks", "128")),
-    Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "2")),
+    Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "1")),
     Step("load_memory", "load_memory.py", ("--gigabytes", "0.2", "--ranks", "2")),
     Step("export_memory", "export_memory.py", ("--gigabytes", "0.2")),
     Step("checkpoint", "checkpoint.py", ("--slices", "2", "--rounds", "1")),
