@@ -23,7 +23,7 @@ import importlib.util
 import json
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,14 +173,14 @@ def options_of_sets(
     common. Of a set that only the command line names the run's columns may be true; its revision, say, cannot.
     """
     from hdpissa.engine.data_sources import parse_sources, spread
-    from hdpissa.launch.train_data import PER_SOURCE, common_options, options_of, spread_options
+    from hdpissa.launch.train_data import OF_ONE_SET, PER_SOURCE, common_options, options_of, spread_options
 
     sources = parse_sources(args.dataset_name) if args.dataset_name else []
     trained = parse_sources(run["dataset_name"]) if run.get("dataset_name") else []
     there = spread_options(run, len(trained)) if trained else [dict.fromkeys(PER_SOURCE)]
     other = common_options(there)
     if "dataset_name" in on_command_line:
-        other |= {name: None for name in PER_SOURCE if name.startswith("dataset_")}
+        other |= dict.fromkeys(OF_ONE_SET)
     found = [(options_of(s.name, trained, there) or other) | {"dataset_split": args.dataset_split} for s in sources]
     for name in on_command_line & set(PER_SOURCE):
         for own, value in zip(found, spread(getattr(args, name), len(found), f"--{name}"), strict=True):
@@ -190,10 +190,12 @@ def options_of_sets(
 
 def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """The run's own way to read data, without what the command line says; its evaluation set if that names no other."""
+    from hdpissa.launch.train_data import OF_ONE_SET
+
     known = {f.name for f in fields(ReadingOptions)}
     values = {name: value for name, value in run.items() if name in known and name not in given}
     if "dataset_name" in given:
-        return {name: value for name, value in values.items() if not name.startswith(("dataset_", "eval_"))}
+        return {name: value for name, value in values.items() if name not in OF_ONE_SET}
     held_out = bool(run.get("eval_dataset_name") or run.get("eval_split"))
     values["dataset_name"] = (run.get("eval_dataset_name") or _names(run.get("dataset_name"))) if held_out else ""
     if "dataset_split" not in given:
@@ -243,7 +245,7 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
 
 
 def read(args: EvaluateArguments, request: Request, tokenizer: Any, *, seed: int) -> Any:
-    """The rows of the datasets, tokenised, as a run without evaluation rows would read them.
+    """What was read (`Rows`): the datasets, tokenised, as a run without evaluation rows would read them.
 
     Args:
         seed: draws rows, where a share of a set is asked for.
@@ -251,7 +253,8 @@ def read(args: EvaluateArguments, request: Request, tokenizer: Any, *, seed: int
     from hdpissa.launch.train_data import read_rows
 
     alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=seed)
-    return read_rows(alone, request.given, tokenizer, request.sets).train
+    rows = read_rows(alone, request.given, tokenizer, request.sets)
+    return replace(rows, sources=[source | {"use": "evaluation"} for source in rows.sources])
 
 
 def evaluate_dataset(
@@ -264,14 +267,17 @@ def evaluate_dataset(
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
     from hdpissa.launch.train_checks import read_tokenizer
+    from hdpissa.launch.train_data import tell_sources
 
     where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
     tokenizer = read_tokenizer(where)
-    rows = read(args, request, tokenizer, seed=seed)
+    found = read(args, request, tokenizer, seed=seed)
+    print("\n".join(tell_sources(found.sources)))
+    rows = found.train
     asked = []
     if args.eval_exact_match:
-        found = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
-        asked = [question for question in found if question.reference]
+        there = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        asked = [question for question in there if question.reference]
         if not asked:
             raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
     model = load(args, folder, base)

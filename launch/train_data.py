@@ -24,6 +24,8 @@ from hdpissa.engine.prompts import PromptTemplate, resolve_template
 
 # Options that may have one value for each set of a mix.
 PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
+# Those that name something inside one set, and can be true of no other.
+OF_ONE_SET = ("dataset_config", "dataset_revision", "dataset_split")
 
 
 @dataclass

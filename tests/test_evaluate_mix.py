@@ -58,7 +58,9 @@ def trained(files, folder: Path, **options):
 def evaluated(files, folder: Path, *words: str):
     """The rows that evaluate.py reads for such a run."""
     args, found, request = evaluate.parse(["--model", str(folder), *words])
-    return evaluate.read(args, request, AutoTokenizer.from_pretrained(files["model"]), seed=found.run["seed"]).dataset
+    return evaluate.read(
+        args, request, AutoTokenizer.from_pretrained(files["model"]), seed=found.run["seed"]
+    ).train.dataset
 
 
 def same(found, wanted) -> bool:
@@ -106,10 +108,31 @@ def test_another_set_of_such_a_run(files, tmp_path):
     assert same(found.select(range(3)), found.select(range(3, 6))), "the same sentences under other names"
 
 
+def test_another_set_has_the_format_and_the_columns_that_all_had(tmp_path, files):
+    """Of a run on texts a set that has Alpaca's columns, too, is read as texts; the command says what it was taken for."""
+    for name in ("train", "test"):
+        rows = [{"instruction": f"{name} {n}", "output": "o", "content": f"{name} text {n}"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = {"prompt_field": "instruction", "response_field": "response", "dataset_text_field": "content"}
+    one |= {"dataset_name": str(tmp_path / "train.jsonl"), "dataset_format": "text", "dataset_split": "train[:3]"}
+    trained(files, tmp_path, **one)
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    for name, count in (("train", 4), ("test", 4)):  # a part of the training set is not what was asked for
+        found = evaluated(files, tmp_path, "--dataset_name", str(tmp_path / f"{name}.jsonl"))
+        assert [tokenizer.decode(ids) for ids in found["input_ids"]] == [f"{name} text {n}<eos>" for n in range(count)]
+    both = f"{tmp_path / 'train.jsonl'}:1 {tmp_path / 'test.jsonl'}:1"
+    assert len(evaluated(files, tmp_path, "--dataset_name", both)) == 2
+
+
 def test_it_evaluates(files, tmp_path, capsys):
     """The command itself, model and all."""
     held_out = trained(files, tmp_path, eval_split="train[:2]").held_out.dataset
     evaluate.main(["--model", str(tmp_path), "--device", "cpu"])
-    told = capsys.readouterr().out.split()
+    *sets, figures = capsys.readouterr().out.splitlines()
+    formats = [f"evaluation data {files['math']}: alpaca (columns query, answer)"]
+    formats += [f"evaluation data {files['code']}: alpaca (columns instruction, output)"]
+    formats += [f"evaluation data {files['plain']}: text (column text)"]
+    assert [line.partition(";")[0] for line in sets] == formats
+    told = figures.split()
     tokens = sum(label != IGNORE for labels in held_out["labels"] for label in labels[1:])
     assert float(told[told.index("tokens") + 1]) == tokens
