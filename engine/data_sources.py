@@ -36,16 +36,23 @@ class Source:
 def parse_sources(text: str, option: str = "--dataset_name") -> list[Source]:
     """The sets that an option names: "a.jsonl", "a.jsonl b.jsonl", "metamath:100000 python:0.5".
 
-    A path that exists is one set, whatever characters it has. Raises ConfigError for an amount of nothing.
+    A path that exists is one set, whatever characters it has. Raises ConfigError for an amount of nothing, or no name.
     """
-    if Path(text).expanduser().exists():
+    if not text.split():
+        raise ConfigError(f"{option} is {text!r}: must name a dataset; give one, or leave it out")
+    if _exists(text):
         return [Source(text)]
     return [_parse_source(word, option) for word in text.split()]
 
 
+def _exists(text: str) -> bool:
+    """Whether there is such a path; of a text that can be none, too long or of a user who is not there, False."""
+    return os.path.exists(os.path.expanduser(text))
+
+
 def _parse_source(word: str, option: str) -> Source:
     found = AMOUNT.match(word)
-    if found is None or Path(word).expanduser().exists():
+    if found is None or _exists(word):
         return Source(word)
     amount = int(found["rows"]) if found["rows"] else float(found["share"])
     if amount == 0 or (isinstance(amount, float) and amount > 1):
@@ -56,17 +63,21 @@ def _parse_source(word: str, option: str) -> Source:
     return Source(found["name"], amount)
 
 
-def spread(value: str | None, count: int, option: str) -> list[str | None]:
-    """An option's value for each of `count` sets: one value for all of them, or one each with "-" for none."""
-    if value is None or count == 1:
-        return [value] * count
-    words = value.split()
+def spread(value: str | None, count: int, option: str, *, blanks: bool = True) -> list[str | None]:
+    """An option's value for each of `count` sets: one value for all of them, or one each with "-" for none.
+
+    Args:
+        blanks: a value may have blanks in it, so that for a single set the text is one value.
+    """
+    if value is None:
+        return [None] * count
+    words = [value] if blanks and count == 1 else value.split()
     if len(words) == 1:
         words *= count
     if len(words) != count:
+        sets = "1 dataset" if count == 1 else f"{count} datasets"
         raise ConfigError(
-            f"{option} is {value!r}: {len(words)} values for {count} datasets; give one for all, or one for each "
-            f"(- for none)"
+            f"{option} is {value!r}: {len(words)} values for {sets}; give one for all, or one for each (- for none)"
         )
     return [None if word == "-" else word for word in words]
 
@@ -92,13 +103,13 @@ def load_rows(
     quiet_other_local_ranks()
     where = f"dataset {name_or_path!r}, split {split!r},"
     try:
-        rows = _load(Path(name_or_path).expanduser(), name_or_path, split, config_name, revision, streaming)
+        rows = _load(Path(os.path.expanduser(name_or_path)), name_or_path, split, config_name, revision, streaming)
     # ValueError: unknown split or config; OSError: not found, offline; RuntimeError: the hub
     # client; StopIteration: the JSON reader, of a file without a line in it.
     except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, StopIteration) as error:
         if isinstance(error, ConfigError):
             raise
-        known = None if Path(name_or_path).expanduser().exists() else explain(error)
+        known = None if _exists(name_or_path) else explain(error)
         said, remedy = known or (_reason(error), "check its name, split and format")
         raise ConfigError(f"{where} cannot be read ({said}); {remedy}") from error
     if not streaming and len(rows) == 0:

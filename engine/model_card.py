@@ -140,7 +140,7 @@ def hub_name(name: str) -> str | None:
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", name)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    if not name or Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
+    if not name or os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name):
         return None
     return name
 

@@ -6,6 +6,7 @@ wrap an instruction in the very same characters. It knows nothing of tokenizers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def resolve_template(name_or_path_or_text: str) -> PromptTemplate:
         return PromptTemplate(NAMED[value])
     if PLACEHOLDER in value:
         return PromptTemplate(value)
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))  # of a user who is not there it stays as it is
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

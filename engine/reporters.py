@@ -352,7 +352,7 @@ def make_reporters(names: Sequence[str], folder: Path, *, logging_dir: str | Non
     if "tensorboard" in names:
         given = logging_dir or os.environ.get("TENSORBOARD_LOGGING_DIR")
         fresh = folder / "runs" / f"{time.strftime('%b%d_%H-%M-%S')}_{os.uname().nodename}"
-        found.append(TensorBoard(Path(given).expanduser() if given else fresh))
+        found.append(TensorBoard(Path(os.path.expanduser(given)) if given else fresh))
     if "wandb" in names and os.environ.get("WANDB_MODE") != "disabled":
         found.append(WeightsAndBiases(folder, run_name))
     return Reporters(found)

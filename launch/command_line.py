@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
 from hdpissa.engine.errors import ConfigError
+
+NAME_MAX, PATH_MAX = 255, 4095  # of Linux
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
@@ -86,6 +89,18 @@ def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
     """Raises ConfigError for an option that has none of these values."""
     if getattr(args, name) not in valid:
         raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
+
+
+def possible_paths(args: Any, *names: str) -> None:
+    """Raises ConfigError for an option that no file can be named by, on which every look at the disk would end."""
+    for name in names:
+        value = getattr(args, name)
+        longest = max((len(part) for part in os.fsencode(value or "").split(b"/")), default=0)
+        if longest > NAME_MAX or len(os.fsencode(value or "")) > PATH_MAX:
+            raise ConfigError(
+                f"--{name} {value[:40]}…: the name is too long, at most {NAME_MAX} bytes between two slashes and "
+                f"{PATH_MAX} in all are possible; give a shorter one"
+            )
 
 
 def json_object(args: Any, name: str) -> dict[str, Any]:

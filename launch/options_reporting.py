@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, option
+from hdpissa.launch.command_line import at_least, option, possible_paths
 
 
 @dataclass
@@ -34,6 +34,7 @@ REPORTERS = ("tensorboard", "wandb")
 
 def check(args: ReportingOptions) -> None:
     """Raises ConfigError for values out of range."""
+    possible_paths(args, "logging_dir")
     at_least(args, 1, "logging_steps", "silent_slice_steps")
     at_least(args, 0, "slice_metrics_steps", "report_spectra")
     reporters(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, at_most, option
+from hdpissa.launch.command_line import at_least, at_most, option, possible_paths
 
 
 @dataclass
@@ -38,6 +38,7 @@ class RunningOptions:
 
 def check(args: RunningOptions) -> None:
     """Raises ConfigError for values out of range."""
+    possible_paths(args, "model_name_or_path", "output_dir")
     at_least(args, 1, "ddp_timeout")
     at_most(args, 10**7, "ddp_timeout", why="four months")
     at_least(args, 0, "max_skipped_steps", "integrity_steps")

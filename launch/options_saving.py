@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, one_of, option
+from hdpissa.launch.command_line import at_least, one_of, option, possible_paths
 
 
 @dataclass
@@ -34,6 +34,7 @@ EXPORT_FORMATS = ("hf", "peft", "both", "none")
 
 def check(args: SavingOptions) -> None:
     """Raises ConfigError for values out of range."""
+    possible_paths(args, "resume_from_checkpoint")
     one_of(args, "save_strategy", SAVE_STRATEGIES)
     one_of(args, "checkpoint_kind", CHECKPOINT_KINDS)
     at_least(args, 1, "save_steps")

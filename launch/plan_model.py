@@ -7,6 +7,7 @@ its targets are found by the engine's own `find_targets`.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
 
     from hdpissa.launch.train_checks import explained
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
         raise ConfigError(
             f"--model_name_or_path {name}: no such folder or file; give a folder, a config.json or a name"

@@ -168,7 +168,8 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     if isinstance(value, bool) and (name, value) in words_of_yaml:
         return words_of_yaml[name, value]
     if isinstance(value, dict) and str in kinds:  # an option that takes JSON
-        return json.dumps(value)
+        with contextlib.suppress(TypeError, ValueError):  # a date, say, which JSON does not know
+            return json.dumps(value)
     if list[str] in kinds and isinstance(value, list | str):
         return [str(part) for part in value] if isinstance(value, list) else [value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance

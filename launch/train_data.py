@@ -58,7 +58,10 @@ def read_rows(
 
 def spread_options(values: Mapping[str, Any], count: int) -> list[dict[str, str | None]]:
     """For each of `count` sets its own values of the options that may have several."""
-    columns = {name: data_sources.spread(values.get(name), count, f"--{name}") for name in PER_SOURCE}
+    columns = {
+        name: data_sources.spread(values.get(name), count, f"--{name}", blanks=name != "dataset_format")
+        for name in PER_SOURCE
+    }
     return [{name: column[at] for name, column in columns.items()} for at in range(count)]
 
 

@@ -190,7 +190,7 @@ def _step(args: Any, job: Any) -> dict[str, Any]:
 def listing(folder: str) -> list[tuple[str, float]]:
     """Every path under a folder with the time of its last change, itself included; empty when there is none."""
     root = Path(folder)
-    paths = [root, *sorted(root.rglob("*"))] if folder and root.exists() else []
+    paths = [root, *sorted(root.rglob("*"))] if folder and os.path.exists(folder) else []
     return [(str(path), path.stat().st_mtime) for path in paths]
 
 

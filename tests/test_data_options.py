@@ -75,6 +75,21 @@ def test_a_mix_has_its_own_columns_counts_and_report(tmp_path):
     assert len(read(f"{math}:5 {code}:0.5 {chat}", **options, eval_split="train[:1]").held_out.dataset) == 3
 
 
+def test_a_mix_of_many_sets_is_longer_than_any_name(tmp_path, monkeypatch):
+    """Below Python 3.12 pathlib raises where a text is too long for a path."""
+    monkeypatch.chdir(tmp_path)
+    names = [jsonl(tmp_path, f"data_{n:03}", [{"text": f"{n} {i}"} for i in range(5)]).name for n in range(20)]
+    mix = " ".join(f"{name}:2" for name in names)
+    assert len(mix) > 255
+    found = read(mix, eval_dataset_name=mix.replace(":2", ":1"))
+    assert (len(found.train.dataset), len(found.held_out.dataset)) == (40, 20)
+
+
+def test_one_set_may_be_said_to_have_no_format_of_its_own(tmp_path):
+    path = jsonl(tmp_path, "one", [{"text": "t"}])
+    assert texts(read(path, dataset_format="-").train) == ["«<s>t</s>»"]
+
+
 def test_revision_configuration_and_split_reach_the_hub_for_each_set(monkeypatch):
     """There is no hub in tests: what `datasets` is asked for is what can be seen."""
     asked = []
@@ -295,6 +310,15 @@ CASES = [
     argument("no turns", ("--assistant_only_loss", "have no turns"), assistant_only_loss="true"),
     argument("two names", ("contradict each other",), train_on_prompt=True, completion_only_loss="true"),
     argument("half a mix", ("prompt_field", "3 values for 2 datasets"), dataset_name="a b", prompt_field="x y z"),
+    argument("a data set's name of blanks", ("--dataset_name is '  '", "must name a dataset"), dataset_name="  "),
+    argument(
+        "an evaluation set's name of blanks", ("--eval_dataset_name is ' '", "leave it out"), eval_dataset_name=" "
+    ),
+    argument("two formats for one set", ("2 values for 1 dataset;",), dataset_format="alpaca text"),
+    argument("a user who is not there", ("no such file or folder",), dataset_name="~nobody_here/a.jsonl"),
+    argument("a data set's name too long", ("cannot be read", "check its name"), dataset_name="x" * 300),
+    argument("a template of nobody's", ("~nobody_here/a", "No such file"), chat_template="~nobody_here/a"),
+    argument("a prompt of nobody's", ("~nobody_here/a", "No such file"), prompt_template="~nobody_here/a"),
     argument("more rows than there are", (":65 asks for 65 rows", "has 64"), dataset_name="DIR/train.jsonl:65"),
     argument("none of a set", ("train.jsonl:0 asks for 0",), dataset_name="DIR/train.jsonl:0 DIR/train.jsonl"),
     argument(

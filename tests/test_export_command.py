@@ -267,6 +267,9 @@ def test_bases_that_cannot_be_read(copy, capsys, how):
         (["--format", "peft", "--rank", "0"], ["--rank is 0", "at least 1"]),
         (["--format", "peft", "--rank", "4000"], ["--rank is 4000", "the whole adapter has rank 16"]),
         (["--format", "hf", "--dtype", "fp16"], ["fp16"]),
+        (["--checkpoint", "x" * 300], ["--checkpoint xxx", "give a shorter one"]),
+        (["--output_dir", "x" * 300], ["--output_dir xxx", "the name is too long"]),
+        (["--base_model", "x" * 300], ["--base_model xxx", "the name is too long"]),
         (["--format", "hf", "--checkpoint", "/nowhere"], ["/nowhere", "checkpoint.json"]),
     ],
 )

@@ -136,6 +136,8 @@ BAD = {
     "no model": ([], "missing --model_name_or_path"),
     "no such file": (["--model", "/nowhere/config.json"], "no such folder or file"),
     "not a config": (["--model", "EMPTY"], "no usable config.json"),
+    "too long": (["--model", "x" * 300], "the name is too long"),
+    "GPU too long": (["--gpu", "x" * 300], "give a shorter one"),
     "GPU": (["--gpu", "H10"], "did you mean H100?"),
     "GPU file": (["--gpu", "none.json"], "no such file"),
     "no GPUs": (["--gpus", "0"], "--gpus is 0: must be at least 1"),

@@ -140,6 +140,11 @@ FLAGS = [
     argument("half a split", ("train[:", "check its name, split"), dataset_split="train[:"),
     argument("a split of nothing", ("corresponds to no data", "check its name, split"), dataset_split="train[:0]"),
     argument("an unknown checkpoint kind", ("--checkpoint_kind is tiny", "full, small"), checkpoint_kind="tiny"),
+    argument("a model's name too long", ("--model_name_or_path xxx", "give a shorter"), model_name_or_path="x" * 300),
+    argument("a folder's name too long", ("--output_dir /", "at most 255 bytes"), output_dir="DIR/none/" + "x" * 300),
+    argument("a checkpoint's name too long", ("--resume_from_checkpoint x",), resume_from_checkpoint="x" * 300),
+    argument("a logging folder's name too long", ("--logging_dir a/a/", "4095 in all"), logging_dir="a/" * 3000),
+    argument("a date where a number belongs", ("rank_pattern is {'q_proj': ", "must be"), config="DIR/date.yaml"),
     argument("a YAML key twice", ("twice_key.yaml", '"seed" stands twice'), config="DIR/twice_key.yaml"),
     argument(
         "null where a name belongs", ("dataset_name is None, must be str",), config="DIR/null.yaml", dataset_name=None
@@ -173,6 +178,7 @@ def make_wrong_files(folder: Path) -> None:
         "twice_key.yaml": "seed: 1\nlearning_rate: 1e-4\nseed: 2\n",
         "null.yaml": "dataset_name: null\n",
         "many.yaml": "max_steps: [1, 2]\n",
+        "date.yaml": "rank_pattern: {q_proj: 2024-01-01}\n",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -158,6 +158,7 @@ def test_odd_files(tmp_path):
     ("argv", "words"),
     [
         ([], "--output_dir"),
+        (["--output_dir", "x" * 300], "the name is too long, at most 255 bytes"),
         (["--output_dir", "nowhere"], "no such folder; give the output folder of a run"),
         (["--output_dir", "."], "no metrics.jsonl and no run.json there"),
         (["--output_dir", ".", "--dpi", "9"], "unrecognized arguments: --dpi"),
