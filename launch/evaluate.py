@@ -21,6 +21,7 @@ if __name__ == "evaluate":
 
 import importlib.util
 import json
+import os
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +31,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line, options_data
-from hdpissa.launch.command_line import at_least, option
+from hdpissa.launch.command_line import at_least, option, possible_paths
 from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
 
@@ -104,18 +105,19 @@ def locate(name: str) -> Located:
 
 def _base_of(adapter: Path) -> str:
     try:
-        return str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--model {adapter}: its adapter_config.json names no base model ({error}); mend it"
-        ) from None
+        named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if not named or not isinstance(named, str):
+        raise ConfigError(f"--model {adapter}: its adapter_config.json names no base_model_name_or_path; mend it")
+    return named
 
 
 def _arguments(run: Path) -> dict[str, Any]:
     """The arguments of a run; none where there is no run.json."""
     try:
         return dict(json.loads((run / "run.json").read_text())["arguments"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -148,6 +150,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     values, given = command_line.read(parser, argv[:cut])
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
+    possible_paths(SimpleNamespace(**values), "model", "output_path")
     found = locate(values["model"])
     inherited = _as_in_the_run(found.run, given)
     set_there = {name for name, value in inherited.items() if value != values[name]}
@@ -259,20 +262,25 @@ def read(args: EvaluateArguments, request: Request, tokenizer: Any, *, seed: int
 
 def evaluate_dataset(
     args: EvaluateArguments, request: Request, folder: str, base: str | None, *, seed: int
-) -> dict[str, Any]:
-    """Figures of a model on a dataset, under the names of a run's evaluation rows; answers go to --output_path."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(figures of a model on a dataset, under the names of a run's evaluation rows; answers, graded)."""
     import torch
 
     from hdpissa.engine.batches import EvalBatches
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
-    from hdpissa.launch.train_checks import read_tokenizer
+    from hdpissa.launch import evaluate_model
+    from hdpissa.launch.train_checks import check_vocabulary
     from hdpissa.launch.train_data import tell_sources
 
-    where = SimpleNamespace(model_name_or_path=folder, trust_remote_code=args.trust_remote_code)
-    tokenizer = read_tokenizer(where)
+    config = evaluate_model.read_config(args.model, base or folder, args.trust_remote_code)
+    if base:
+        evaluate_model.check_adapter(args.model, folder)
+    tokenizer = evaluate_model.read_tokenizer(folder, args.trust_remote_code)
     found = read(args, request, tokenizer, seed=seed)
     print("\n".join(tell_sources(found.sources)))
+    if config is not None:
+        check_vocabulary(found, None, config)
     rows = found.train
     asked = []
     if args.eval_exact_match:
@@ -280,56 +288,51 @@ def evaluate_dataset(
         asked = [question for question in there if question.reference]
         if not asked:
             raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
-    model = load(args, folder, base)
+    place = {"device": args.device, "trust_remote_code": args.trust_remote_code}
+    model = evaluate_model.load(args.model, folder, base, **place)  # type: ignore[arg-type]
+    if config is None:
+        check_vocabulary(found, None, model.config)
     device = torch.device(model.device)
     batches = EvalBatches(
         rows.dataset, rank=0, world_size=1, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id
     )
-    figures = loss_figures(*mean_loss(model, batches, device))
+    figures, graded = loss_figures(*mean_loss(model, batches, device)), []
     if asked:
         ids, limits = [q.ids for q in asked], {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         with torch.no_grad():
             answers = generate(model, tokenizer, ids, device=device, **limits)  # type: ignore[arg-type]
         figures |= match_figures(answers, asked)
-        if args.output_path:
-            _write(Path(args.output_path) / "answers.jsonl", graded_rows(answers, asked))
-    if args.output_path:
-        _write(
-            Path(args.output_path) / "evaluation.json", [{"model": args.model, "dataset": args.dataset_name, **figures}]
-        )
-    return figures
+        graded = graded_rows(answers, asked)
+    return figures, graded
 
 
-def load(args: EvaluateArguments, folder: str, base: str | None) -> Any:
-    """The model in eval mode, on all GPUs, on the one that is asked for, or on the CPU; in the dtype that it has."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def check_output_path(path: str | None) -> None:
+    """Refuses what cannot become a folder, before an hour of work is to be written there."""
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_path {path}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--output_path {path}: {there} must be writable; give another folder")
 
-    from hdpissa.launch.train_checks import explained
 
-    several = args.device is None and torch.cuda.device_count() > 1
-    place = {"device_map": "auto"} if several else {}
-    name = base or folder
+def write_results(args: EvaluateArguments, figures: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    """evaluation.json, and answers.jsonl where rows were asked, in --output_path."""
+    folder = Path(args.output_path or "")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", trust_remote_code=args.trust_remote_code, **place
-        )
-    except (OSError, ValueError) as error:
-        said, remedy = explained(name, error, "give a run's folder, a model's, or a hub name")
-        raise ConfigError(f"--model {args.model}: {name} cannot be loaded ({said}); {remedy}") from None
-    if base:
-        if importlib.util.find_spec("peft") is None:
-            raise ConfigError(f"--model {args.model}: an adapter needs peft, which is not installed: pip install peft")
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder)
-    if not several:
-        model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "evaluation.json", [{"model": args.model, "dataset": args.dataset_name, **figures}])
+        if answers:
+            _write(folder / "answers.jsonl", answers)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_path {folder}: cannot be written ({error.strerror}); give another folder"
+        ) from None
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -337,9 +340,14 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from hdpissa.launch import evaluate_model
+
     args, found, request = parse(list(sys.argv[1:] if argv is None else argv))
     if args.tasks:
         refuse_without_lm_eval()
+    else:
+        check_output_path(args.output_path)
+        evaluate_model.check_device(args.device)
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
         folder = found.folder
         if found.checkpoint is not None:
@@ -353,8 +361,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(code)
         else:
             seed = found.run.get("seed", TrainingOptions.seed)
-            figures = evaluate_dataset(args, request, folder, found.base, seed=seed)
+            figures, answers = evaluate_dataset(args, request, folder, found.base, seed=seed)
             print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
+            if args.output_path:
+                write_results(args, figures, answers)
 
 
 if __name__ == "__main__":

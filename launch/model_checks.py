@@ -75,7 +75,7 @@ def check_export(folder: Path, asked: str, **others: str | Path | None) -> None:
         )
 
 
-def check_weights(name: str) -> None:
+def check_weights(name: str, *, option: str = "--model_name_or_path") -> None:
     """Refuses a folder whose weights are not all there.
 
     Raises:
@@ -87,20 +87,20 @@ def check_weights(name: str) -> None:
     if not any(path.is_file() for weights in WEIGHTS for path in (folder / weights, folder / f"{weights}.index.json")):
         other = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "only other files"
         raise ConfigError(
-            f"--model_name_or_path {name}: holds no weights ({other}); there must be {' or '.join(WEIGHTS)}, or an "
+            f"{option} {name}: holds no weights ({other}); there must be {' or '.join(WEIGHTS)}, or an "
             f"index of several: get the model again"
         )
-    _check_safetensors(name)
+    _check_safetensors(name, option=option)
 
 
-def _check_safetensors(name: str) -> None:
+def _check_safetensors(name: str, *, option: str) -> None:
     """Headers and lengths of all safetensors files: downloads that broke off, and pointers of Git LFS."""
     from hdpissa.engine.base_files import checkpoint_files, open_tensors
 
     for path in sorted(set(checkpoint_files(name).values())):
         if not Path(path).is_file():
             raise ConfigError(
-                f"--model_name_or_path {name}: its index names {Path(path).name}, which must be there and is not; get "
+                f"{option} {name}: its index names {Path(path).name}, which must be there and is not; get "
                 f"the file again"
             )
         with open_tensors(path):

@@ -215,7 +215,7 @@ def refuse_stateful(model: Any) -> None:
         )
 
 
-def read_tokenizer(args: Any) -> Any:
+def read_tokenizer(args: Any, *, option: str = "--model_name_or_path") -> Any:
     """The model's tokenizer, with the EOS as pad token where it has none."""
     from transformers import AutoTokenizer
 
@@ -223,9 +223,7 @@ def read_tokenizer(args: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # the tokenizers library raises just that
         said, remedy = explained(args.model_name_or_path, error, "put the model's tokenizer files beside it")
-        raise ConfigError(
-            f"--model_name_or_path {args.model_name_or_path}: no usable tokenizer there ({said}); {remedy}"
-        ) from None
+        raise ConfigError(f"{option} {args.model_name_or_path}: no usable tokenizer there ({said}); {remedy}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -83,6 +83,7 @@ def test_data_are_read_as_the_run_did(tmp_path):
     [
         ([], "missing --model"),
         (["--model", "DIR/none"], "no such folder"),
+        (["--model", "x" * 300], "the name is too long"),
         (["--model", "DIR"], "holds no model, no adapter and no checkpoint"),
         (["--model", "DIR/m"], "give --tasks, or --dataset_name"),
         (["--model", "DIR/m", "--tasks", "gsm8k"], 'not installed: pip install "lm-eval[hf]"'),

@@ -109,7 +109,7 @@ def test_another_set_of_such_a_run(files, tmp_path):
 
 
 def test_another_set_has_the_format_and_the_columns_that_all_had(tmp_path, files):
-    """Of a run on texts a set that has Alpaca's columns, too, is read as texts; the command says what it was taken for."""
+    """Of a run on texts a set that has Alpaca's columns, too, is read as texts."""
     for name in ("train", "test"):
         rows = [{"instruction": f"{name} {n}", "output": "o", "content": f"{name} text {n}"} for n in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from launch_runs import make_inputs, parsed
+from safetensors.torch import save_file
+from tiny import tiny_llama
 from transformers import AutoTokenizer
 
 from hdpissa.engine.display import Display
+from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import resolve_template
-from hdpissa.launch import evaluate, options_evaluation, train_checkpoints, train_evaluation
+from hdpissa.launch import command_line, evaluate, options_evaluation, train_checkpoints, train_evaluation
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -109,8 +113,79 @@ def test_answers_and_results(capsys, inputs, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     assert [len(tokenizer(answer["answer"])["input_ids"]) <= 2 for answer in answers] == [True, True]
     assert json.loads((tmp_path / "evaluation.json").read_text())["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
-    with pytest.raises((RuntimeError, AssertionError)):  # a device that is not there
+    with pytest.raises(ConfigError, match="--device cuda:7: cannot be used here"):
         figures(capsys, inputs, "--device", "cuda:7")
+
+
+def make_wrong_models(right: Path, folder: Path) -> None:
+    """Everything that a case of `WRONG` calls "DIR/…"."""
+    for name in ("cut", "lfs", "sizes", "few", "mute"):
+        shutil.copytree(right, folder / name)
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    (folder / "mute" / "tokenizer.json").write_text('{"model": {}}')
+    config = json.loads((right / "config.json").read_text())
+    (folder / "sizes" / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    tiny_llama(vocab_size=61, hidden=32).save_pretrained(folder / "few")
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(right)}
+    for name, content in {"bare": adapter, "torn": adapter, "odd": adapter | {"r": "x"}, "lost": {}}.items():
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(content))
+        for path in right.glob("token*"):
+            shutil.copyfile(path, folder / name / path.name)
+    for name in ("torn", "odd"):
+        (folder / name / "adapter_model.safetensors").write_text("{}")
+    save_file({}, folder / "odd" / "adapter_model.safetensors")
+    (folder / "file").touch()
+
+
+WRONG = [
+    (["--device", "foo"], "--device foo: cannot be used here"),
+    (["--device", "meta"], "--device meta: cannot be used here"),
+    (["--output_path", "DIR/file"], "--output_path DIR/file: DIR/file is a file; give a folder"),
+    (["--output_path", "DIR/file/under"], "DIR/file is a file; give a folder"),
+    (["--model", "DIR/cut"], "no sound safetensors file"),
+    (["--model", "DIR/lfs"], "no sound safetensors file"),
+    (["--model", "DIR/sizes"], "--model DIR/sizes: DIR/sizes cannot be loaded"),
+    (["--model", "DIR/few"], "but the model has 61 embeddings"),
+    (["--model", "DIR/mute"], "--model DIR/mute: no usable tokenizer there"),
+    (["--model", "DIR/bare"], "DIR/bare holds no adapter_model.safetensors"),
+    (["--model", "DIR/torn"], "no sound safetensors file"),
+    (["--model", "DIR/odd"], "--model DIR/odd: DIR/odd cannot be loaded"),
+    (["--model", "DIR/lost"], "names no base_model_name_or_path"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    make_wrong_models(Path(inputs["model"]), folder)
+    return folder
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_one_line_and_exit_code_2(capsys, inputs, wrong, words, told):
+    """Nothing is printed that could be taken for a figure, and device and folder are looked at before the rows."""
+    given = {"--model": inputs["model"], "--dataset_name": inputs["rows"]} | dict(
+        zip(words[::2], words[1::2], strict=True)
+    )
+    argv = [word.replace("DIR", str(wrong)) for pair in given.items() for word in pair]
+    assert command_line.exit_code(evaluate.main, argv) == 2
+    out, err = capsys.readouterr()
+    (said,) = [line.replace(str(wrong), "DIR") for line in err.splitlines() if line.startswith("error: ")]
+    assert told in said
+    assert "tokens" not in out
+    assert not ("--model" not in words and out), "rows were read before"
+
+
+def test_figures_are_told_although_they_cannot_be_kept(capsys, inputs, tmp_path):
+    (tmp_path / "evaluation.json").mkdir()
+    argv = ["--model", inputs["model"], "--dataset_name", inputs["rows"], "--output_path", str(tmp_path)]
+    assert command_line.exit_code(evaluate.main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("loss ")
+    assert f"error: --output_path {tmp_path}: cannot be written (Is a directory)" in err
 
 
 def test_batches_are_of_that_size(monkeypatch, capsys, inputs):
@@ -124,8 +199,6 @@ def test_batches_are_of_that_size(monkeypatch, capsys, inputs):
 
 def test_training_options_are_unknown_here(inputs):
     """evaluate.py takes what it reads, and nothing that it would pass over."""
-    from hdpissa.engine.errors import ConfigError
-
     for word in ("--packing", "--streaming", "--preview", "--loss_normalization", "--group_by_length"):
         with pytest.raises(ConfigError, match=f"unknown argument {word}"):
             evaluate.parse(["--model", inputs["model"], "--dataset_name", inputs["rows"], word, "1"])
