@@ -39,12 +39,14 @@ class Fields:
 
     Attributes:
         given: whether the user named the prompt's or the answer's column; then these two columns are meant.
+        prefix: of the options' names in messages, "eval_" for evaluation rows.
     """
 
     prompt: str = "instruction"
     response: str = "response"
     text: str = "text"
     given: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def recognise(first: Mapping[str, Any], fields: Fields, wanted: str | None = Non
         return found
     if wanted not in (None, "alpaca"):
         raise ConfigError(
-            f"--dataset_format {wanted} wants {_NEEDS[wanted]}, and the dataset's columns are {', '.join(first)}; name "
-            f"another format, or rename the columns"
+            f"--{fields.prefix}dataset_format {wanted} wants {_NEEDS[wanted]}, and the dataset's columns are "
+            f"{', '.join(first)}; name another format, or rename the columns"
         )
     missing = fields.prompt if fields.prompt not in first else fields.response
     raise ConfigError(
         f"column {missing!r} is not in the dataset; its columns are {', '.join(_similar(missing, first))}; set "
-        f"--prompt_field and --response_field to two of them"
+        f"--{fields.prefix}prompt_field and --{fields.prefix}response_field to two of them"
         + (f", or use the columns of another format ({', '.join(FORMATS[1:])})" if wanted is None else "")
     )
 

@@ -35,6 +35,7 @@ from hdpissa.launch.command_line import at_least, option, possible_paths
 from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
 
+EVAL_NAME = "eval_dataset_name"
 INSTALL = 'pip install "lm-eval[hf]"'
 
 
@@ -172,22 +173,30 @@ def options_of_sets(
 ) -> list[dict[str, str | None]]:
     """For each dataset its own format, columns and so on: those of the command line, else those of the run.
 
-    As in the run these are, of one of its training sets, that set's; of another, what all its training sets have in
-    common. Of a set that only the command line names the run's columns may be true; its revision, say, cannot.
+    As in the run these are, of its evaluation rows, what it read them by; of one of its training sets, that set's; of
+    another, what all its training sets have in common. Of a set that only the command line names the run's columns may
+    be true; its revision, say, cannot.
     """
-    from hdpissa.engine.data_sources import parse_sources, spread
-    from hdpissa.launch.train_data import OF_ONE_SET, PER_SOURCE, common_options, options_of, spread_options
+    from hdpissa.engine.data_sources import parse_sources
+    from hdpissa.launch import train_data as data
 
     sources = parse_sources(args.dataset_name) if args.dataset_name else []
-    trained = parse_sources(run["dataset_name"]) if run.get("dataset_name") else []
-    there = spread_options(run, len(trained)) if trained else [dict.fromkeys(PER_SOURCE)]
-    other = common_options(there)
+    trained, held_out = (parse_sources(run[name]) if run.get(name) else [] for name in ("dataset_name", EVAL_NAME))
+    held_out = held_out or trained
+    said = any(
+        name in on_command_line or run.get(name) not in (None, getattr(DataOptions, name)) for name in data.FIELDS
+    )
+    nothing: dict[str, str | None] = dict.fromkeys(data.PER_SOURCE)
+    there = data.spread_options(run, len(trained), fields_given=said) if trained else [nothing]
+    found = data.eval_options(run, held_out, trained, there)
     if "dataset_name" in on_command_line:
-        other |= dict.fromkeys(OF_ONE_SET)
-    found = [(options_of(s.name, trained, there) or other) | {"dataset_split": args.dataset_split} for s in sources]
-    for name in on_command_line & set(PER_SOURCE):
-        for own, value in zip(found, spread(getattr(args, name), len(found), f"--{name}"), strict=True):
-            own[name] = value
+        sets, own = [*trained, *held_out], [*there, *found]
+        other = data.common_options(there) | dict.fromkeys(data.OF_ONE_SET)
+        found = [data.options_of(source.name, sets, own) or other for source in sources]
+    found = [options | {"dataset_split": args.dataset_split} for options in found]
+    for name in on_command_line & set(data.PER_SOURCE):
+        for options, value in zip(found, data.own_values(name, getattr(args, name), len(found)), strict=True):
+            options[name] = value
     return found
 
 

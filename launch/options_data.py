@@ -47,6 +47,15 @@ class DataOptions(ReadingOptions):
 
     eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
     eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
+    eval_dataset_config: str | None = option(None, "--dataset_config of the evaluation set")
+    eval_dataset_revision: str | None = option(None, "--dataset_revision of the evaluation set")
+    eval_dataset_format: str | None = option(
+        None, "--dataset_format of the evaluation set; default: the training set's"
+    )
+    eval_prompt_field: str | None = option(None, "--prompt_field of the evaluation set; default: the training set's")
+    eval_response_field: str | None = option(
+        None, "--response_field of the evaluation set; default: the training set's"
+    )
     packing: bool = option(False, "put several rows into one of max_length tokens; none sees another")
     group_by_length: bool = option(False, "give the slices rows of about the same length at the same time")
     loss_normalization: str = option(
@@ -58,6 +67,8 @@ class DataOptions(ReadingOptions):
 
 
 FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text")
+EVAL = "eval_"  # before the name of what is said of evaluation sets; of the split, --eval_split
+OF_EVALUATION = ("dataset_config", "dataset_revision", "dataset_format", "prompt_field", "response_field")
 TRUNCATIONS, NORMALIZATIONS = ("truncate", "drop", "error"), ("mean", "tokens")
 
 
@@ -66,14 +77,22 @@ def check_reading(args: ReadingOptions) -> None:
     at_least(args, 1, "max_length", "preprocessing_num_workers")
     at_most(args, 2**31 - 1, "max_length", why="what a row's length is counted in")
     one_of(args, "truncation", TRUNCATIONS)
-    for format in (args.dataset_format or "").split():  # one for each dataset of a mix
+    _check_formats(args, "dataset_format")
+
+
+def _check_formats(args: ReadingOptions, name: str) -> None:
+    for format in (getattr(args, name) or "").split():  # one for each dataset of a mix
         if format not in (*FORMATS, "-"):
-            raise ConfigError(f"--dataset_format is {format}: must be one of {', '.join(FORMATS)}")
+            raise ConfigError(f"--{name} is {format}: must be one of {', '.join(FORMATS)}")
 
 
 def check(args: DataOptions) -> None:
     """Raises ConfigError for values out of range, and for options that exclude each other."""
     check_reading(args)
+    _check_formats(args, "eval_dataset_format")
+    unread = next((name for name in OF_EVALUATION if getattr(args, EVAL + name) is not None), None)
+    if unread and not (args.eval_dataset_name or args.eval_split):
+        raise ConfigError(f"--{EVAL}{unread} needs evaluation rows: give --eval_dataset_name or --eval_split")
     at_least(args, 1, "shuffle_buffer_size")
     at_least(args, 0, "preview")
     one_of(args, "loss_normalization", NORMALIZATIONS)

@@ -21,11 +21,14 @@ from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
+from hdpissa.launch.options_data import EVAL, OF_EVALUATION
 
 # Options that may have one value for each set of a mix.
 PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
 # Those that name something inside one set, and can be true of no other.
 OF_ONE_SET = ("dataset_config", "dataset_revision", "dataset_split")
+FIELDS = ("prompt_field", "response_field")
+WORDS = ("dataset_config", "dataset_revision", "dataset_format")  # whose values have no blanks in them
 
 
 @dataclass
@@ -56,13 +59,43 @@ def read_rows(
     return _Reader(args, given, tokenizer, options).read()
 
 
-def spread_options(values: Mapping[str, Any], count: int) -> list[dict[str, str | None]]:
-    """For each of `count` sets its own values of the options that may have several."""
-    columns = {
-        name: data_sources.spread(values.get(name), count, f"--{name}", blanks=name != "dataset_format")
-        for name in PER_SOURCE
-    }
+def spread_options(values: Mapping[str, Any], count: int, *, fields_given: bool) -> list[dict[str, str | None]]:
+    """For each of `count` sets its own values of the options that may have several.
+
+    Args:
+        fields_given: whether the prompt's or the answer's column is said; else the columns of a set speak for it.
+    """
+    columns = {name: own_values(name, values.get(name), count) for name in PER_SOURCE}
+    if not fields_given:
+        columns |= {name: [None] * count for name in FIELDS}
     return [{name: column[at] for name, column in columns.items()} for at in range(count)]
+
+
+def own_values(name: str, value: str | None, count: int, *, prefix: str = "") -> list[str | None]:
+    """The value of one such option for each of `count` sets. A column, or a split, may have blanks in it."""
+    return data_sources.spread(value, count, f"--{prefix}{name}", blanks=name not in WORDS)
+
+
+def eval_options(
+    values: Mapping[str, Any], sources: Sequence[Source], trained: Sequence[Source], options: Sequence[dict]
+) -> list[dict[str, str | None]]:
+    """For each evaluation set what --eval_… says, else its training set's, else what all training sets have in common.
+
+    What names something inside a training set, its configuration, say, is not handed on to another set.
+
+    Args:
+        options: of the training sets.
+    """
+    other = common_options(options) | dict.fromkeys(OF_ONE_SET)
+    found = [dict(options_of(source.name, trained, options) or other) for source in sources]
+    if any(values.get(EVAL + name) is not None for name in FIELDS):  # of two columns that are meant, one may be said
+        usual = {"prompt_field": Fields.prompt, "response_field": Fields.response}
+        found = [own | {name: own[name] or usual[name] for name in FIELDS} for own in found]
+    for name in OF_EVALUATION:
+        if values.get(EVAL + name) is not None:
+            for own, value in zip(found, own_values(name, values[EVAL + name], len(found), prefix=EVAL), strict=True):
+                own[name] = value
+    return found
 
 
 def options_of(
@@ -86,13 +119,15 @@ class _Reader:
         self, args: Any, given: frozenset[str], tokenizer: Any, options: Sequence[dict[str, str | None]] | None
     ) -> None:
         self.args, self.tokenizer, self.sources = args, tokenizer, list[dict[str, Any]]()
-        self.fields_given = bool({"prompt_field", "response_field"} & given)
         self.template = resolve_template(args.prompt_template)
         self.chat_template = resolve_chat_template(args.chat_template, tokenizer)
         if args.chat_template is not None:
             tokenizer.chat_template = self.chat_template  # so that the exported one has it, too
         self.train_sources = data_sources.parse_sources(args.dataset_name)
-        self.options = spread_options(vars(args), len(self.train_sources)) if options is None else options
+        if options is None:
+            said = bool(given & set(FIELDS))
+            options = spread_options(vars(args), len(self.train_sources), fields_given=said)
+        self.options = options
         self.first: RowFormat | None = None
 
     def read(self) -> Rows:
@@ -108,11 +143,6 @@ class _Reader:
 
     # --- sets ----------------------------------------------------------------------------------------
 
-    def _eval_options(self, source: Source) -> dict[str, str | None]:
-        """Those of the training set of that name; of another set, what all training sets have in common."""
-        own = options_of(source.name, self.train_sources, self.options) or common_options(self.options)
-        return own | {"dataset_split": self.args.eval_split or "train"}
-
     def _train_parts(self) -> Iterator[Any]:
         for source, options in zip(self.train_sources, self.options, strict=True):
             rows = data_sources.take(self._load(source, options), source, self.args.seed)
@@ -121,8 +151,10 @@ class _Reader:
     def _eval_parts(self) -> Iterator[Any]:
         name = self.args.eval_dataset_name
         sources = data_sources.parse_sources(name, "--eval_dataset_name") if name else self.train_sources
-        for source in sources if name else [Source(source.name) for source in sources]:
-            options = self._eval_options(source)
+        sources = sources if name else [Source(source.name) for source in sources]
+        found = eval_options(vars(self.args), sources, self.train_sources, self.options)
+        for source, own in zip(sources, found, strict=True):
+            options = own | {"dataset_split": self.args.eval_split or "train"}
             rows = data_sources.take(self._load(source, options), source, self.args.seed)
             yield self._encode(rows, source, options, use="evaluation")
 
@@ -130,7 +162,7 @@ class _Reader:
         streams = []
         for source, options in zip(self.train_sources, self.options, strict=True):
             rows = self._load(source, options, streaming=True)
-            encoding = self._encoding(rows, source, options)
+            encoding = self._encoding(rows, source, options, use="train")
             data.check_encoding(self.tokenizer, encoding)
             settings = {"seed": self.args.seed, "buffer_size": self.args.shuffle_buffer_size}
             columns = list(next(iter(rows)))
@@ -148,7 +180,7 @@ class _Reader:
         )
 
     def _encode(self, rows: Any, source: Source, options: dict[str, str | None], *, use: str) -> Any:
-        encoding = self._encoding(rows, source, options)
+        encoding = self._encoding(rows, source, options, use=use)
         try:
             found = data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
         except ConfigError as error:
@@ -165,17 +197,21 @@ class _Reader:
 
     # --- formats -------------------------------------------------------------------------------------
 
-    def _encoding(self, rows: Any, source: Source, options: dict[str, str | None]) -> Encoding:
+    def _encoding(self, rows: Any, source: Source, options: dict[str, str | None], *, use: str) -> Encoding:
         try:
-            return self._choose(rows, options)
+            return self._choose(rows, options, EVAL if use == "evaluation" else "")
         except ConfigError as error:
             raise self._named(source, error) from None
 
-    def _choose(self, rows: Any, options: dict[str, str | None]) -> Encoding:
+    def _choose(self, rows: Any, options: dict[str, str | None], prefix: str) -> Encoding:
         args = self.args
-        named = options["prompt_field"], options["response_field"]
+        prompt, response = (options[name] for name in FIELDS)
         fields = Fields(
-            named[0] or "instruction", named[1] or "response", args.dataset_text_field, self.fields_given and all(named)
+            prompt or Fields.prompt,
+            response or Fields.response,
+            args.dataset_text_field,
+            given=bool(prompt and response),
+            prefix=prefix,
         )
         format = data.find_format(rows, fields, options["dataset_format"])
         if format.name == "alpaca" and args.chat_template is not None:

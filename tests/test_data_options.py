@@ -319,6 +319,21 @@ CASES = [
     argument("a data set's name too long", ("cannot be read", "check its name"), dataset_name="x" * 300),
     argument("a template of nobody's", ("~nobody_here/a", "No such file"), chat_template="~nobody_here/a"),
     argument("a prompt of nobody's", ("~nobody_here/a", "No such file"), prompt_template="~nobody_here/a"),
+    argument("evaluation columns of another set", ("set --eval_prompt_field and",), eval_prompt_field="query"),
+    argument("unknown evaluation format", ("--eval_dataset_format is csv", "alpaca"), eval_dataset_format="csv"),
+    argument("a wrong evaluation format", ("--eval_dataset_format text wants",), eval_dataset_format="text"),
+    argument(
+        "too many evaluation columns",
+        ("--eval_prompt_field is 'a b'", "2 values"),
+        eval_prompt_field="a b",
+        eval_dataset_name="DIR/a.jsonl DIR/b.jsonl DIR/c.jsonl",
+    ),
+    argument(
+        "a configuration of no evaluation rows",
+        ("--eval_dataset_config needs evaluation rows", "give --eval_dataset_name"),
+        eval_dataset_name=None,
+        eval_dataset_config="main",
+    ),
     argument("more rows than there are", (":65 asks for 65 rows", "has 64"), dataset_name="DIR/train.jsonl:65"),
     argument("none of a set", ("train.jsonl:0 asks for 0",), dataset_name="DIR/train.jsonl:0 DIR/train.jsonl"),
     argument(

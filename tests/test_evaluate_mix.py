@@ -76,6 +76,16 @@ def same(found, wanted) -> bool:
         ({"eval_dataset_name": "code:2 plain:0.5"}, 5),
         ({"eval_dataset_name": "test"}, 4),  # what all sets have in common: nothing, so its columns say it
         ({"eval_dataset_name": "math:1 test"}, 5),
+        ({"eval_dataset_name": "more", "eval_prompt_field": "query", "eval_response_field": "answer"}, 3),
+        (
+            {
+                "eval_dataset_name": "more code",
+                "eval_prompt_field": "query -",
+                "eval_response_field": "answer -",
+                "eval_dataset_format": "- alpaca",
+            },
+            9,
+        ),
     ],
     ids=str,
 )
@@ -122,6 +132,16 @@ def test_another_set_has_the_format_and_the_columns_that_all_had(tmp_path, files
         assert [tokenizer.decode(ids) for ids in found["input_ids"]] == [f"{name} text {n}<eos>" for n in range(count)]
     both = f"{tmp_path / 'train.jsonl'}:1 {tmp_path / 'test.jsonl'}:1"
     assert len(evaluated(files, tmp_path, "--dataset_name", both)) == 2
+
+
+def test_a_named_evaluation_set_keeps_its_columns(files, tmp_path):
+    """By name on the command line; and a training set beside it keeps its own."""
+    options = {"eval_dataset_name": files["more"], "eval_prompt_field": "query", "eval_response_field": "answer"}
+    plain = {"dataset_name": files["test"], "dataset_format": "-", "prompt_field": "instruction"}
+    run = trained(files, tmp_path, **options, **plain, response_field="response")
+    both = evaluated(files, tmp_path, "--dataset_name", f"{files['more']} {files['test']}")
+    assert same(both.select(range(3)), run.held_out.dataset)
+    assert same(both.select(range(3, 7)), run.train.dataset)
 
 
 def test_it_evaluates(files, tmp_path, capsys):
