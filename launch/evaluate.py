@@ -360,10 +360,13 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
         folder = found.folder
         if found.checkpoint is not None:
-            from hdpissa.launch.export_checkpoint import export, open_checkpoint
+            from hdpissa.launch.export_checkpoint import export, lost_template, open_checkpoint
 
             folder = f"{scratch}/model"
-            print(export(open_checkpoint(str(found.checkpoint)), Path(folder), format="hf"))
+            reader = open_checkpoint(str(found.checkpoint))
+            print(export(reader, Path(folder), format="hf"))
+            if lost := lost_template(reader.manifest.client_state):
+                print(f"warning: {lost}", file=sys.stderr)
         if args.tasks:
             code = subprocess.run(lm_eval_command(args, folder, found.base, request.more), check=False).returncode
             if code:

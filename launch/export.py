@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from hdpissa.engine.base_files import local_folder
     from hdpissa.launch.export_card import write_card
-    from hdpissa.launch.export_checkpoint import export, open_checkpoint
+    from hdpissa.launch.export_checkpoint import export, lost_template, open_checkpoint
     from hdpissa.launch.model_checks import check_export
 
     reader = open_checkpoint(args.checkpoint)
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     check_export(folder, f"--output_dir {folder}", checkpoint=reader.folder, base=base)
     report = export(reader, folder, format=args.format, dtype=args.dtype, rank=args.rank, base_model=args.base_model)
     print(report)
+    if lost := lost_template(reader.manifest.client_state):
+        print(f"warning: {lost}", file=sys.stderr)
     try:
         write_card(reader, folder, report, args.base_model)
     except Exception as error:  # the export is complete

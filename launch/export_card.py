@@ -11,6 +11,7 @@ from hdpissa.engine.checkpoint_format import Manifest
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import resolve_template
 from hdpissa.engine.run_record import RunRecord
+from hdpissa.launch.export_checkpoint import TEMPLATE, lost_template
 
 
 def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -> Path:
@@ -22,7 +23,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
     manifest = reader.manifest
     record = RunRecord.read(reader.folder.absolute().parent)
     arguments = _arguments(manifest)
-    template = _template(arguments or record.arguments, folder)
+    template = _template(manifest.client_state if arguments else {"arguments": record.arguments}, folder)
     if record.run:
         trained = model_card.from_record(record, step=manifest.step, template=template)
     else:
@@ -51,11 +52,12 @@ def _section(manifest: Manifest) -> dict[str, Any]:
     return {"r": max(set(ranks), key=ranks.count), "target_modules": list(kinds)} if ranks else {}
 
 
-def _template(arguments: dict[str, Any], folder: Path) -> str | None:
+def _template(state: dict[str, Any], folder: Path) -> str | None:
     """The prompt's text, where it can still be read; the chat template where that was asked for and is there."""
+    arguments = state["arguments"] if isinstance(state.get("arguments"), dict) else {}
     if arguments.get("chat_template"):
-        file = folder / "chat_template.jinja"
-        return file.read_text() if file.is_file() else None
+        file = folder / TEMPLATE
+        return None if lost_template(state) or not file.is_file() else file.read_text(encoding="utf-8")
     try:
         return resolve_template(arguments["prompt_template"]).text
     except (ConfigError, KeyError, TypeError, AttributeError):

@@ -36,6 +36,7 @@ from hdpissa.kernels.reference import split_fp32
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of the base: configuration, tokenizer, code
+TEMPLATE = "chat_template.jinja"  # of a tokenizer, in transformers
 OF_MODEL = {"config.json", "generation_config.json", REPORT}
 MAX_COPIED_BYTES = 100 * 2**20
 BLOCK_ELEMENTS = 2 * 2**20  # of W, when sums are applied
@@ -199,6 +200,7 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
     for file, some in files.items():
         outbox.write(file, some)
     outbox.guard(lambda: _copy_small_files(base.folder, outbox.partial, out))  # type: ignore[arg-type]
+    outbox.guard(lambda: _write_template(reader.manifest.client_state, outbox.partial))
     outbox.agree()
     return publish_hf(outbox, files, out, reader.manifest.step)
 
@@ -268,6 +270,40 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+# --- the chat template ------------------------------------------------------------------------------
+
+
+def trained_template(state: dict[str, Any]) -> str | None:
+    """The template that --chat_template gave the run, by a checkpoint's state; None: the base's, or unknown."""
+    if isinstance(kept := state.get("chat_template"), str):
+        return kept
+    given = _given_template(state)  # checkpoints of 0.1 have what the command line said, which may be a file's name
+    return given if "{{" in given or "{%" in given else None
+
+
+def lost_template(state: dict[str, Any]) -> str:
+    """What to tell of a template that an export cannot have, "" where it has the one that was trained with."""
+    given = _given_template(state)
+    if given in ("", "tokenizer") or trained_template(state) is not None:
+        return ""
+    return (
+        f"the run was trained with --chat_template {given[:80]}, whose text is not in the checkpoint: the export's "
+        f"tokenizer has the base's; save yours beside it as {TEMPLATE}"
+    )
+
+
+def _given_template(state: dict[str, Any]) -> str:
+    arguments = state.get("arguments")
+    given = arguments.get("chat_template") if isinstance(arguments, dict) else None
+    return given if isinstance(given, str) else ""
+
+
+def _write_template(state: dict[str, Any], folder: Path) -> None:
+    """In place of the base's; `AutoTokenizer` takes this file before what tokenizer_config.json says."""
+    if (text := trained_template(state)) is not None:
+        (folder / TEMPLATE).write_text(text, encoding="utf-8")
+
+
 # --- an adapter ------------------------------------------------------------------------------------
 
 
@@ -288,6 +324,7 @@ def _export_peft(
     residual, unknown = _measure(reader, base, file)
     if base.folder is not None:
         file.outbox.guard(lambda: _copy_tokenizer(base.folder, file.outbox.partial))  # type: ignore[arg-type]
+        file.outbox.guard(lambda: _write_template(reader.manifest.client_state, file.outbox.partial))
     modules = {name.rsplit(".", n)[0] for name in reader.manifest.base.checksums for n in range(1, name.count(".") + 1)}
     return file.publish(modules, base.name, reader.manifest.step, residual, unknown)
 

@@ -93,7 +93,7 @@ def test_the_runs_own_evaluation_rows(files, tmp_path, options, rows):
     """From run.json alone, the very rows that the run evaluated on."""
     if "eval_dataset_name" in options:
         words = [word.partition(":") for word in options["eval_dataset_name"].split()]
-        options = {"eval_dataset_name": " ".join(f"{files[name]}{colon}{n}" for name, colon, n in words)}
+        options = options | {"eval_dataset_name": " ".join(f"{files[name]}{colon}{n}" for name, colon, n in words)}
     held_out = trained(files, tmp_path, **options).held_out.dataset
     assert len(held_out) == rows
     assert same(evaluated(files, tmp_path), held_out)

@@ -212,6 +212,36 @@ def test_damaged_checkpoints(copy, capsys, name, how):
     refused(capsys, copy, words=[path.name, "give another checkpoint"])
 
 
+KEPT = {"arguments": {"chat_template": "gone.jinja"}, "chat_template": "{{ 'of the run' }}"}
+LITERAL = {"arguments": {"chat_template": "{{ 'of the run' }}"}}  # of a checkpoint of 0.1
+LOST = {"arguments": {"chat_template": "gone.jinja"}}
+OWN = {"arguments": {"chat_template": "tokenizer"}}
+
+
+@pytest.mark.parametrize("format", ["hf", "peft"])
+@pytest.mark.parametrize(
+    ("state", "whose"), [(KEPT, "run"), (LITERAL, "run"), (LOST, "base"), (OWN, "base"), ({}, "base")]
+)
+def test_the_tokenizer_has_the_template_that_was_trained_with(copy, capsys, monkeypatch, format, state, whose):
+    """Where the base has one, too; a template that cannot be known is told, and not called the run's in the card."""
+    (copy / "base" / "chat_template.jinja").write_text("{{ 'of the base' }}")
+    open_checkpoint = export_checkpoint.open_checkpoint
+
+    def opened(path):
+        reader = open_checkpoint(path)
+        reader.manifest.client_state.update(state)
+        return reader
+
+    monkeypatch.setattr(export_checkpoint, "open_checkpoint", opened)
+    words = ("--format", format, "--base_model", copy / "base")
+    assert run_export(copy / "full", copy / "out", *words) == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(copy / "out")
+    assert tokenizer.chat_template == f"{{{{ 'of the {whose}' }}}}"
+    said = capsys.readouterr().err
+    assert ("gone.jinja, whose text is not in the checkpoint" in said) is (state is LOST)
+    assert ("apply_chat_template" in (copy / "out" / "README.md").read_text()) is (state in (KEPT, LITERAL, OWN))
+
+
 @pytest.mark.parametrize("format", ["hf", "peft"])
 @pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_a_foreign_base(copy, capsys, tensor, format):
