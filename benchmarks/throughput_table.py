@@ -140,7 +140,10 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> list[str
     measured = [found for found in rows if "step s p50" in found]
     if not measured:
         return []
-    return [_scaling(measured, folder / f"{name}_scaling.png"), _phases(measured, folder / f"{name}_phases.png")]
+    phases = _phases(measured, folder / f"{name}_phases.png")
+    if len({found["ranks"] for found in measured}) == 1:  # nothing to compare
+        return [phases]
+    return [_scaling(measured, folder / f"{name}_scaling.png"), phases]
 
 
 def _scaling(rows: Sequence[Mapping[str, Any]], target: Path) -> str:

@@ -194,10 +194,11 @@ def test_a_run_through_the_launcher(tmp_path):
     assert 0 < row["real tokens"] <= row["padded tokens"]
     assert row["peak MB"] > 100
     assert sum(row[f"{phase} %"] for phase in throughput_table.PHASES) == pytest.approx(100)
-    text = (tmp_path / "throughput_tiny_fp32.md").read_text()
-    for picture in ("throughput_tiny_fp32_scaling.png", "throughput_tiny_fp32_phases.png"):
-        assert (tmp_path / picture).stat().st_size > 1000
-        assert picture in text
+    assert "throughput_tiny_fp32_phases.png" in (tmp_path / "throughput_tiny_fp32.md").read_text()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["throughput_tiny_fp32_phases.png"]
+    pictures = throughput_table.draw([row, {**row, "ranks": 2}], tmp_path, "two")  # several counts can be compared
+    assert pictures == ["two_scaling.png", "two_phases.png"]
+    assert all((tmp_path / picture).stat().st_size > 1000 for picture in pictures)
 
 
 def test_a_run_that_fails_says_why():
