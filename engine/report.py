@@ -159,7 +159,8 @@ def _loss_tiles(record: RunRecord) -> Iterator[tuple[str, str]]:
         if perplexities:
             yield f"{perplexities[0]:.2f} → {perplexities[-1]:.2f}", "perplexity"
     elif losses:
-        yield f"{losses[0]:.4f}", "validation loss"
+        step = record.column("eval_loss")[0][0]
+        yield f"{losses[0]:.4f}", f"validation loss {'before training' if step == 0 else f'after step {step}'}"
     matches = finite(record.column("eval_exact_match")[1])
     if matches:
         yield " → ".join(f"{m:.1%}" for m in dict.fromkeys((matches[0], matches[-1]))), "right answers (exact match)"

@@ -352,7 +352,8 @@ def draw_spectra(record: RunRecord, figure: Any) -> None:
     shown |= _rank_marks(weights)
     names = list(dict.fromkeys(name for name in (*places, *shown) if name in shown))
     lines = [shown[name] for name in names]
-    figure.legend(lines, names, loc="outside upper right", ncols=min(6, len(lines)), **TIGHT)
+    place = "outside upper right" if columns > 2 else "outside lower center"  # a narrow picture's title needs the top
+    figure.legend(lines, names, loc=place, ncols=min(6 if columns > 2 else 2 * columns, len(lines)), **TIGHT)
 
 
 def _rank_marks(weights: list[dict[str, Any]]) -> dict[str, Any]:

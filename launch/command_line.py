@@ -6,7 +6,6 @@ Unknown names are refused with the nearest valid one. Imports neither torch nor 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from dataclasses import field
 from typing import Any, NoReturn
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.foreign_names import hint
 
 NAME_MAX, PATH_MAX = 255, 4095  # of Linux
 
@@ -62,8 +62,8 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, options, n=1)
-        raise ConfigError(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        said = hint(name.lstrip("-"), [known.lstrip("-") for known in options])
+        raise ConfigError(f"unknown argument {name}; {said.replace('did you mean ', 'did you mean --')}")
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}
 

@@ -51,6 +51,11 @@ def check(args: Any) -> None:
     metric = metric_name(args)
     if metric == "exact_match" and not args.eval_exact_match:
         raise ConfigError(f"--metric_for_best_model is {metric}: it is not measured; give --eval_exact_match, too")
+    if args.eval_max_samples is not None and not args.eval_exact_match:
+        raise ConfigError(
+            f"--eval_max_samples is {args.eval_max_samples}: bounds the rows that --eval_exact_match asks, which is "
+            f"not given; for a smaller evaluation set give --eval_split 'train[:100]'"
+        )
     if needs_best(args):
         _check_best(args)
 

@@ -8,7 +8,6 @@ line wins. Unknown names are refused with the nearest valid one; those of the pu
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import sys
@@ -33,6 +32,7 @@ from hdpissa.launch import (
     reference_names,
     shipped_configs,
 )
+from hdpissa.launch.foreign_names import hint
 
 OPTIONS = {  # in the order of --help; each file has its options and what their values may be
     "run": (options_running.RunningOptions, options_running.check),
@@ -153,9 +153,7 @@ def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[s
     notes = reference_names.rename(content, processes)
     for name, value in content.items():
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(fields)}"
-            raise ConfigError(f"--config {path}: unknown key {name}; {hint}")
+            raise ConfigError(f"--config {path}: unknown key {name}; {hint(str(name), fields)}")
         content[name] = _convert(name, value, fields[name])
     return content, notes
 
@@ -174,6 +172,8 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
         return [str(part) for part in value] if isinstance(value, list) else [value]
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
+    if str in kinds and type(value) in (int, float):  # slices: 8, where there may also stand auto
+        return str(value)
     if list[str] in kinds and (type(value) is str or (isinstance(value, list) and all(type(v) is str for v in value))):
         return [value] if isinstance(value, str) else value
     if float in kinds and type(value) in (int, str):

@@ -250,8 +250,8 @@ class _Reader:
         return f"template {self.args.prompt_template}" if format.name == "alpaca" else "as they are"
 
     def _named(self, source: Source, error: ConfigError) -> ConfigError:
-        """Of several sets, which one is meant."""
-        return error if len(self.train_sources) == 1 else ConfigError(f"dataset {source}: {error}")
+        """Which set is meant: there may be several, and those to evaluate on."""
+        return ConfigError(f"dataset {source}: {error}")
 
 
 # --- batches -----------------------------------------------------------------------------------------

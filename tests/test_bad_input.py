@@ -187,6 +187,9 @@ EVALUATION = [
         eval_steps=2,
         eval_dataset_name=None,
     ),
+    argument(
+        "a bound for questions that nobody asks", ("--eval_max_samples is 2", "--eval_exact_match"), eval_max_samples=2
+    ),
     argument("steps without their number", ("--eval_steps 0", "give --eval_steps"), eval_strategy="steps"),
     argument(
         "answers without evaluation rows",

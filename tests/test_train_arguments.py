@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from launch_runs import flags
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, train_arguments, train_checkpoints
+from hdpissa.launch import command_line, foreign_names, train_arguments, train_checkpoints
 
 STEPS = 8
 
@@ -42,6 +43,44 @@ def test_yaml_numbers_as_people_write_them(inputs, tmp_path):
     found = (args.learning_rate, args.num_train_epochs, args.warmup_steps, args.max_grad_norm)
     assert found == (2e-5, 1.0, None, 0.5)
     assert isinstance(args.num_train_epochs, float)
+
+
+def test_a_number_in_yaml_may_be_a_text_here(inputs, tmp_path):
+    """Of `slices`, which also takes "auto", and of names."""
+    (tmp_path / "run.yaml").write_text("slices: 8\nrun_name: 2024\n" + yaml.safe_dump({**inputs, "output_dir": "out"}))
+    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (args.slices, args.run_name) == ("8", "2024")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lora_r", "the rank of a slice is --r"),  # not --lora_alpha, which would be another run
+        ("weight_decay", "the method has none; leave it out"),
+        ("fp16", "use --bf16"),
+        ("dataset_num_proc", "use --preprocessing_num_workers"),
+        ("max_seq_length", "use --max_length"),
+        ("max_lenght", "did you mean --max_length?"),
+        ("reprt", "did you mean --report?"),
+        ("sliding_window", "see --help"),  # like nothing here
+    ],
+)
+def test_names_of_other_trainers(inputs, tmp_path, name, told):
+    with pytest.raises(ConfigError, match=re.escape(f"unknown argument --{name}; ") + ".*" + re.escape(told)) as error:
+        train_arguments.parse(flags({**inputs, "output_dir": "out", name: "0"}))
+    assert "\n" not in str(error.value)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**inputs, "output_dir": "out", name: 0}))
+    with pytest.raises(ConfigError, match=f"unknown key {name}; .*" + re.escape(told.replace("mean --", "mean "))):
+        train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_what_to_use_instead_is_there():
+    """No name that is an option here, and every option that is advised."""
+    options = {field.name for field in fields(train_arguments.TrainArguments)}
+    assert not options & foreign_names.INSTEAD.keys()
+    advised = set(re.findall(r"--(\w+)", " ".join(foreign_names.INSTEAD.values())))
+    assert advised <= options
+    assert len(advised) > 10
 
 
 def test_command_line_wins_over_yaml(inputs, tmp_path):

@@ -1,0 +1,61 @@
+"""Options that Trainer, TRL, PEFT, LLaMA-Factory or axolotl have and train.py has not: what to do instead.
+
+Without this table a typo's nearest neighbour would be suggested, which for `--lora_r` is `--lora_alpha`: another run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_RANK = "the rank of a slice is --r"
+_ADAM = "slices are trained by Adam (--adam_beta1, --adam_beta2, --adam_epsilon); leave it out"
+_DTYPE = "use --bf16, or leave it out for fp32"
+_QUANTISED = "the base itself is trained, so it cannot be quantised; leave it out"
+_LORA_ONLY = "it is LoRA's, slices have none; leave it out"
+_WHOLE = "it is what this command does; leave it out"
+
+INSTEAD = {
+    "lora_r": _RANK,
+    "lora_rank": _RANK,
+    "rank": _RANK,
+    "lora_dropout": "slices have no dropout; leave it out",
+    "lora_target_modules": "use --target_modules",
+    "lora_target": "use --target_modules",
+    "lora_modules_to_save": "use --modules_to_save",
+    "use_peft": _WHOLE,
+    "do_train": _WHOLE,
+    "do_eval": "give --eval_dataset_name or --eval_split",
+    "use_dora": _LORA_ONLY,
+    "use_rslora": _LORA_ONLY,
+    "optim": _ADAM,
+    "optimizer": _ADAM,
+    "weight_decay": "the method has none; leave it out",
+    "fp16": "slice gradients would carry its loss scale; use --bf16",
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "load_in_4bit": _QUANTISED,
+    "load_in_8bit": _QUANTISED,
+    "data_seed": "--seed is that of the data, too",
+    "dataset_num_proc": "use --preprocessing_num_workers",
+    "dataloader_num_workers": "rows are tokenised before training (--preprocessing_num_workers); leave it out",
+    "dataloader_drop_last": "every step has whole micro-batches; leave it out",
+    "packing_strategy": "--packing is first-fit decreasing (bfd) always; leave it out",
+    "eos_token": "an answer ends with the tokenizer's own; set it there",
+    "evaluation_strategy": "use --eval_strategy",
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "use --max_length"),
+    "micro_batch_size": "use --per_device_train_batch_size",
+    "gradient_checkpointing_kwargs": "it is the non-reentrant form always; leave it out",
+    "save_only_model": "the export is there whatever is saved: --save_strategy no",
+    "push_to_hub": "upload the export afterwards (hf upload); leave it out",
+    "hub_model_id": "upload the export afterwards (hf upload); leave it out",
+}
+
+
+def hint(name: str, valid: Iterable[str]) -> str:
+    """What to say after an unknown option's name, which has no dashes here, as those of `valid` have none."""
+    if name in INSTEAD:
+        return INSTEAD[name]
+    shown = [known for known in valid if not known.startswith("no_") or name.startswith("no_")]
+    near = difflib.get_close_matches(name, shown, n=1, cutoff=0.75)
+    return f"did you mean {near[0]}?" if near else "see --help"
