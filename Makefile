@@ -42,7 +42,7 @@ faults: $(READY)
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT="$(OUTPUT)" sh launch/demo.sh
 
-# Every benchmark that needs no GPU, in a small form: a quarter of an hour on two cores, one table in the end.
+# Every benchmark that needs no GPU, in a small form: about ten minutes on two cores, one table in the end.
 bench: $(READY)
 	$(BIN)/python benchmarks/suite.py
 

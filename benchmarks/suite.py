@@ -2,10 +2,10 @@
 
     python benchmarks/suite.py [--folder outputs/bench] [NAME ...]
 
-About a quarter of an hour on two cores. The results lie in --folder, as JSON, Markdown and pictures, and can be
-compared with those of another run (compare.py). They are small forms: the committed ones in benchmarks/results/ are
-of full size, and the command of each is in benchmarks/README.md. A script that fails is named, and the others still
-run.
+About ten minutes on two cores; scripts whose figures are no times run two at a time. The results lie in --folder, as
+JSON, Markdown and pictures, and can be compared with those of another run (compare.py). They are small forms: the
+committed ones in benchmarks/results/ are of full size, and the command of each is in benchmarks/README.md. A script
+that fails is named, and the others still run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +35,36 @@ class Step:
 
     Attributes:
         result: name of the result file. limit: seconds. more: names of the other results that it writes.
+        alone: whether its figures are times, which another script beside it would disturb.
     """
 
     result: str
     script: str
     arguments: tuple[str, ...] = ()
-    limit: int = 240
+    limit: int = 300
     more: tuple[str, ...] = ()
+    alone: bool = True
 
 
 STEPS = (
-    Step("aot", "aot_table.py"),
     Step("cpu_rates", "cpu_rates.py", ("--seconds", "0.3")),
     Step("cpu_layers_fp32_2_layers", "cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
     Step("init", "init.py", ("--layers", "2")),
     Step("svd_methods", "svd_methods.py", ("--largest", "1024", "--ranks", "128")),
     Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "1")),
     Step("load_memory", "load_memory.py", ("--gigabytes", "0.2", "--ranks", "2")),
-    Step("export_memory", "export_memory.py", ("--gigabytes", "0.1")),
     Step("checkpoint", "checkpoint.py", ("--slices", "2", "--rounds", "1")),
     Step(
         "throughput_tiny_fp32",
         "throughput.py",
         ("--num_accelerators", "2", "--methods", "hd_pissa", "lora", "frozen", "reference"),
     ),
-    Step("plan_counted", "projection.py", ("--num_accelerators", "1", "2"), more=("projection",)),
+    # the longest first, so that none of them is left to run without company
     Step(
         "update_rank",
         "update_rank.py",
         ("--layers", "15", "--methods", "lora", "hd_pissa", "--slices", "8", "--steps", "1", "--max_length", "64"),
+        alone=False,
     ),
     Step(
         "quality",
@@ -72,30 +75,69 @@ STEPS = (
             *("--arms", "lora_r16", "hd_pissa_s2_r16", "--rates", "lora_r16=2e-3", "hd_pissa_s2_r16=2e-4"),
         ),
         more=("quality_rates",),
+        alone=False,
     ),
+    Step("export_memory", "export_memory.py", ("--gigabytes", "0.1"), alone=False),
+    Step("plan_counted", "projection.py", ("--num_accelerators", "1", "2"), more=("projection",), alone=False),
+    Step("aot", "aot_table.py", alone=False),
 )
+COMPANY = 2  # scripts at a time of those that need not be alone
 
 
-def run(step: Step, environment: dict[str, str], log: Path) -> tuple[str, float]:
-    """Runs a script with its output in `log`; ("", seconds), or what went wrong."""
-    start = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / step.script), *step.arguments],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that ranks end with it
-        )
+class Runner:
+    """Runs scripts, each with its output in a file; whatever stops it stops them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self._running: set[subprocess.Popen] = set()
+
+    def run(self, step: Step) -> tuple[str, float]:
+        """("", seconds), or what went wrong."""
+        print(f"{step.script} {' '.join(step.arguments)}", flush=True)
+        clear(step, self.folder)
+        arguments = list(step.arguments)
+        if step.result == "quality":
+            arguments += ["--output_dir", str(self.folder / "quality_runs")]
+        # two scripts side by side have a core each
+        threads = {} if step.alone else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // COMPANY))}
+        log, start = self.folder / f"{step.script[:-3]}.log", time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / step.script), *arguments],
+                env=self.environment | threads,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that ranks end with it
+            )
+        self._running.add(process)
         try:
             code = process.wait(step.limit)
-        except BaseException as error:
+        except subprocess.TimeoutExpired:
+            return f"stopped after {step.limit} s; see {log}", time.monotonic() - start
+        finally:  # also when a person stops the suite
+            self._end(process)
+            self._running.discard(process)
+        return "" if code == 0 else f"exit code {code}; see {log}", time.monotonic() - start
+
+    @staticmethod
+    def _end(process: subprocess.Popen) -> None:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
+
+    def run_all(self, steps: Sequence[Step]) -> dict[Step, tuple[str, float]]:
+        """Those that must be alone one after another, then the rest side by side."""
+        found = {step: self.run(step) for step in steps if step.alone}
+        others = [step for step in steps if not step.alone]
+        with ThreadPoolExecutor(COMPANY) as pool:
+            futures = [pool.submit(self.run, step) for step in others]
+            try:
+                return found | {step: future.result() for step, future in zip(others, futures, strict=True)}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    self._end(process)
                 raise
-            return f"stopped after {step.limit} s; see {log}", time.monotonic() - start
-    return "" if code == 0 else f"exit code {code}; see {log}", time.monotonic() - start
 
 
 def clear(step: Step, folder: Path) -> None:
@@ -134,19 +176,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"suite.py: the demo model cannot be had: {error}", file=sys.stderr)
         return 2
     table = Table("benchmark", "s", "found", title=f"Small forms; results in {args.folder}")
-    failed = False
     begin = time.monotonic()
-    for step in [known[name] for name in args.names] or STEPS:
-        print(f"{step.script} {' '.join(step.arguments)}", flush=True)
-        clear(step, args.folder)
-        if step.result == "quality":
-            step = replace(step, arguments=(*step.arguments, "--output_dir", str(args.folder / "quality_runs")))
-        problem, seconds = run(step, environment, args.folder / f"{step.script[:-3]}.log")
-        failed |= bool(problem)
+    done = Runner(args.folder, environment).run_all([known[name] for name in args.names] or STEPS)
+    for step, (problem, seconds) in done.items():
         table.add_row(step.script[:-3], f"{seconds:.0f}", problem or found(step, args.folder))
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
     print(f"{time.monotonic() - begin:.0f} s in all")
-    return 1 if failed else 0
+    return 1 if any(problem for problem, _ in done.values()) else 0
 
 
 if __name__ == "__main__":

@@ -291,6 +291,10 @@ _SUBSECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
+# What other tools call some of our keys, where the nearest name here would be another one.
+_ELSEWHERE = {"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "num_slices": "slices"}
+
+
 def _unknown_key(path: str, loc: tuple[Any, ...]) -> str:
     """The message for an unknown key: the section that does have it, or the nearest name here."""
     section: type[BaseModel] = HDPissaConfig if len(loc) == 1 else _SUBSECTIONS[loc[0]]
@@ -298,7 +302,8 @@ def _unknown_key(path: str, loc: tuple[Any, ...]) -> str:
     homes = [f"hd_pissa.{key}" for key, model in _SUBSECTIONS.items() if name in model.model_fields]
     if name in HDPissaConfig.model_fields:
         homes.append("hd_pissa itself")
-    nearest = difflib.get_close_matches(name, valid, n=1)
+    known = _ELSEWHERE.get(name) if len(loc) == 1 else None
+    nearest = [known] if known else difflib.get_close_matches(name, valid, n=1)
     if homes:
         hint = f"; move it to {homes[0]}"
     elif nearest:

@@ -7,6 +7,7 @@ also serves one process with a plain model (launch/evaluate.py).
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from .answers import extract, is_right
 from .batches import EvalBatches, count_target_tokens
 from .generation import Question, generate
 from .recorder import Recorder
+
+PROMPT_LINES, PROMPT_WIDTH = 3, 110  # of a sample's prompt on the terminal
 
 
 @dataclass
@@ -75,8 +78,7 @@ class Evaluator:
             known = {} if question.reference is None else {"reference": question.reference}
             rows.append({"step": step, "prompt": question.text, "answer": answer, **known})
         recorder.samples(rows)
-        first = "\n".join(f"    {line}" for line in answers[0].strip().splitlines())
-        recorder.say(f"answer {title or f'after step {step}'}:\n{first}")
+        recorder.say(first_sample(rows, title or f"after step {step}"))
         if title and self.asked[0].reference is None:
             content = {"prompt": self.asked[0].text, "answer": answers[0]}
             recorder.save_json(f"sample_{title.replace(' ', '_')}.json", content)
@@ -98,6 +100,15 @@ class Evaluator:
         )
 
 
+def first_sample(rows: Sequence[dict[str, Any]], when: str) -> str:
+    """For the terminal: the end of the first prompt and its answer, and how many more there are."""
+    asked = [line for line in rows[0]["prompt"].splitlines() if line.strip()][-PROMPT_LINES:]
+    lines = [f"    > {textwrap.shorten(line, PROMPT_WIDTH, placeholder=' …')}" for line in asked]
+    lines += [f"    {line}" for line in rows[0]["answer"].strip().splitlines()]
+    more = f" (1 of {len(rows)}; all are in samples.jsonl)" if len(rows) > 1 else ""
+    return "\n".join([f"answer {when}{more}:", *lines])
+
+
 def loss_figures(loss: float, tokens: int) -> dict[str, Any]:
     """What an evaluation row says of the loss."""
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": tokens}
@@ -110,9 +121,15 @@ def match_figures(answers: Sequence[str], asked: Sequence[Question]) -> dict[str
 
 
 def graded_rows(answers: Sequence[str], asked: Sequence[Question]) -> list[dict[str, Any]]:
-    """Every answer with its reference, the result that was read from it, and whether it is right."""
+    """Every question with its answer, its reference, the result that was read from it, and whether that is right."""
     return [
-        {"reference": q.reference, "answer": a, "result": extract(a), "right": is_right(a, q.reference or "")}
+        {
+            "prompt": q.text,
+            "reference": q.reference,
+            "answer": a,
+            "result": extract(a),
+            "right": is_right(a, q.reference or ""),
+        }
         for a, q in zip(answers, asked, strict=True)
     ]
 

@@ -28,7 +28,7 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 # What a reader of a card wants to know of a run; the rest is in run.json.
 HYPER_PARAMETERS = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_length",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "bf16",
+    "packing", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "bf16",
 )  # fmt: skip
 
 
@@ -205,7 +205,10 @@ def hyper_parameters(trained: Trained, batch: list[Any]) -> dict[str, str]:
     if "warmup_steps" in found:
         found.pop("warmup_ratio", None)
     if all(isinstance(n, int) for n in batch):
-        found["rows of an optimizer step"] = f"{batch[0]} × {batch[1]} × {batch[2]} = {batch[0] * batch[1] * batch[2]}"
+        unit = "packed samples" if args.get("packing") else "rows"
+        found[f"{unit} of an optimizer step"] = (
+            f"{batch[0]} × {batch[1]} × {batch[2]} = {batch[0] * batch[1] * batch[2]}"
+        )
     return found
 
 

@@ -21,7 +21,6 @@ if __name__ == "evaluate":
 
 import importlib.util
 import json
-import os
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, options_data
+from hdpissa.launch import command_line, help_pages, options_data
 from hdpissa.launch.command_line import at_least, option, possible_paths
 from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
@@ -50,7 +49,7 @@ class EvaluateOptions:
     batch_size: int = option(8, "rows at a time")
     eval_exact_match: bool = option(False, "ask the rows of the dataset, too, and count the right answers")
     eval_max_samples: int | None = option(None, "rows that are asked, the first ones; default: all")
-    max_new_tokens: int = option(256, "length of an answer")
+    max_new_tokens: int = option(256, "length of an answer; evaluations within a run have 128 unless told")
     output_path: str | None = option(None, "folder for the results")
     device: str | None = option(None, "cpu, cuda, cuda:1, …; default: the GPUs, where there are some")
     trust_remote_code: bool = option(False, "run model code that comes with the model")
@@ -59,6 +58,19 @@ class EvaluateOptions:
 @dataclass
 class EvaluateArguments(ReadingOptions, EvaluateOptions):
     """Evaluates a trained model, with lm-eval's tasks or on a dataset."""
+
+
+SECTIONS: dict[str, type] = {"evaluate": EvaluateOptions, "data": ReadingOptions}
+HELP = help_pages.Page(
+    "Evaluates a trained model: with lm-eval's tasks, or on a dataset, by loss and right answers.",
+    (
+        "hdpissa evaluate --model outputs/run1 --tasks gsm8k,hellaswag --num_fewshot 5 --limit 100 [-- lm-eval's own]",
+        "hdpissa evaluate --model outputs/run1 --dataset_name test.jsonl --eval_exact_match",
+        "",
+        "What is not given is read from the run's run.json, where the model comes from a run.",
+    ),
+    ("model",),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Located:
     base: str | None
     run: dict[str, Any]
     checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        if self.checkpoint is not None:
+            return f"checkpoint {self.checkpoint}"
+        return f"{self.folder} (an adapter) on {self.base}" if self.base else self.folder
 
 
 # --- which model -----------------------------------------------------------------------------------
@@ -147,7 +164,9 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
         ConfigError: what does not fit.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = command_line.make_parser({"evaluate": EvaluateOptions, "data": ReadingOptions})
+    if help_pages.answered(argv[:cut], SECTIONS, HELP):
+        raise SystemExit(0)
+    parser = command_line.make_parser(SECTIONS)
     values, given = command_line.read(parser, argv[:cut])
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
@@ -315,47 +334,17 @@ def evaluate_dataset(
     return figures, graded
 
 
-def check_output_path(path: str | None) -> None:
-    """Refuses what cannot become a folder, before an hour of work is to be written there."""
-    if path is None:
-        return
-    folder = Path(path).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise ConfigError(f"--output_path {path}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"--output_path {path}: {there} must be writable; give another folder")
-
-
-def write_results(args: EvaluateArguments, figures: dict[str, Any], answers: list[dict[str, Any]]) -> None:
-    """evaluation.json, and answers.jsonl where rows were asked, in --output_path."""
-    folder = Path(args.output_path or "")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "evaluation.json", [{"model": args.model, "dataset": args.dataset_name, **figures}])
-        if answers:
-            _write(folder / "answers.jsonl", answers)
-    except OSError as error:
-        raise ConfigError(
-            f"--output_path {folder}: cannot be written ({error.strerror}); give another folder"
-        ) from None
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 # --- wiring ----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    from hdpissa.launch import evaluate_model
+    from hdpissa.launch import evaluate_model, evaluate_results
 
     args, found, request = parse(list(sys.argv[1:] if argv is None else argv))
     if args.tasks:
         refuse_without_lm_eval()
     else:
-        check_output_path(args.output_path)
+        evaluate_results.check_folder(args.output_path)
         evaluate_model.check_device(args.device)
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
         folder = found.folder
@@ -372,11 +361,13 @@ def main(argv: list[str] | None = None) -> None:
             if code:
                 raise SystemExit(code)
         else:
+            print(f"model: {found}", flush=True)
             seed = found.run.get("seed", TrainingOptions.seed)
             figures, answers = evaluate_dataset(args, request, folder, found.base, seed=seed)
             print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
             if args.output_path:
-                write_results(args, figures, answers)
+                known = {"model": args.model, "evaluated": str(found), "dataset": args.dataset_name}
+                evaluate_results.write(args.output_path, known | figures, answers)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ INSTEAD = {
     "dataset_num_proc": "use --preprocessing_num_workers",
     "dataloader_num_workers": "rows are tokenised before training (--preprocessing_num_workers); leave it out",
     "dataloader_drop_last": "every step has whole micro-batches; leave it out",
-    "packing_strategy": "--packing is first-fit decreasing (bfd) always; leave it out",
+    "packing_strategy": "--packing is best-fit decreasing (bfd) always; leave it out",
     "eos_token": "an answer ends with the tokenizer's own; set it there",
     "evaluation_strategy": "use --eval_strategy",
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "use --max_length"),

@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from hdpissa.engine.launcher import speaking_rank
+from hdpissa.launch.foreign_names import INSTEAD
 
 HELP = ("-h", "--help")
 WIDTH = 100  # of what is written into a file or a pipe
@@ -53,12 +54,20 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
     if not topic and len(sections) > 1:
         _first_page(sections, page, console)
     elif not chosen:
-        console.print(f"no option has the word {topic}; sections: {', '.join(sections)}, or all", markup=False)
+        console.print(_unknown(topic, list(sections)), markup=False)
     else:
         if not topic:
             _head(page, console)
         for name, options in chosen.items():
             console.print(_table(name, options, page, several=len(sections) > 1))
+
+
+def _unknown(topic: str, sections: Sequence[str]) -> str:
+    name = topic.lstrip("-").replace("-", "_")
+    if name in INSTEAD:
+        return f"there is no --{name} here: {INSTEAD[name]}"
+    choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
+    return f"no option has the word {topic}; {choice}"
 
 
 def _chosen(sections: Mapping[str, type], topic: str) -> dict[str, list[Field[Any]]]:

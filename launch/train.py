@@ -207,7 +207,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
 
     from hdpissa.engine import initialize, zero3
     from hdpissa.launch import train_report
-    from hdpissa.launch.train_data import refuse_leaks, tell_sources
+    from hdpissa.launch.train_data import refuse_leaks, tell_rows
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_model(args, job.ds)
@@ -216,7 +216,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     start = engine.global_steps
     if args.packing:
         refuse_leaks(engine, job)
-    for line in tell_sources(job.rows.sources):
+    for line in tell_rows(job.rows, job.data):
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))

@@ -294,6 +294,16 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
     )
 
 
+def tell_rows(rows: Rows, batches: Batches) -> list[str]:
+    """What a run says of its data at its start: a line for each set, and one for packing."""
+    lines = [_tell(source) for source in rows.sources]
+    if isinstance(batches, SliceBatches) and batches.packed:
+        lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
+    elif batches.packed:
+        lines.append("packing: rows as they come, in samples of up to --max_length tokens")
+    return lines
+
+
 def refuse_leaks(engine: Any, job: Any) -> None:
     """Raises StopError on all ranks where packed rows see each other in this model; collective."""
     from hdpissa.engine import data_packing, zero3

@@ -12,23 +12,26 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from hdpissa.engine.run_record import counted
+
 BEGIN, END = "⟪", "⟫"
 
 
 def show_rows(args: Any, job: Any, console: Console | None = None) -> None:
     """Prints the sets and the first samples in the order of training."""
-    from hdpissa.launch.train_data import tell_sources
+    from hdpissa.launch.train_data import tell_rows
 
     console = console or Console(highlight=False, soft_wrap=True)
-    for line in tell_sources(job.rows.sources):
+    for line in tell_rows(job.rows, job.data):
         console.print(line, markup=False)
+    kind = "sample" if job.data.packed else "row"
     mark = "bold and green" if console.is_terminal else f"between {BEGIN} and {END}"
     console.print(f"what carries loss is {mark}", markup=False)
     for number, sample in enumerate(itertools.islice(_samples(job.data), args.preview), start=1):
         tokens = sum(len(row["input_ids"]) for row in sample)
         learned = sum(label >= 0 for row in sample for label in row["labels"][1:])
-        packed = f" ({len(sample)} packed)" if len(sample) > 1 else ""
-        console.print(f"\n--- row {number}{packed}: {tokens} tokens, {learned} carry loss", markup=False)
+        packed = f" ({counted(len(sample), 'row')})" if job.data.packed else ""
+        console.print(f"\n--- {kind} {number}{packed}: {tokens} tokens, {learned} carry loss", markup=False)
         for row in sample:
             console.print(_row(row, job.tokenizer, plain=not console.is_terminal))
 

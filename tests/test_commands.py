@@ -259,6 +259,7 @@ def test_help_finds_words(capsys):
     assert "--max_length" not in found
     assert call(capsys, "train", "--help", "max_length")[1].count("\n  ") <= 3  # that option alone
     assert "--learning_rate" in call(capsys, "train", "--help", "--lr")[1]  # the reference's name
+    assert "there is no --lora_dropout here: slices have no" in call(capsys, "train", "--help", "--lora-dropout")[1]
     assert "no option has the word frobnicate; sections: run, data" in call(capsys, "train", "--help", "frobnicate")[1]
 
 

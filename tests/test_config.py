@@ -117,6 +117,7 @@ BAD_SECTIONS = [
     # unknown keys: the nearest name, or the place where the key belongs; then bad values
     ({"target_module": []}, 'target_module: unknown key; did you mean "target_modules"? (valid keys: r,'),
     ({"alpha": 16}, 'alpha: unknown key; did you mean "lora_alpha"?'),
+    ({"rank": 8}, 'rank: unknown key; did you mean "r"?'),
     ({"betas": [0.9, 0.99]}, "betas: unknown key; move it to hd_pissa.adam"),
     ({"init": {"r": 8}}, "init.r: unknown key; move it to hd_pissa itself"),
     ({"a\nb": 1}, "a b: unknown key; remove it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,7 +224,10 @@ def test_preview_shows_rows_and_trains_nothing(inputs, folder, capsys):
     output = folder / "preview"
     assert train.run(flags({**inputs, "output_dir": output, "preview": 2, "packing": True})) == 0
     shown = capsys.readouterr().out
-    assert shown.count("--- row ") == 2
+    assert shown.count("--- sample ") == 2
+    rows, samples = re.search(r"packing: (\d+) rows in (\d+) samples", shown).groups()
+    assert int(rows) > int(samples)
+    assert re.search(r"--- sample 1 \(\d+ rows?\): \d+ tokens", shown)
     assert "messages (column messages); prompts chat template, loss on the assistant's turns; 40 of 40 rows" in shown
     assert "[assistant]⟪" in shown
     assert "<eos>⟫" in shown

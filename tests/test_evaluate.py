@@ -62,10 +62,12 @@ def test_which_model_is_meant(tmp_path):
     assert evaluate.locate(f"{both}/model").run["max_length"] == 7
     adapter = model_folder(tmp_path / "adapter", ADAPTER)
     assert evaluate.locate(adapter) == evaluate.Located(f"{adapter}/adapter", "org/base", {})
+    assert str(evaluate.locate(adapter)) == f"{adapter}/adapter (an adapter) on org/base"
     assert evaluate.locate("org/name") == evaluate.Located("org/name", None, {})
     saved = [(f"checkpoint-{step}/checkpoint.json", "{}") for step in (2, 4)]
     checkpoints = model_folder(tmp_path / "checkpoints", *saved, ("latest", "checkpoint-4"))
     assert evaluate.locate(checkpoints).checkpoint == Path(checkpoints) / "checkpoint-4"
+    assert str(evaluate.locate(checkpoints)) == f"checkpoint {checkpoints}/checkpoint-4"
     (Path(checkpoints) / "best").write_text("checkpoint-2\n")
     assert evaluate.locate(checkpoints).checkpoint == Path(checkpoints) / "checkpoint-2"
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from hdpissa.engine.display import Display
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.evaluate import first_sample
 from hdpissa.engine.prompts import resolve_template
 from hdpissa.launch import command_line, evaluate, options_evaluation, train_checkpoints, train_evaluation
 
@@ -112,6 +113,7 @@ def test_answers_and_results(capsys, inputs, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     assert [len(tokenizer(answer["answer"])["input_ids"]) <= 2 for answer in answers] == [True, True]
+    assert all(answer["prompt"].endswith("### Response:") for answer in answers)
     assert json.loads((tmp_path / "evaluation.json").read_text())["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
     with pytest.raises(ConfigError, match="--device cuda:7: cannot be used here"):
         figures(capsys, inputs, "--device", "cuda:7")
@@ -282,3 +284,16 @@ def test_where_tensorboard_writes(tmp_path):
     made.close(failed=False)
     assert list((tmp_path / "events").glob("events.out.tfevents*"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_terminal_shows_of_samples():
+    rows = [{"prompt": "### Instruction:\nHow\n\nmany?\n### Response:", "answer": "2 of\nthem\n"}, {}]
+    assert first_sample(rows, "after step 3").splitlines() == [
+        "answer after step 3 (1 of 2; all are in samples.jsonl):",
+        "    > How",
+        "    > many?",
+        "    > ### Response:",
+        "    2 of",
+        "    them",
+    ]
+    assert first_sample([{"prompt": "so " * 99, "answer": ""}], "before training").endswith("so so …")

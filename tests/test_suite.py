@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from tiny import tiny_llama
@@ -53,7 +55,7 @@ def test_a_script_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, 
     for name, text in {"bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)", "good": write}.items():
         (tmp_path / f"{name}.py").write_text(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {text}\n")
     steps = tuple(
-        suite.Step(name, f"{name}.py", limit=limit, more=(f"{name}_more",))
+        suite.Step(name, f"{name}.py", limit=limit, more=(f"{name}_more",), alone=name == "bad")
         for name, limit in (("bad", 60), ("slow", 1), ("good", 60))
     )
     monkeypatch.setattr(suite, "HERE", tmp_path)
@@ -71,3 +73,31 @@ def test_a_script_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, 
         assert words in said
     assert suite.main(["nonsense", "--folder", str(tmp_path / "out")]) == 2
     assert "there are bad, slow, good" in capsys.readouterr().err
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from hdpissa.benchmarks import suite
+suite.HERE = Path(sys.argv[1])
+alone = sys.argv[2] == "alone"
+steps = [suite.Step(name, "sleep.py", (name,), alone=alone) for name in ("one", "two")]
+suite.Runner(suite.HERE, {**os.environ}).run_all(steps)
+"""
+
+
+@pytest.mark.parametrize(("how", "begun"), [("alone", ["one"]), ("together", ["one", "two"])])
+def test_a_suite_that_is_stopped_leaves_nothing_running(tmp_path, how, begun):
+    write = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}.'); time.sleep(60)"
+    (tmp_path / "sleep.py").write_text(write)
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path), how], cwd=tmp_path)
+    files, deadline = [tmp_path / name for name in begun], time.monotonic() + 60
+    while not all(file.exists() and file.read_text().endswith(".") for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == "") == begun
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text().rstrip(".")), 0)
