@@ -147,6 +147,15 @@ def tell_published(rows: Rows) -> str:
     )
 
 
+def tell_update(rows: Rows) -> str:
+    """Of a step what is neither forward nor backward: exchange and apply, waiting for slower processes included."""
+    ours, theirs = (
+        row["step s p50"] * (row["exchange %"] + row["apply %"]) / 100
+        for row in (one(most_ranks(rows), method=method) for method in ("hd_pissa", "reference"))
+    )
+    return f"{theirs / ours:.1f}: {theirs:.2f} s and {ours:.2f} s"
+
+
 def tell_rates(rows: Rows) -> str:
     fp32, bf16 = ([r["rate"] for r in rows if r["what"] == f"product, {kind}"] for kind in ("float32", "bfloat16"))
     gathers = [row["seconds"] for row in rows if "seconds" in row]

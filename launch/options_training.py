@@ -30,7 +30,9 @@ class TrainingOptions:
     lr_scheduler_type: str = option("cosine", f"schedule of the learning rate: {', '.join(SCHEDULES)}")
     lr_scheduler_kwargs: str | None = option(None, "JSON with more of the schedule, such as '{\"min_lr_rate\": 0.1}'")
     warmup_ratio: float = option(0.03, "share of all steps, rounded down, that warm up")
-    warmup_steps: int | None = option(None, "warm-up steps; wins over --warmup_ratio")
+    warmup_steps: float | None = option(
+        None, "warm-up steps, or a share of all below 1 (rounded up, as in transformers 5); wins over --warmup_ratio"
+    )
     num_train_epochs: float = option(1.0, "epochs")
     max_steps: int = option(-1, "optimizer steps; when positive it wins over --num_train_epochs")
     adam_beta1: float = option(0.9, "Adam's β₁, where the JSON does not give betas")
@@ -62,6 +64,12 @@ def check(args: TrainingOptions) -> None:
     at_least(args, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
     at_least(args, 0, "learning_rate", "warmup_steps", "max_grad_norm", "seed")
     at_most(args, 2**31, "seed", why="as numpy's generator wants it with a rank's number added")
+    if args.warmup_steps is not None and args.warmup_steps >= 1:
+        if not float(args.warmup_steps).is_integer():
+            raise ConfigError(
+                f"--warmup_steps is {args.warmup_steps}: must be a whole number, or a share of all steps below 1"
+            )
+        args.warmup_steps = int(args.warmup_steps)
     if not 0 <= args.warmup_ratio <= 1:
         raise ConfigError(
             f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"

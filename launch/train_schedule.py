@@ -16,8 +16,11 @@ MOST_TRIED = 1000  # steps at which a schedule is looked at before it is used
 
 
 def warmup_steps(args: Any, total_steps: int) -> int:
-    """Steps that warm up."""
-    return args.warmup_steps if args.warmup_steps is not None else int(args.warmup_ratio * total_steps)
+    """Steps that warm up. Each kind of share is rounded as where it comes from: down by the published code, up by
+    transformers 5, which has no --warmup_ratio any more."""
+    if args.warmup_steps is None:
+        return int(args.warmup_ratio * total_steps)
+    return math.ceil(args.warmup_steps * total_steps) if args.warmup_steps < 1 else int(args.warmup_steps)
 
 
 def make_scheduler(args: Any, optimizer: Any, total_steps: int, start: int = 0) -> Any:

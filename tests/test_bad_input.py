@@ -48,6 +48,7 @@ COMMAND_LINE = [
     ),
     argument("a warm-up ratio that is a number of steps", ("is 100.0", "--warmup_steps"), warmup_ratio=100),
     argument("negative warm-up", ("--warmup_steps is -1", "must not be negative"), warmup_steps=-1),
+    argument("a step and a half of warm-up", ("--warmup_steps is 1.5", "or a share", "below 1"), warmup_steps=1.5),
     argument("negative seed", ("--seed is -1", "must not be negative"), seed=-1),
     argument(
         "unknown attention",

@@ -31,7 +31,7 @@ from launch_runs import (
 from ranks import run_ranks
 
 from hdpissa.engine.recorder import Recorder
-from hdpissa.launch import train, train_arguments
+from hdpissa.launch import train, train_arguments, train_schedule
 
 STEPS, LR = 8, 3e-3
 # documented in engine/metrics.py and design; a reader of metrics.jsonl counts on them
@@ -278,6 +278,17 @@ def test_warmup_steps_win_over_the_ratio():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
     train.make_scheduler(train_arguments.TrainArguments(warmup_ratio=0, warmup_steps=4), optimizer, STEPS)
     assert optimizer.param_groups[0]["lr"] == 0
+
+
+@pytest.mark.parametrize(("given", "steps"), [("0.25", 3), ("0.9", 9), ("0", 0), ("3", 3), ("1.0", 1)])
+def test_warmup_steps_below_one_are_a_share(inputs, given, steps):
+    """As in transformers' own TrainingArguments."""
+    from transformers import TrainingArguments
+
+    words = flags({**inputs, "output_dir": "out", "warmup_steps": given})
+    args, _ = train_arguments.parse(words)
+    assert train_schedule.warmup_steps(args, 10) == steps
+    assert TrainingArguments(warmup_steps=float(given), use_cpu=True).get_warmup_steps(10) == steps
 
 
 # --- how a run ends --------------------------------------------------------------------------------
