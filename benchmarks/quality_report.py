@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import plots, timing
+from hdpissa.benchmarks import figure_words, plots, timing
 from hdpissa.benchmarks.quality_record import Plan
 
 IDENTITY = ("arm",)
@@ -246,7 +246,7 @@ def report(
         identity=("arm", "learning rate"),
         configuration=some,
     )
-    headline = f"{len(records)} runs, {len(missing)} missing; README of benchmarks/ has the command for a long one"
+    headline = f"test loss: {figure_words.tell_quality(rows)}; {len(records)} runs, {len(missing)} missing"
     kept: dict[str, Any] = {"identity": IDENTITY, "configuration": some, "pictures": pictures, "headline": headline}
     timing.write(name, rows, COLUMNS, note, folder=folder, **kept)
     return rows

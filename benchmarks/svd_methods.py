@@ -190,6 +190,11 @@ def main() -> None:
     columns = ["rows", "cols", "rank", "spectrum", "full fp32 s"]
     columns += [f"{m} {c}" for m in ("gram", "randomized") for c in ("s", "predicted s", "residual", "σ error")]
     columns += ["full / gram", "full / randomized", "auto", "lowrank s", "lowrank σ error"]
+    largest = [row for row in table if (row["rows"], row["cols"]) == (table[-1]["rows"], table[-1]["cols"])]
+    ratios = [row.get(f"full / {row['auto']}", 1.0) for row in largest]
+    kept["headline"] = (
+        f"full fp32 SVD of {largest[0]['rows']} × {largest[0]['cols']} / ours {min(ratios):.2f} to {max(ratios):.2f}"
+    )
     timing.write(name, table, columns, NOTE, identity=("rows", "cols", "rank", "spectrum"), **kept)
     return None
 

@@ -197,8 +197,9 @@ def _describe(name: str, module: nn.Module, config: HDPissaConfig, plan: SlicePl
     rows, cols = zero3.full_shape(module.weight)
     r = next((r for key, r in config.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config.r)
     if plan.slices * r > min(rows, cols):
+        slices = f"{plan.slices} slice{'s' * (plan.slices > 1)} of rank {r}"
         raise ConfigError(
-            f"{name} is {rows} x {cols} and has {min(rows, cols)} singular vectors, {plan.slices} slices of rank {r} "
+            f"{name} is {rows} x {cols} and has {min(rows, cols)} singular vectors, {slices} "
             f"need {plan.slices * r}: use a smaller hd_pissa.r or hd_pissa.slices, a smaller rank for this module "
             f"in hd_pissa.rank_pattern, or name it in hd_pissa.exclude_modules"
         )
