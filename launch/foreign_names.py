@@ -6,6 +6,7 @@ Without this table a typo's nearest neighbour would be suggested, which for `--l
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _RANK = "the rank of a slice is --r"
@@ -77,11 +78,21 @@ INSTEAD = {
     "hub_model_id": "upload the export afterwards (hf upload); leave it out",
 }
 
+LAUNCHERS = ("num_accelerators", "nproc_per_node")  # options that train.py hands on
+
 
 def hint(name: str, valid: Iterable[str]) -> str:
     """What to say after an unknown option's name, which has no dashes here, as those of `valid` have none."""
-    if name in INSTEAD:
-        return INSTEAD[name]
+    valid = list(valid)
+    if advice := instead(name, valid):
+        return advice
     shown = [known for known in valid if not known.startswith("no_") or name.startswith("no_")]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else "see --help"
+
+
+def instead(name: str, valid: Iterable[str]) -> str | None:
+    """The advice for a name that others use; None where there is none, or this command has not what it advises."""
+    there = {*valid, *LAUNCHERS}
+    advice = INSTEAD.get(name)
+    return advice if advice and there.issuperset(re.findall(r"--(\w+)", advice)) else None

@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from hdpissa.engine.launcher import speaking_rank
-from hdpissa.launch.foreign_names import INSTEAD
+from hdpissa.launch.foreign_names import instead
 
 HELP = ("-h", "--help")
 WIDTH = 100  # of what is written into a file or a pipe
@@ -54,7 +54,7 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
     if not topic and len(sections) > 1:
         _first_page(sections, page, console)
     elif not chosen:
-        console.print(_unknown(topic, list(sections)), markup=False)
+        console.print(_unknown(topic, sections), markup=False)
     else:
         if not topic:
             _head(page, console)
@@ -62,10 +62,10 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
             console.print(_table(name, options, page, several=len(sections) > 1))
 
 
-def _unknown(topic: str, sections: Sequence[str]) -> str:
+def _unknown(topic: str, sections: Mapping[str, type]) -> str:
     name = topic.lstrip("-").replace("-", "_")
-    if name in INSTEAD:
-        return f"there is no --{name} here: {INSTEAD[name]}"
+    if advice := instead(name, [option.name for section in sections.values() for option in fields(section)]):
+        return f"there is no --{name} here: {advice}"
     choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
     return f"no option has the word {topic}; {choice}"
 

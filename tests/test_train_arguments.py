@@ -79,8 +79,14 @@ def test_what_to_use_instead_is_there():
     options = {field.name for field in fields(train_arguments.TrainArguments)}
     assert not options & foreign_names.INSTEAD.keys()
     advised = set(re.findall(r"--(\w+)", " ".join(foreign_names.INSTEAD.values())))
-    assert advised <= options | {"num_accelerators", "nproc_per_node"}  # the launchers'
+    assert advised <= options | set(foreign_names.LAUNCHERS)
     assert len(advised) > 10
+
+
+def test_what_another_command_has_not_is_not_advised():
+    assert "--model_name_or_path" in foreign_names.hint("model", ["model_name_or_path"])
+    assert foreign_names.hint("model", ["checkpoint", "mode"]) == "did you mean mode?"
+    assert foreign_names.hint("dataset", ["checkpoint"]) == "see --help"
 
 
 def test_command_line_wins_over_yaml(inputs, tmp_path):
@@ -113,7 +119,7 @@ def test_unknown_yaml_key_is_refused(inputs, tmp_path):
 def test_yaml_words(tmp_path):
     """`no` and `true` are booleans to YAML; here they are what Hugging Face's users mean."""
     path = tmp_path / "run.yaml"
-    required = dict.fromkeys(("ds_config", "model_name_or_path", "dataset_name", "output_dir"), "x")
+    required = dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "x") | {"ds_config": "zero3"}
     path.write_text(yaml.safe_dump({**required, "save_strategy": False, "resume_from_checkpoint": True}))
     args, _ = train_arguments.parse(["--config", str(path)])
     assert (args.save_strategy, args.resume_from_checkpoint) == ("no", "auto")
