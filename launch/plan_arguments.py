@@ -141,7 +141,7 @@ def _sections(args: PlanArguments, given: frozenset[str]) -> tuple[dict[str, Any
     """DeepSpeed's part of the JSON and ours, the command line worked in."""
     from hdpissa.engine import ds_config
 
-    content = ds_config.read_ds_config(args.ds_config or DEFAULT_JSON)
+    content = shipped_configs.read(args.ds_config or DEFAULT_JSON)
     if not args.ds_config:
         content.pop("hd_pissa", None)
     raw, section = ds_config.split_section(content)  # refuses what is malformed

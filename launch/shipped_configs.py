@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
@@ -16,15 +17,23 @@ def names() -> list[str]:
 
 
 def locate(given: str) -> str:
-    """The path of a shipped config for its name; what is a path stays as it is.
+    """The path of a shipped config for its name; what is a file, or no such name, stays as it is."""
+    if given in names() and not Path(given).exists():
+        return str(FOLDER / f"{given}.json")
+    return given
+
+
+def read(located: str | Path) -> dict[str, Any]:
+    """The config as a dict.
 
     Raises:
-        ConfigError: a name that none has.
+        ConfigError: a name that none has, beside what `engine.config.read_ds_config` refuses.
     """
-    if Path(given).exists() or not re.fullmatch(r"\w+", given):
-        return given
-    if given not in names():
-        near = difflib.get_close_matches(given, names(), n=1)
+    from hdpissa.engine.config import read_ds_config
+
+    name = str(located)
+    if re.fullmatch(r"\w+", name) and not Path(name).exists():
+        near = difflib.get_close_matches(name, names(), n=1)
         meant = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"--ds_config {given}: no file and no shipped config; {meant}there are {', '.join(names())}")
-    return str(FOLDER / f"{given}.json")
+        raise ConfigError(f"--ds_config {name}: no file and no shipped config; {meant}there are {', '.join(names())}")
+    return read_ds_config(located)

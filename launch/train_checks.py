@@ -14,7 +14,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.hub_errors import explain, reason
-from hdpissa.launch import model_checks
+from hdpissa.launch import model_checks, shipped_configs
 from hdpissa.launch.options_method import section_options
 from hdpissa.launch.train_callbacks import load
 from hdpissa.launch.train_model import check_model, model_options
@@ -148,7 +148,7 @@ def read_section(args: Any, given: frozenset[str]) -> tuple[dict, Any, list[str]
     from hdpissa.engine import ds_config, overrides
 
     adam = {name: getattr(args, name) for name in overrides.ADAM if name in given}
-    merged, differ = overrides.merge(ds_config.read_ds_config(args.ds_config), section_options(args), adam)
+    merged, differ = overrides.merge(shipped_configs.read(args.ds_config), section_options(args), adam)
     raw, hd = ds_config.split_section(merged)
     ds_config.check_ds_config(raw)
     return raw, hd, differ

@@ -166,7 +166,7 @@ def test_greater_is_better(tmp_path, options, greater):
 def test_lists_in_yaml(tmp_path):
     """One text, or a list; `no` is a word there, too."""
     path = tmp_path / "run.yaml"
-    required = "ds_config: zero3\nmodel_name_or_path: x\ndataset_name: x\noutput_dir: x\neval_strategy: no\n"
+    required = "ds_config: x\nmodel_name_or_path: x\ndataset_name: x\noutput_dir: x\neval_strategy: no\n"
     path.write_text(required + "sample_prompt: What?\nreport_to: [wandb, tensorboard]\n")
     args, _ = train_arguments.parse(["--config", str(path)])
     assert (args.sample_prompt, args.report_to, args.eval_strategy) == (["What?"], ["wandb", "tensorboard"], "no")

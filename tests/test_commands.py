@@ -223,9 +223,9 @@ def test_configs_by_name(tmp_path, monkeypatch):
     assert train_arguments.parse(NEEDED)[0].ds_config == str(ROOT / "ds_configs" / "zero3.json")
     plan = plan_arguments.parse(["--model", "M", "--ds_config", "zero3_hpz"])[0]
     assert plan.ds_config == str(ROOT / "ds_configs" / "zero3_hpz.json")
-    assert shipped_configs.locate("my/zero4.json") == "my/zero4.json"
+    assert shipped_configs.locate("zero4") == "zero4"
     with pytest.raises(ConfigError, match=r"--ds_config zero4: .*did you mean zero3\? there are zero3, zero3_70b"):
-        shipped_configs.locate("zero4")
+        shipped_configs.read("zero4")
     (tmp_path / "zero3").write_text("{}")
     assert train_arguments.parse(NEEDED)[0].ds_config == "zero3"
 

@@ -107,7 +107,7 @@ JSON_FILES = [
     zero("offload to nowhere", ("offload_param.device", "see DeepSpeed's keys"), offload_param={"device": "moon"}),
 ]
 SECTION = [
-    section("a huge rank", (f"slices of rank {HUGE}", "use a smaller hd_pissa.r"), r=HUGE),
+    section("a huge rank", (f"1 slice of rank {HUGE}", "use a smaller hd_pissa.r"), r=HUGE),
     section("slices that are a float", ("hd_pissa.slices is 2.0", "must be an integer"), slices=2.0),
     section("negative slices", ("hd_pissa.slices is -1", "at least 1"), slices=-1),
     section("no targets at all", ("target_modules is []", "non-empty list"), target_modules=[]),

@@ -119,7 +119,7 @@ def test_unknown_yaml_key_is_refused(inputs, tmp_path):
 def test_yaml_words(tmp_path):
     """`no` and `true` are booleans to YAML; here they are what Hugging Face's users mean."""
     path = tmp_path / "run.yaml"
-    required = dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "x") | {"ds_config": "zero3"}
+    required = dict.fromkeys(("ds_config", "model_name_or_path", "dataset_name", "output_dir"), "x")
     path.write_text(yaml.safe_dump({**required, "save_strategy": False, "resume_from_checkpoint": True}))
     args, _ = train_arguments.parse(["--config", str(path)])
     assert (args.save_strategy, args.resume_from_checkpoint) == ("no", "auto")
