@@ -106,7 +106,7 @@ def tell_rank(rows: Rows) -> str:
         for method, slices, name in (
             ("lora", "", "LoRA"),
             ("pissa", "", "PiSSA"),
-            ("hd_pissa", 8, "HD-PiSSA, S = 8"),
+            ("hd_pissa", 8, "HD-PiSSA (S = 8)"),
             ("full", "", "full fine-tuning"),
         ):
             row = one([row for row in chosen if (row.get("S") or "") == slices], method=method)
