@@ -250,6 +250,7 @@ def test_one_line_and_exit_code_2(results, case):
     assert_told(case, results[case.mistake])
 
 
+@pytest.mark.slow
 def test_two_ranks_under_deepspeed_say_it_once(results, folder, tmp_path):
     """Rank 0 speaks; the launcher, which ends all ranks when one exits, returns 2."""
     assert results  # the files are there

@@ -32,6 +32,7 @@ def test_against_the_oracle(exchange, linear, tolerance):
             assert rank["after"][f"{name}.mlp.gate_proj"] == [f"{name}.mlp.up_proj"]
 
 
+@pytest.mark.slow
 def test_bf16_with_checkpointing():
     """bf16 compute, split master, recomputation: as near to the torch kernels' run as one bf16 run is to another."""
     settings = {"bf16": True, "slices": 2}

@@ -240,6 +240,7 @@ def import_llama(cwd: Path, *paths: list[Path]) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith(("Llama", "failed"))]
 
 
+@pytest.mark.slow
 def test_pypi_kernels_is_not_shadowed(tmp_path):
     """Llama is importable with the repository's root on sys.path, whether PyPI's `kernels` is there or not.
 

@@ -54,12 +54,13 @@ def true_residual(run, folder, base):
 # --- the adapter is the trained model --------------------------------------------------------------
 
 
-FACTOR = [(1, 1), (1, 4), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1)]
-DENSE = [(1, 4), (2, 4), (4, 2)]
+CASES = [*((*k, "factor") for k in [(1, 1), (1, 4), (2, 4), (4, 2)]), *((*k, "dense") for k in [(1, 4), (4, 2)])]
+MORE = [*((*k, "factor") for k in [(2, 2), (4, 4), (4, 1)]), (2, 4, "dense")]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "slices", "exchange"), [*((*k, "factor") for k in FACTOR), *((*k, "dense") for k in DENSE)]
+    ("world_size", "slices", "exchange"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
 def test_stock_peft_on_the_untouched_base_is_the_trained_model(tmp_path, base, world_size, slices, exchange):
     """Every K against every S, both ways of travelling. Without the second-order term only fp32 rounding is left:

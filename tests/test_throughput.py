@@ -201,6 +201,7 @@ def test_a_run_through_the_launcher(tmp_path):
     assert all((tmp_path / picture).stat().st_size > 1000 for picture in pictures)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why():
     """Through the launcher; what becomes the method's row."""
     job = {"setting": {"model": "tiny", "r": 4, "slices": 2}, "max_length": 16, "steps": 1, "warmup": 0}

@@ -294,6 +294,7 @@ def test_warmup_steps_below_one_are_a_share(inputs, given, steps):
 # --- how a run ends --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_state_tells_when_the_launcher_was_killed(folder, inputs):
     """`deepspeed` returns 0 when its inner launcher dies of SIGKILL, and the rank goes on: trust the file."""
     output = folder / "killed"
