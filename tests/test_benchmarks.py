@@ -41,6 +41,7 @@ def test_kernel_benchmarks_import_without_gpu(script):
     importlib.import_module(f"hdpissa.benchmarks.{script}")
 
 
+@pytest.mark.slow
 def test_whole_step(tmp_path):
     """All variants take steps of a tiny model, the real engine among them."""
     done = start("whole_step.py", "--tiny", "--random_slices", "--folder", str(tmp_path), OMP_NUM_THREADS="1")

@@ -51,7 +51,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("fp32 master", "bf16 on the wire")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def saved(request, tmp_path_factory):
     """Six steps on two ranks without a break, with a checkpoint after the third."""
     case = dict(CASES[request.param])

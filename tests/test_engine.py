@@ -136,7 +136,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = ("checkpointing and persistent", "no overlap", "dense, a row at a time", "dense, offload", "full svd")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in VARIANTS])
 def test_variants_against_the_oracle(name):
     """Losses, W and the loss of an evaluation between steps, which sees stale gathered copies if there are any."""
     variant = VARIANTS[name]
