@@ -89,7 +89,7 @@ def run(module: nn.Module, targets: list, *, rows: int, length: int) -> Trace:
 
 
 def gathered_whole(trace: Trace, module: nn.Module, leaves: list[nn.Module]) -> Trace:
-    """The trace as ZeRO-3 sees it when these modules are its leaves: each has all that is inside it, where no hooks are.
+    """The trace as ZeRO-3 sees it when these modules are its leaves: each has all parameters that are inside it.
 
     A checkpointed block that is a leaf belongs to itself: it is what runs again.
     """
