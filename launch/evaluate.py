@@ -147,7 +147,7 @@ class Request:
     """What is asked for, beside the arguments.
 
     Attributes:
-        given: options that the command line or the run has set.
+        given: options that stand on the command line. What the run has set may be of its training rows alone.
         sets: for each dataset the options that may have one value for each.
         more: what is lm-eval's own.
     """
@@ -173,7 +173,6 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     possible_paths(SimpleNamespace(**values), "model", "output_path")
     found = locate(values["model"])
     inherited = _as_in_the_run(found.run, given)
-    set_there = {name for name, value in inherited.items() if value != values[name]}
     args = EvaluateArguments(**(values | inherited))
     options_data.check_reading(args)
     at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
@@ -184,7 +183,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     if not args.tasks and not args.dataset_name:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
     sets = [] if args.tasks else options_of_sets(args, given, found.run)
-    return args, found, Request(frozenset(given | set_there), sets, more)
+    return args, found, Request(frozenset(given), sets, more)
 
 
 def options_of_sets(

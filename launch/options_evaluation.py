@@ -46,6 +46,8 @@ def check(args: Any) -> None:
         one_of(args, "eval_strategy", STRATEGIES)
     if args.eval_strategy == "steps" and not args.eval_steps:
         raise ConfigError("--eval_strategy is steps and --eval_steps 0: must be at least 1; give --eval_steps")
+    if args.eval_strategy == "no" and args.eval_exact_match:
+        raise ConfigError("--eval_exact_match with --eval_strategy no: nothing is evaluated; leave one of them out")
     if args.sample_prompt is not None and not all(text.strip() for text in args.sample_prompt):
         raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
     metric = metric_name(args)

@@ -37,12 +37,14 @@ class Job:
     graded: Any = ()  # questions of evaluation rows, for the exact match
     asked: Any = ()  # questions whose answers are kept
     callbacks: list[Any] = field(default_factory=list)  # instances
+    notes: list[str] = field(default_factory=list)  # what counts for nothing in this run, a line each
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.train_data import make_batches, read_rows
+    from hdpissa.launch.train_notes import notes
     from hdpissa.launch.train_questions import read_questions
     from hdpissa.launch.train_schedule import check_schedule
 
@@ -64,10 +66,11 @@ def check(args: Any, given: frozenset[str]) -> Job:
         size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
-    check_schedule(args, values.learning_rate, total_steps)
+    check_schedule(args, values.learning_rate, total_steps, given)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked, callbacks)
+    told = notes(args, given, rows, total_steps)
+    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked, callbacks, told)
 
 
 def check_files(args: Any, given: frozenset[str]) -> None:
