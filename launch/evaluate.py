@@ -297,6 +297,7 @@ def evaluate_dataset(
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
     from hdpissa.launch import evaluate_model
+    from hdpissa.launch.position_checks import check_positions
     from hdpissa.launch.train_checks import check_vocabulary
     from hdpissa.launch.train_data import tell_sources
 
@@ -319,6 +320,8 @@ def evaluate_dataset(
     model = evaluate_model.load(args.model, folder, base, **place)  # type: ignore[arg-type]
     if config is None:
         check_vocabulary(found, None, model.config)
+    if note := check_positions(args, model, found, asked):
+        print(f"note: {note}", file=sys.stderr)
     device = torch.device(model.device)
     batches = EvalBatches(
         rows.dataset, rank=0, world_size=1, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id
