@@ -48,7 +48,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     from hdpissa.launch.train_data import make_batches, read_rows
     from hdpissa.launch.train_notes import notes
     from hdpissa.launch.train_questions import read_questions
-    from hdpissa.launch.train_schedule import check_schedule
+    from hdpissa.launch.train_schedule import check_schedule, resolve_shares
 
     check_output_dir(args)
     model_config = read_model_config(args)
@@ -68,6 +68,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
         size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
+    resolve_shares(args, total_steps)
     check_schedule(args, values.learning_rate, total_steps, given)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)

@@ -21,6 +21,7 @@ from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
+from hdpissa.engine.run_record import counted
 from hdpissa.launch.options_data import EVAL, OF_EVALUATION, DataOptions
 
 # Options that may have one value for each set of a mix.
@@ -140,7 +141,7 @@ class _Reader:
 
     def read(self) -> Rows:
         train, others = list(self._train_parts()), list(self._eval_parts())
-        self._refuse_unread([part[2].format for part in (*train, *others)])
+        self._refuse_unread(*([encoding.format for _, _, encoding in parts] for parts in (train, others)))
         joined = self._stream(train) if self.args.streaming else data.join([self._encode(*part) for part in train])
         assert self.first is not None
         template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
@@ -247,15 +248,16 @@ class _Reader:
             truncation=args.truncation,
         )
 
-    def _refuse_unread(self, formats: Sequence[RowFormat]) -> None:
+    def _refuse_unread(self, trained: Sequence[RowFormat], held_out: Sequence[RowFormat]) -> None:
         """Refuses what was said of rows that no set has. Of a mix one set is enough."""
         for name, kind in OF_ONE_KIND.items():
             value, usual = getattr(self.args, name), getattr(DataOptions, name)
             if name in self.given and value not in (None, usual) and name not in self.used:
-                there = ", ".join(dict.fromkeys(map(str, formats)))
+                prefix = EVAL if name.startswith(EVAL) else ""
+                there = ", ".join(dict.fromkeys(map(str, held_out if prefix else (*trained, *held_out))))
                 raise ConfigError(
-                    f"--{name} {value[:60]!r} is for {kind}, and no dataset has any ({there}); leave it out, or say "
-                    f"with --dataset_format what the rows are"
+                    f"--{name} {value[:60]!r} is for {kind}, and there are none ({there}); leave it out, or say with "
+                    f"--{prefix}dataset_format what the rows are"
                 )
 
     def _describe(self, source: Source, encoding: Encoding, *, use: str) -> dict[str, Any]:
@@ -329,12 +331,17 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
 
 
 def tell_rows(rows: Rows, batches: Batches) -> list[str]:
-    """What a run says of its data at its start: a line for each set, and one for packing."""
+    """What a run says of its data at its start: a line for each set, one for packing, one for what is left over."""
     lines = [_tell(source) for source in rows.sources]
     if isinstance(batches, SliceBatches) and batches.packed:
         lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
     elif batches.packed:
         lines.append("packing: rows as they come, in samples of up to --max_length tokens")
+    if batches.dropped_samples:
+        lines.append(
+            f"an epoch: {counted(batches.steps_per_epoch, 'step')} of {counted(batches.global_batch, 'sample')}; "
+            f"{batches.dropped_samples} more fill no whole step and are left out, the same ones in every epoch"
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import options_evaluation
 from hdpissa.launch.options_training import schedule_kwargs
 
 OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # that a person does not give
@@ -21,6 +22,18 @@ def warmup_steps(args: Any, total_steps: int) -> int:
     if args.warmup_steps is None:
         return int(args.warmup_ratio * total_steps)
     return math.ceil(args.warmup_steps * total_steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+
+
+def resolve_shares(args: Any, total_steps: int) -> None:
+    """Makes numbers of steps of what was given as a share of all, rounded up as in transformers.
+
+    Raises:
+        ConfigError: numbers that do not fit each other.
+    """
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if getattr(args, name) < 1:  # --eval_steps 0 stays 0
+            setattr(args, name, math.ceil(getattr(args, name) * total_steps))
+    options_evaluation.check(args)
 
 
 def make_scheduler(args: Any, optimizer: Any, total_steps: int, start: int = 0) -> Any:

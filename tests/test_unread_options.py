@@ -14,6 +14,7 @@ from mistakes import argument, assert_told, collect
 from ranks import run_ranks
 
 from hdpissa.launch import train_arguments
+from hdpissa.launch.train_checks import check
 from hdpissa.launch.train_data import read_rows
 from hdpissa.launch.train_notes import notes
 
@@ -77,7 +78,7 @@ CASES = [
     ),
     argument(
         "columns of a prompt for evaluation rows of text",
-        ("--eval_response_field 'y' is for alpaca rows",),
+        ("--eval_response_field 'y' is for alpaca rows", "none (text (column text));", "--eval_dataset_format"),
         eval_dataset_name=TEXT,
         eval_dataset_format="text",
         eval_response_field="y",
@@ -181,3 +182,12 @@ def test_notes_stand_before_a_preview(tmp_path):
     assert (done["code"], done["error"]) == (0, None)
     assert done["stderr"].startswith("note: the warm-up has 30 steps and the run 2: ")
     assert done["stderr"].count("note: ") == 1
+
+
+def test_shares_are_resolved_before_the_run(tmp_path):
+    """By `check`, so that run.json, checkpoints and callbacks have numbers of steps."""
+    inputs = make_inputs(tmp_path / "inputs", train=16, evaluate=4)
+    shares = {"eval_steps": 0.1, "save_steps": 0.5, "logging_steps": 0.01}
+    args, given = train_arguments.parse(flags(inputs | {"output_dir": "o", "max_steps": 30} | shares))
+    assert check(args, given).total_steps == 30
+    assert (args.eval_steps, args.save_steps, args.logging_steps) == (3, 15, 1)
