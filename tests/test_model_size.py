@@ -15,7 +15,7 @@ from torch import nn
 
 from hdpissa.engine import ConfigError
 from hdpissa.engine.recorder import Recorder
-from hdpissa.launch import train_arguments
+from hdpissa.launch import evaluate, train_arguments
 from hdpissa.launch.model_work import active_weights
 from hdpissa.launch.position_checks import check_positions, table_size, trained_length
 from hdpissa.launch.train_checks import check
@@ -138,6 +138,14 @@ def test_rotary_positions_are_a_note(inputs, folder, tmp_path, monkeypatch):
     (note,) = job.notes
     assert note.endswith("and the model's max_position_embeddings is 64")
     assert checked(inputs, folder, tmp_path, monkeypatch).notes == []
+
+
+def test_evaluate_refuses_them_too(inputs, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    words = {"model": folder / "gpt2", "dataset_name": inputs["eval_dataset_name"], "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"rows have up to .* tokens: GPT2LMHeadModel has 64 positions"):
+        evaluate.main(flags(words))
+    evaluate.main(flags(words | {"max_length": 64, "prompt_template": "none"}))
 
 
 def rows_of(*lengths):
