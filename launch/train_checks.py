@@ -69,7 +69,7 @@ def check(args: Any, given: frozenset[str]) -> Job:
     )
     total_steps = count_steps(args, data.steps_per_epoch)
     resolve_shares(args, total_steps)
-    check_schedule(args, values.learning_rate, total_steps, given)
+    check_schedule(args, values.learning_rate, total_steps)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)
     beyond = check_positions(args, model, rows, [*graded, *asked])

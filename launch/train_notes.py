@@ -18,7 +18,7 @@ def notes(args: Any, given: frozenset[str], rows: Any, total_steps: int) -> list
     Args:
         given: options that the user has set. rows: of the run.
     """
-    found = [describe_warmup(args, total_steps)]
+    found = [describe_warmup(args, total_steps, given)]
     asked = args.sample_steps and args.sample_prompt is None
     if args.eval_strategy == "no" and rows.held_out is not None and not asked:
         found.append("--eval_strategy no: the evaluation rows are read, and nothing is evaluated on them")

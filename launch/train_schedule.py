@@ -59,20 +59,15 @@ def _build(args: Any, optimizer: Any, total_steps: int) -> Any:
     )
 
 
-def check_schedule(args: Any, lr: float, total_steps: int, given: frozenset[str] = frozenset()) -> None:
+def check_schedule(args: Any, lr: float, total_steps: int) -> None:
     """Makes the schedule once, for an optimizer of nothing, and looks at it.
 
-    Args:
-        given: options that the user has set; --warmup_ratio has a default, which nobody asks `constant` for.
-
     Raises:
-        ConfigError: keys that it does not have, or needs; values with which it gives no learning rate; a warm-up that
-            it would leave out in silence.
+        ConfigError: keys that it does not have, or needs; values with which it gives no learning rate.
     """
     import torch
 
     kwargs = schedule_kwargs(args)
-    _check_warmup(args, given)
     _check_keys(args.lr_scheduler_type, kwargs)
     if args.lr_scheduler_type == "warmup_stable_decay":
         _check_phases(args, kwargs, total_steps)
@@ -90,19 +85,19 @@ def check_schedule(args: Any, lr: float, total_steps: int, given: frozenset[str]
             raise ConfigError(f"{told}: gives {value} times the learning rate in step {step + 1}; correct it")
 
 
-def _check_warmup(args: Any, given: frozenset[str]) -> None:
-    name = "warmup_ratio" if args.warmup_steps is None else "warmup_steps"
-    wanted = getattr(args, name)
-    if args.lr_scheduler_type == "constant" and wanted and (name in given or args.warmup_steps is not None):
-        raise ConfigError(
-            f"--{name} {wanted}: constant has no warm-up; give --lr_scheduler_type constant_with_warmup, or leave it "
-            f"out"
-        )
+def describe_warmup(args: Any, total_steps: int, given: frozenset[str]) -> str | None:
+    """A warm-up that is not one, in words. It is no mistake: scripts give `constant` one, and are tried for a few steps.
 
-
-def describe_warmup(args: Any, total_steps: int) -> str | None:
-    """A warm-up that the run is too short for, in words. It is no mistake: a config may be tried for a few steps."""
-    steps = 0 if args.lr_scheduler_type == "constant" else warmup_steps(args, total_steps)
+    Args:
+        given: options that the user has set; --warmup_ratio has a default, which nobody asks `constant` for.
+    """
+    if args.lr_scheduler_type == "constant":
+        name = "warmup_ratio" if args.warmup_steps is None else "warmup_steps"
+        wanted = getattr(args, name)
+        if not wanted or name not in given:
+            return None
+        return f"--{name} {wanted} counts for nothing: constant has no warm-up, constant_with_warmup has"
+    steps = warmup_steps(args, total_steps)
     if steps < total_steps:
         return None
     return (

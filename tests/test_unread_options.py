@@ -90,18 +90,6 @@ CASES = [
         dataset_text_field="zzz",
     ),
     argument(
-        "warm-up steps that nobody takes",
-        ("--warmup_steps 3: constant has no warm-up", "constant_with_warmup, or leave it out"),
-        lr_scheduler_type="constant",
-        warmup_steps=3,
-    ),
-    argument(
-        "a share of warm-up that nobody takes",
-        ("--warmup_ratio 0.1: constant has no warm-up",),
-        lr_scheduler_type="constant",
-        warmup_ratio=0.1,
-    ),
-    argument(
         "answers that nobody grades",
         ("--eval_exact_match with --eval_strategy no", "leave one of them out"),
         eval_exact_match=True,
@@ -160,6 +148,8 @@ def test_a_default_that_is_said_is_no_mistake(tmp_path):
         ),
         ({"warmup_ratio": 1}, ["it ends at 75.0% of it"]),
         ({"warmup_steps": 3}, []),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, ["--warmup_steps 3 counts for nothing: constant has"]),
+        ({"warmup_ratio": 0.03, "lr_scheduler_type": "constant"}, ["--warmup_ratio 0.03 counts for nothing"]),
         ({"eval_strategy": "no"}, ["the evaluation rows are read, and nothing is evaluated"]),
         ({"eval_strategy": "no", "sample_steps": 2}, []),
         ({"eval_strategy": "epoch", "eval_steps": 2}, ["--eval_steps 2 counts for nothing with --eval_strategy epoch"]),
