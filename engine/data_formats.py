@@ -188,7 +188,7 @@ def text_of(row: Mapping[str, Any], column: str, index: int) -> str:
         raise ConfigError(f"row {index} (from 0) has nothing in column {column!r}; fill it or drop the row")
     if isinstance(value, list | dict):
         raise ConfigError(f"column {column!r} holds {type(value).__name__}s; name a column of plain text")
-    return str(value)  # a CSV column of bare numbers arrives as numbers
+    return str(value)  # a column may hold numbers
 
 
 def messages_of(row: Mapping[str, Any], column: str, index: int) -> list[dict[str, Any]]:
