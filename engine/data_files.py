@@ -49,10 +49,10 @@ def is_file_name(name: str) -> bool:
     return Path(name).suffix in (*READERS, *OTHERS)
 
 
-def split_parts(split: str) -> list[tuple[str, bool]]:
-    """Of "train[:50%]+test" the splits' names, and whether all of each is meant."""
+def split_parts(split: str) -> list[tuple[str, str | None]]:
+    """Of "train[:50%]+test" the splits' names, and the part that is meant of each; None: all of it."""
     found = [PART.match(part) for part in split.split("+")]
-    return [(part["name"], part["slice"] is None) for part in found if part]
+    return [(part["name"], part["slice"]) for part in found if part]
 
 
 # ---------------------------------------------------------------- for datasets.load_dataset

@@ -51,6 +51,15 @@ def _exists(text: str) -> bool:
     return os.path.exists(os.path.expanduser(text))
 
 
+def is_same(name: str, other: str) -> bool:
+    """Whether two names are of one dataset: of one path, where they are paths."""
+    return name == other or (_exists(name) and _exists(other) and _real(name) == _real(other))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
+
+
 def _parse_source(word: str, option: str) -> Source:
     found = AMOUNT.match(word)
     if found is None or _exists(word):
@@ -142,14 +151,18 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
     return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
 
 
-def take(rows: datasets.Dataset, source: Source, seed: int) -> datasets.Dataset:
-    """As many rows as the source says, drawn by the seed; all of them, in their order, where it says nothing."""
+def take(rows: datasets.Dataset, source: Source, seed: int, option: str = "--dataset_name") -> datasets.Dataset:
+    """As many rows as the source says, drawn by the seed; all of them, in their order, where it says nothing.
+
+    Args:
+        option: that names the source.
+    """
     if source.amount is None:
         return rows
     count = source.amount if isinstance(source.amount, int) else max(1, round(source.amount * len(rows)))
     if count > len(rows):
         raise ConfigError(
-            f"--dataset_name: {source} asks for {count} rows and {source.name} has {len(rows)}; ask for no more, or "
+            f"{option}: {source} asks for {count} rows and {source.name} has {len(rows)}; ask for no more, or "
             f"name it twice to have its rows twice"
         )
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(count), keep_in_memory=True)

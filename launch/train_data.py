@@ -7,7 +7,7 @@ names, columns, formats, templates, lengths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,14 +21,8 @@ from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
-from hdpissa.launch.options_data import EVAL, OF_EVALUATION
-
-# Options that may have one value for each set of a mix.
-PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
-# Those that name something inside one set, and can be true of no other.
-OF_ONE_SET = ("dataset_config", "dataset_revision", "dataset_split")
-FIELDS = ("prompt_field", "response_field")
-WORDS = ("dataset_config", "dataset_revision", "dataset_format")  # whose values have no blanks in them
+from hdpissa.launch.options_data import EVAL
+from hdpissa.launch.train_sets import FIELDS, eval_sets, overlaps, spread_options
 
 
 @dataclass
@@ -39,12 +33,14 @@ class Rows:
         train: tokenised rows, or a stream of them. held_out: rows to evaluate on, or None.
         template: `render(instruction)` is what the model sees of a single question.
         sources: for run.json and people: name, format and counts of each set.
+        warnings: what a person should know of them.
     """
 
     train: Any
     held_out: Any
     template: Any
     sources: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_rows(
@@ -57,59 +53,6 @@ def read_rows(
     """
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     return _Reader(args, given, tokenizer, options).read()
-
-
-def spread_options(values: Mapping[str, Any], count: int, *, fields_given: bool) -> list[dict[str, str | None]]:
-    """For each of `count` sets its own values of the options that may have several.
-
-    Args:
-        fields_given: whether the prompt's or the answer's column is said; else the columns of a set speak for it.
-    """
-    columns = {name: own_values(name, values.get(name), count) for name in PER_SOURCE}
-    if not fields_given:
-        columns |= {name: [None] * count for name in FIELDS}
-    return [{name: column[at] for name, column in columns.items()} for at in range(count)]
-
-
-def own_values(name: str, value: str | None, count: int, *, prefix: str = "") -> list[str | None]:
-    """The value of one such option for each of `count` sets. A column, or a split, may have blanks in it."""
-    return data_sources.spread(value, count, f"--{prefix}{name}", blanks=name not in WORDS)
-
-
-def eval_options(
-    values: Mapping[str, Any], sources: Sequence[Source], trained: Sequence[Source], options: Sequence[dict]
-) -> list[dict[str, str | None]]:
-    """For each evaluation set what --eval_… says, else its training set's, else what all training sets have in common.
-
-    What names something inside a training set, its configuration, say, is not handed on to another set.
-
-    Args:
-        options: of the training sets.
-    """
-    other = common_options(options) | dict.fromkeys(OF_ONE_SET)
-    found = [dict(options_of(source.name, trained, options) or other) for source in sources]
-    if any(values.get(EVAL + name) is not None for name in FIELDS):  # of two columns that are meant, one may be said
-        usual = {"prompt_field": Fields.prompt, "response_field": Fields.response}
-        found = [own | {name: own[name] or usual[name] for name in FIELDS} for own in found]
-    for name in OF_EVALUATION:
-        if values.get(EVAL + name) is not None:
-            for own, value in zip(found, own_values(name, values[EVAL + name], len(found), prefix=EVAL), strict=True):
-                own[name] = value
-    return found
-
-
-def options_of(
-    name: str, trained: Sequence[Source], options: Sequence[dict[str, str | None]]
-) -> dict[str, str | None] | None:
-    """Those of the training set of that name; None where there is no such set."""
-    names = [source.name for source in trained]
-    return options[names.index(name)] if name in names else None
-
-
-def common_options(options: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
-    """What all training sets have in common; None where they differ."""
-    values = {name: {each[name] for each in options} for name in PER_SOURCE}
-    return {name: next(iter(found)) if len(found) == 1 else None for name, found in values.items()}
 
 
 class _Reader:
@@ -136,10 +79,12 @@ class _Reader:
         template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
         if self.first.chat:
             template = ChatTemplate(self.chat_template or "", self.tokenizer)
-        held_out = None
+        held_out, warnings = None, list[str]()
         if self.args.eval_dataset_name or self.args.eval_split:
-            held_out = data.join(list(self._eval_parts()))
-        return Rows(train, held_out, template, self.sources)
+            sets = eval_sets(vars(self.args), self.train_sources, self.options)
+            held_out = data.join(list(self._eval_parts(sets)))
+            warnings = overlaps(self.train_sources, self.options, sets)
+        return Rows(train, held_out, template, self.sources, warnings)
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -148,14 +93,9 @@ class _Reader:
             rows = data_sources.take(self._load(source, options), source, self.args.seed)
             yield self._encode(rows, source, options, use="train")
 
-    def _eval_parts(self) -> Iterator[Any]:
-        name = self.args.eval_dataset_name
-        sources = data_sources.parse_sources(name, "--eval_dataset_name") if name else self.train_sources
-        sources = sources if name else [Source(source.name) for source in sources]
-        found = eval_options(vars(self.args), sources, self.train_sources, self.options)
-        for source, own in zip(sources, found, strict=True):
-            options = own | {"dataset_split": self.args.eval_split or "train"}
-            rows = data_sources.take(self._load(source, options), source, self.args.seed)
+    def _eval_parts(self, sets: Sequence[tuple[Source, dict[str, str | None]]]) -> Iterator[Any]:
+        for source, options in sets:
+            rows = data_sources.take(self._load(source, options), source, self.args.seed, "--eval_dataset_name")
             yield self._encode(rows, source, options, use="evaluation")
 
     def _stream(self) -> Any:
@@ -295,8 +235,8 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
 
 
 def tell_rows(rows: Rows, batches: Batches) -> list[str]:
-    """What a run says of its data at its start: a line for each set, and one for packing."""
-    lines = [_tell(source) for source in rows.sources]
+    """What a run says of its data at its start: a line for each set, for each warning, and one for packing."""
+    lines = [_tell(source) for source in rows.sources] + [f"warning: {text}" for text in rows.warnings]
     if isinstance(batches, SliceBatches) and batches.packed:
         lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
     elif batches.packed:
