@@ -201,7 +201,7 @@ def messages_of(row: Mapping[str, Any], column: str, index: int) -> list[dict[st
 
 def _message(turn: dict[str, Any], index: int, column: str) -> dict[str, Any]:
     if turn.get("role") is not None:
-        return {key: value for key, value in turn.items() if value is not None}  # Arrow fills keys that others have
+        return without_nones(turn)
     speaker, text = turn.get("from"), turn.get("value")
     if speaker not in ROLES or text is None:
         raise ConfigError(
@@ -213,4 +213,11 @@ def _message(turn: dict[str, Any], index: int, column: str) -> dict[str, Any]:
 
 def tools_of(row: Mapping[str, Any], column: str | None) -> list[dict[str, Any]] | None:
     """The tools that a row's conversation may call, None where it has none."""
-    return as_list(row[column]) or None if column else None
+    return without_nones(as_list(row[column])) or None if column else None
+
+
+def without_nones(value: Any) -> Any:
+    """Without the keys that have nothing, at every depth: Arrow gives each row the keys that any other has."""
+    if isinstance(value, dict):
+        return {key: without_nones(inner) for key, inner in value.items() if inner is not None}
+    return [without_nones(inner) for inner in value] if isinstance(value, list) else value

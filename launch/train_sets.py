@@ -96,7 +96,7 @@ def overlaps(
     options: Sequence[dict[str, str | None]],
     held_out: Sequence[tuple[Source, dict[str, str | None]]],
 ) -> list[str]:
-    """A line for each evaluation set that surely shares rows with a training set: a part of what is read whole."""
+    """A line for each evaluation set that shares rows with a training set: a part of what is read whole, say."""
     found = []
     for source, own in held_out:
         for other, its in zip(trained, options, strict=True):
@@ -105,9 +105,10 @@ def overlaps(
                 own[name] == its[name] for name in ("dataset_config", "dataset_revision")
             )
             if same and shares(here, there):
+                have = "have" if source.amount is None and other.amount is None else "may have"
                 found.append(
-                    f"evaluation data {source}, split {here}, have rows that are trained on ({other}, split {there}); "
-                    f"give --dataset_split and --eval_split parts that exclude each other"
+                    f"evaluation data {source}, split {here}, {have} rows that are trained on ({other}, split "
+                    f"{there}); give --dataset_split and --eval_split parts that exclude each other"
                 )
     return list(dict.fromkeys(found))
 
