@@ -161,6 +161,8 @@ class _Reader:
                     f"them; leave one out"
                 )
             format = replace(format, chat=True)
+        elif format.name == "alpaca":
+            format = format.without("history", "--chat_template")
         self.first = self.first or format
         return Encoding(
             format=format,
