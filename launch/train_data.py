@@ -7,7 +7,7 @@ names, columns, formats, templates, lengths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
+from hdpissa.engine.run_record import counted
 from hdpissa.launch.options_data import EVAL
 from hdpissa.launch.train_sets import FIELDS, eval_sets, overlaps, spread_options
 
@@ -246,6 +247,20 @@ def tell_rows(rows: Rows, batches: Batches) -> list[str]:
     return lines
 
 
+def record_stream(batches: Batches, described: dict[str, Any], recorder: Any) -> None:
+    """At the end of a streamed run: what became of the rows so far, for people and in run.json.
+
+    Args:
+        described: what run.json says.
+    """
+    if not isinstance(batches, StreamBatches):
+        return
+    found = batches.read_so_far()
+    recorder.save_json("run.json", described | {"rows": described["rows"] | found})
+    times = f" ({counted(found['passes'], 'time')} to its end)" if found["passes"] else ""
+    recorder.say(f"stream: {counted(found['read'], 'row')} read{times}, {found['kept']} kept{_losses(found)}")
+
+
 def refuse_leaks(engine: Any, job: Any) -> None:
     """Raises StopError on all ranks where packed rows see each other in this model; collective."""
     from hdpissa.engine import data_packing, zero3
@@ -264,7 +279,12 @@ def _tell(source: dict[str, Any]) -> str:
     text += source["loss_on"]
     if "rows" in source:
         text += f"; {source['used']} of {source['rows']} rows"
-        dropped = {"without labels": source["dropped_without_labels"], "too long": source["dropped_too_long"]}
-        text += "".join(f", {count} dropped {why}" for why, count in dropped.items() if count)
-        text += f", {source['truncated']} truncated" if source["truncated"] else ""
+        text += _losses(source)
     return text
+
+
+def _losses(counts: Mapping[str, int]) -> str:
+    """What was dropped and truncated, after a comma; nothing where all of it is there."""
+    dropped = {"without labels": counts["dropped_without_labels"], "too long": counts["dropped_too_long"]}
+    text = "".join(f", {count} dropped {why}" for why, count in dropped.items() if count)
+    return text + (f", {counts['truncated']} truncated" if counts["truncated"] else "")
