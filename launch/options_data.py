@@ -14,8 +14,8 @@ class ReadingOptions:
 
     dataset_name: str = option(
         "",
-        "jsonl, json, csv, parquet or arrow file, a folder of them or saved by `datasets`, or a hub name; several with "
-        "numbers of rows or shares: 'a.jsonl:1000 b.jsonl:0.5'",
+        "jsonl, json, csv, tsv, parquet or arrow file, a folder of them or saved by `datasets`, or a hub name; several "
+        "with numbers of rows or shares: 'a.jsonl:1000 b.jsonl:0.5'",
     )
     dataset_config: str | None = option(None, "configuration of a hub dataset")
     dataset_revision: str | None = option(None, "branch, tag or commit of a hub dataset")

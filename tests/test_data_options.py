@@ -353,6 +353,8 @@ CASES = [
         eval_dataset_config="main",
     ),
     argument("more rows than there are", (":65 asks for 65 rows", "has 64"), dataset_name="DIR/train.jsonl:65"),
+    argument("more evaluation rows", ("--eval_dataset_name: ", "has 64"), eval_dataset_name="DIR/train.jsonl:65"),
+    argument("a file that is not there", ("'train.tsv': no such file",), dataset_name="train.tsv"),
     argument("none of a set", ("train.jsonl:0 asks for 0",), dataset_name="DIR/train.jsonl:0 DIR/train.jsonl"),
     argument(
         "a share of a stream",
