@@ -28,7 +28,7 @@ from .prompts import PromptTemplate
 
 __all__ = ["IGNORE", "TokenizedRows", "encode_rows", "find_format", "join", "load_rows", "tokenize_rows"]
 
-FORMAT_VERSION = 2  # part of the cache key: raise it whenever `encode_batch` changes its result
+FORMAT_VERSION = 3  # part of the cache key: raise it whenever `encode_batch` changes its result
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -82,14 +82,14 @@ def encode_rows(
 ) -> TokenizedRows:
     """Turn rows into token ids and labels, in the order of `rows`.
 
-    The result is cached beside the rows' own cache under a key made of everything it depends on. Raises ConfigError
-    for an empty cell, a tokenizer without EOS, a row that is too long where truncation is "error", or if no row
-    keeps a label.
+    The result is cached in the cache of `datasets`, beside the rows' own where they have one, under a key made of
+    everything it depends on. Raises ConfigError for an empty cell, a tokenizer without EOS, a row that is too long
+    where truncation is "error", or if no row keeps a label.
     """
     quiet_other_local_ranks()
     check_encoding(tokenizer, encoding)
     fingerprint = _fingerprint(rows, tokenizer, encoding)
-    with _node_lock(rows, fingerprint) as cacheable:
+    with _node_lock(rows, fingerprint) as cache:
         encoded = rows.map(
             encode_batch,
             batched=True,
@@ -99,7 +99,8 @@ def encode_rows(
             fn_kwargs={"tokenizer": tokenizer, "encoding": encoding},
             new_fingerprint=fingerprint,
             num_proc=num_proc,
-            keep_in_memory=not cacheable,
+            keep_in_memory=cache is None,
+            cache_file_name=cache,
             desc="Tokenizing",
         )
     return _kept(encoded, encoding)
@@ -177,15 +178,30 @@ def _tokenizer_identity(tokenizer: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _node_lock(rows: datasets.Dataset, fingerprint: str) -> Iterator[bool]:
-    """Hold this node's lock on one cache entry; yields whether rows can be cached on disk.
+def _node_lock(rows: datasets.Dataset, fingerprint: str) -> Iterator[str | None]:
+    """Hold this node's lock on one cache entry; yields its file, None where rows cannot be cached on disk.
 
-    Rows made in memory have no cache folder, and a shared one may be read-only:
+    Rows made in memory have no files, and a shared cache may be read-only:
     then every process tokenises for itself, in memory.
     """
-    folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
-    if folder is None or not os.access(folder, os.W_OK):
-        yield False
+    file = _cache_file(rows, fingerprint) if rows.cache_files else None
+    if file is None or not os.access(file.parent, os.W_OK):
+        yield None
         return
-    with FileLock(folder / f"tokenized-{fingerprint}.lock"):
-        yield True
+    with FileLock(file.parent / f"tokenized-{fingerprint}.lock"):
+        yield str(file)
+
+
+def _cache_file(rows: datasets.Dataset, fingerprint: str) -> Path | None:
+    """In the cache of `datasets`: a folder that `save_to_disk` wrote is the user's, and nothing is put into it."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    if files[0].resolve().is_relative_to(cache.resolve()):
+        return files[0].parent / f"cache-{fingerprint}.arrow"
+    # There files are named by what they were made of; a user's are not, and can have been written anew.
+    stamps = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    name = hashlib.sha256(json.dumps([fingerprint, stamps]).encode()).hexdigest()[:32]
+    with contextlib.suppress(OSError):
+        (cache / "saved").mkdir(parents=True, exist_ok=True)
+        return cache / "saved" / f"cache-{name}.arrow"
+    return None

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .chat_template import ChatTemplate
-from .data_formats import RowFormat, messages_of, text_of, tools_of
+from .data_formats import RowFormat, history_of, messages_of, more_of, text_of, tools_of
 from .errors import ConfigError
 from .prompts import PromptTemplate
 
@@ -106,6 +106,8 @@ def render(
         return Rendered(text, None if encoding.learn == "everything" else [(len(prompt), len(text))])
     instruction, more, answer = _alpaca(row, index, format)
     prompt = PromptTemplate(encoding.template).render(instruction, more)
+    if system := more_of(row, format.column("system"), index):
+        prompt = f"{system}\n\n{prompt}"
     text = prompt + answer + "\n" + tokenizer.eos_token
     return Rendered(text, prompt=None if encoding.learn == "everything" else prompt)
 
@@ -113,9 +115,8 @@ def render(
 def _alpaca(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[str, str, str]:
     """(instruction, input, answer); most rows have no input."""
     columns = dict(format.columns)
-    more = row[columns["input"]] if "input" in columns else None
     prompt = text_of(row, columns["prompt"], index)
-    return prompt, "" if more is None else str(more), text_of(row, columns["response"], index)
+    return prompt, more_of(row, columns.get("input"), index), text_of(row, columns["response"], index)
 
 
 def _with_eos(text: str, tokenizer: Any) -> str:
@@ -141,16 +142,27 @@ def _render_chat(row: Mapping[str, Any], index: int, chat: ChatTemplate, encodin
 def _turns(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[list[dict], list[dict]]:
     """(messages of the prompt, of the completion); of a conversation all are in the second."""
     columns = dict(format.columns)
+    system = more_of(row, columns.get("system"), index)
+    first = [{"role": "system", "content": system}] if system else []
     if format.name == "alpaca":
         instruction, more, answer = _alpaca(row, index, format)
         question = f"{instruction}\n{more}" if more else instruction
-        return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
+        turns = [turn for pair in history_of(row, columns.get("history"), index) for turn in _exchange(*pair)]
+        asked, answered = _exchange(question, answer)
+        return [*first, *turns, asked], [answered]
     if format.name == "prompt_completion":
         prompt, completion = (messages_of(row, columns[name], index) for name in ("prompt", "completion"))
-        return prompt, completion
-    messages = messages_of(row, columns["messages"], index)
-    system = row[columns["system"]] if "system" in columns else None
-    return [], [{"role": "system", "content": system}, *messages] if system else messages
+        return _after(first, prompt), completion
+    return [], _after(first, messages_of(row, columns["messages"], index))
+
+
+def _exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _after(system: list[dict], messages: list[dict]) -> list[dict]:
+    """The messages with the system's turn in front, unless they begin with one of their own."""
+    return messages if messages[0]["role"] == "system" else [*system, *messages]
 
 
 # ---------------------------------------------------------------- tokens

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 
 import datasets
 
+from .data_files import ask_for_file, ask_for_folder, is_file_name
 from .errors import ConfigError
 from .hub_errors import explain
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SAVED = ("dataset_dict.json", "state.json")  # one of these is what `save_to_disk` leaves
 AMOUNT = re.compile(r"(?P<name>.+):(?:(?P<rows>\d+)|(?P<share>\d*\.\d+|\d+\.\d*))$")
 
@@ -48,6 +49,15 @@ def parse_sources(text: str, option: str = "--dataset_name") -> list[Source]:
 def _exists(text: str) -> bool:
     """Whether there is such a path; of a text that can be none, too long or of a user who is not there, False."""
     return os.path.exists(os.path.expanduser(text))
+
+
+def is_same(name: str, other: str) -> bool:
+    """Whether two names are of one dataset: of one path, where they are paths."""
+    return name == other or (_exists(name) and _exists(other) and _real(name) == _real(other))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _parse_source(word: str, option: str) -> Source:
@@ -93,8 +103,7 @@ def load_rows(
     revision: str | None = None,
     streaming: bool = False,
 ) -> Any:
-    """One split of a .jsonl, .json, .csv, .parquet or .arrow file, a folder of these or saved by `datasets`, or a hub
-    dataset.
+    """One split of a file (data_files.py), a folder of these or saved by `datasets`, or a hub dataset.
 
     A single file is the split "train"; `split` may be a part, as in "train[:80]".
     With `streaming` the rows come one by one (an IterableDataset), and nothing is kept on disk.
@@ -120,14 +129,12 @@ def load_rows(
 def _load(path: Path, name: str, split: str, config_name: str | None, revision: str | None, streaming: bool) -> Any:
     arguments: dict[str, Any] = {"split": split, "streaming": streaming}
     if path.is_file():
-        arguments |= {"path": _reader(path), "data_files": {"train": str(path)}}
+        arguments |= ask_for_file(path)
     elif path.is_dir() and any((path / file).is_file() for file in SAVED):
         rows = _load_saved(path, split)
         return rows.to_iterable_dataset() if streaming else rows
     elif path.is_dir():
-        if not any(child.suffix in READERS for child in path.rglob("*")):
-            raise ConfigError(f"dataset folder {name!r} holds no {_suffixes()} file; put one there")
-        arguments |= {"path": str(path), "name": config_name}
+        arguments |= ask_for_folder(path, split, config_name)
     elif _looks_like_path(name):
         raise ConfigError(f"dataset {name!r}: no such file or folder; check the path")
     else:
@@ -144,14 +151,18 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
     return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
 
 
-def take(rows: datasets.Dataset, source: Source, seed: int) -> datasets.Dataset:
-    """As many rows as the source says, drawn by the seed; all of them, in their order, where it says nothing."""
+def take(rows: datasets.Dataset, source: Source, seed: int, option: str = "--dataset_name") -> datasets.Dataset:
+    """As many rows as the source says, drawn by the seed; all of them, in their order, where it says nothing.
+
+    Args:
+        option: that names the source.
+    """
     if source.amount is None:
         return rows
     count = source.amount if isinstance(source.amount, int) else max(1, round(source.amount * len(rows)))
     if count > len(rows):
         raise ConfigError(
-            f"--dataset_name: {source} asks for {count} rows and {source.name} has {len(rows)}; ask for no more, or "
+            f"{option}: {source} asks for {count} rows and {source.name} has {len(rows)}; ask for no more, or "
             f"name it twice to have its rows twice"
         )
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(count), keep_in_memory=True)
@@ -185,27 +196,21 @@ def mix_streams(streams: Sequence[Any], sources: Sequence[Source], seed: int) ->
     )
 
 
-def _reader(path: Path) -> str:
-    if path.suffix not in READERS:
-        raise ConfigError(f"dataset file {str(path)!r} is none of {_suffixes()}; convert it to one of these")
-    return READERS[path.suffix]
-
-
-def _suffixes() -> str:
-    return ", ".join(READERS)
-
-
 def _looks_like_path(name: str) -> bool:
     """A hub name is "name" or "org/name"; everything else can only have meant a file."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in READERS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or is_file_name(name)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong; the generic wrapper of `datasets` hides it in its cause."""
+    """What went wrong, in a line; the generic wrapper of `datasets` hides it in its cause."""
     inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
     if isinstance(error, StopIteration):
         return "it is empty"
+    if isinstance(inner, datasets.table.CastError):
+        return f"not all of its files or rows have the same columns: {inner.details().rstrip('.')}"
     lines = str(inner or error).strip().splitlines()
+    if lines and lines[0].startswith("Couldn't cast"):  # what to what stands in the lines below
+        lines = [textwrap.shorten(" ".join(lines), 300, placeholder=" …")]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 

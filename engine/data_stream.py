@@ -89,6 +89,18 @@ class StreamBatches(Batches):
     def identity(self) -> dict[str, Any]:
         return {"rows": "a stream", "tokens": self._first, "order": "packed" if self.packed else "as they come"}
 
+    def read_so_far(self) -> dict[str, int]:
+        """Rows from the beginning of the stream, all passes together, under the names of run.json."""
+        kept, cut, unlabelled, too_long = self.counts
+        return {
+            "read": sum(self.counts),
+            "passes": self.passes,
+            "kept": kept + cut,
+            "dropped_without_labels": unlabelled,
+            "dropped_too_long": too_long,
+            "truncated": cut,
+        }
+
     def head(self) -> Iterator[list[Row]]:
         """The samples from the beginning, for people to look at."""
         return self._read()

@@ -34,7 +34,6 @@ from hdpissa.launch.command_line import at_least, option, possible_paths
 from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
 
-EVAL_NAME = "eval_dataset_name"
 INSTALL = 'pip install "lm-eval[hf]"'
 
 
@@ -196,22 +195,24 @@ def options_of_sets(
     be true; its revision, say, cannot.
     """
     from hdpissa.engine.data_sources import parse_sources
-    from hdpissa.launch import train_data as data
+    from hdpissa.launch import train_sets as data
 
-    sources = parse_sources(args.dataset_name) if args.dataset_name else []
-    trained, held_out = (parse_sources(run[name]) if run.get(name) else [] for name in ("dataset_name", EVAL_NAME))
-    held_out = held_out or trained
+    trained = parse_sources(run["dataset_name"]) if run.get("dataset_name") else []
     said = any(
         name in on_command_line or run.get(name) not in (None, getattr(DataOptions, name)) for name in data.FIELDS
     )
-    nothing: dict[str, str | None] = dict.fromkeys(data.PER_SOURCE)
-    there = data.spread_options(run, len(trained), fields_given=said) if trained else [nothing]
-    found = data.eval_options(run, held_out, trained, there)
+    there = data.spread_options(run, len(trained), fields_given=said) if trained else []
+    held_out = data.eval_sets(run, trained, there)
     if "dataset_name" in on_command_line:
-        sets, own = [*trained, *held_out], [*there, *found]
+        sources = parse_sources(args.dataset_name)
+        sets = [*trained, *(source for source, _ in held_out)]
+        own = [*there, *(options for _, options in held_out)]
         other = data.common_options(there) | dict.fromkeys(data.OF_ONE_SET)
-        found = [data.options_of(source.name, sets, own) or other for source in sources]
-    found = [options | {"dataset_split": args.dataset_split} for options in found]
+        split = {"dataset_split": args.dataset_split}
+        found = [(known or other) | split for known in data.options_by_name(sources, sets, own)]
+    else:
+        args.dataset_name = " ".join(str(source) for source, _ in held_out)
+        found = [options for _, options in held_out]
     for name in on_command_line & set(data.PER_SOURCE):
         for options, value in zip(found, data.own_values(name, getattr(args, name), len(found)), strict=True):
             options[name] = value
@@ -220,7 +221,7 @@ def options_of_sets(
 
 def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """The run's own way to read data, without what the command line says; its evaluation set if that names no other."""
-    from hdpissa.launch.train_data import OF_ONE_SET
+    from hdpissa.launch.train_sets import OF_ONE_SET
 
     known = {f.name for f in fields(ReadingOptions)}
     values = {name: value for name, value in run.items() if name in known and name not in given}

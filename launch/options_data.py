@@ -14,8 +14,8 @@ class ReadingOptions:
 
     dataset_name: str = option(
         "",
-        "jsonl, json, csv, parquet or arrow file, a folder of them or saved by `datasets`, or a hub name; several with "
-        "numbers of rows or shares: 'a.jsonl:1000 b.jsonl:0.5'",
+        "jsonl, json, csv, tsv, parquet or arrow file, a folder of them or saved by `datasets`, or a hub name; several "
+        "with numbers of rows or shares: 'a.jsonl:1000 b.jsonl:0.5'",
     )
     dataset_config: str | None = option(None, "configuration of a hub dataset")
     dataset_revision: str | None = option(None, "branch, tag or commit of a hub dataset")
@@ -46,7 +46,9 @@ class DataOptions(ReadingOptions):
     """What the run learns from: sources, formats, prompts, lengths, what carries loss."""
 
     eval_dataset_name: str | None = option(None, "dataset to evaluate on; default: --eval_split of --dataset_name")
-    eval_split: str | None = option(None, "split to evaluate on (default 'train' of --eval_dataset_name)")
+    eval_split: str | None = option(
+        None, "split to evaluate on, or one for each set (default 'train' of --eval_dataset_name)"
+    )
     eval_dataset_config: str | None = option(None, "--dataset_config of the evaluation set")
     eval_dataset_revision: str | None = option(None, "--dataset_revision of the evaluation set")
     eval_dataset_format: str | None = option(

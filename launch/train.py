@@ -207,7 +207,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
 
     from hdpissa.engine import initialize, zero3
     from hdpissa.launch import train_report
-    from hdpissa.launch.train_data import refuse_leaks, tell_rows
+    from hdpissa.launch.train_data import record_stream, refuse_leaks, tell_rows
 
     set_seed(args.seed + job.plan.rank)  # dropout, where a model has any
     model = load_model(args, job.ds)
@@ -222,7 +222,8 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     recorder.say(str(engine.exchange_plan()))
     if engine.optimizer.beside:
         recorder.say(str(engine.optimizer.beside))
-    recorder.describe(describe_run(args, engine, job))
+    described = describe_run(args, engine, job)
+    recorder.describe(described)
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)
     data_began = job.data.steps_per_epoch, checkpoints.data_offset
@@ -244,10 +245,12 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
             stopped = checkpoints.last_save(engine)
             recorder.state("preempted", engine.global_steps, "" if stopped.saved else stopped.words)
             recorder.say(stopped.words)
+            record_stream(job.data, described, recorder)
             train_report.write(args, engine, recorder, spectra=False)
             zero3.part()  # a launcher ends all ranks when one has left
             return False
     last = engine.global_steps
+    record_stream(job.data, described, recorder)
     evaluation.end(engine)
     model.config.use_cache = use_cache  # the export is configured as its base
     exported = export(args, job, engine, recorder)

@@ -22,6 +22,7 @@ from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
 from hdpissa.engine.run_record import counted
+<<<<<<< HEAD
 from hdpissa.launch.options_data import EVAL, OF_EVALUATION, DataOptions
 
 # Options that may have one value for each set of a mix.
@@ -37,6 +38,10 @@ OF_ONE_KIND = {
     "dataset_text_field": "rows of text",
     **dict.fromkeys(("prompt_field", "response_field", "eval_prompt_field", "eval_response_field"), "alpaca rows"),
 }
+=======
+from hdpissa.launch.options_data import EVAL
+from hdpissa.launch.train_sets import FIELDS, eval_sets, overlaps, spread_options
+>>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
 
 
 @dataclass
@@ -47,12 +52,14 @@ class Rows:
         train: tokenised rows, or a stream of them. held_out: rows to evaluate on, or None.
         template: `render(instruction)` is what the model sees of a single question.
         sources: for run.json and people: name, format and counts of each set.
+        warnings: what a person should know of them.
     """
 
     train: Any
     held_out: Any
     template: Any
     sources: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_rows(
@@ -65,59 +72,6 @@ def read_rows(
     """
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     return _Reader(args, given, tokenizer, options).read()
-
-
-def spread_options(values: Mapping[str, Any], count: int, *, fields_given: bool) -> list[dict[str, str | None]]:
-    """For each of `count` sets its own values of the options that may have several.
-
-    Args:
-        fields_given: whether the prompt's or the answer's column is said; else the columns of a set speak for it.
-    """
-    columns = {name: own_values(name, values.get(name), count) for name in PER_SOURCE}
-    if not fields_given:
-        columns |= {name: [None] * count for name in FIELDS}
-    return [{name: column[at] for name, column in columns.items()} for at in range(count)]
-
-
-def own_values(name: str, value: str | None, count: int, *, prefix: str = "") -> list[str | None]:
-    """The value of one such option for each of `count` sets. A column, or a split, may have blanks in it."""
-    return data_sources.spread(value, count, f"--{prefix}{name}", blanks=name not in WORDS)
-
-
-def eval_options(
-    values: Mapping[str, Any], sources: Sequence[Source], trained: Sequence[Source], options: Sequence[dict]
-) -> list[dict[str, str | None]]:
-    """For each evaluation set what --eval_… says, else its training set's, else what all training sets have in common.
-
-    What names something inside a training set, its configuration, say, is not handed on to another set.
-
-    Args:
-        options: of the training sets.
-    """
-    other = common_options(options) | dict.fromkeys(OF_ONE_SET)
-    found = [dict(options_of(source.name, trained, options) or other) for source in sources]
-    if any(values.get(EVAL + name) is not None for name in FIELDS):  # of two columns that are meant, one may be said
-        usual = {"prompt_field": Fields.prompt, "response_field": Fields.response}
-        found = [own | {name: own[name] or usual[name] for name in FIELDS} for own in found]
-    for name in OF_EVALUATION:
-        if values.get(EVAL + name) is not None:
-            for own, value in zip(found, own_values(name, values[EVAL + name], len(found), prefix=EVAL), strict=True):
-                own[name] = value
-    return found
-
-
-def options_of(
-    name: str, trained: Sequence[Source], options: Sequence[dict[str, str | None]]
-) -> dict[str, str | None] | None:
-    """Those of the training set of that name; None where there is no such set."""
-    names = [source.name for source in trained]
-    return options[names.index(name)] if name in names else None
-
-
-def common_options(options: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
-    """What all training sets have in common; None where they differ."""
-    values = {name: {each[name] for each in options} for name in PER_SOURCE}
-    return {name: next(iter(found)) if len(found) == 1 else None for name, found in values.items()}
 
 
 class _Reader:
@@ -147,8 +101,17 @@ class _Reader:
         template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
         if self.first.chat:
             template = ChatTemplate(self.chat_template or "", self.tokenizer)
+<<<<<<< HEAD
         held_out = data.join([self._encode(*part, use="evaluation") for part in others]) if others else None
         return Rows(joined, held_out, template, self.sources)
+=======
+        held_out, warnings = None, list[str]()
+        if self.args.eval_dataset_name or self.args.eval_split:
+            sets = eval_sets(vars(self.args), self.train_sources, self.options)
+            held_out = data.join(list(self._eval_parts(sets)))
+            warnings = overlaps(self.train_sources, self.options, sets)
+        return Rows(train, held_out, template, self.sources, warnings)
+>>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -160,6 +123,7 @@ class _Reader:
             rows = rows if streaming else data_sources.take(rows, source, self.args.seed)
             yield rows, source, self._encoding(rows, source, options, use="train")
 
+<<<<<<< HEAD
     def _eval_parts(self) -> Iterator[tuple[Any, Source, Encoding]]:
         name = self.args.eval_dataset_name
         if not (name or self.args.eval_split):
@@ -171,6 +135,12 @@ class _Reader:
             options = own | {"dataset_split": self.args.eval_split or "train"}
             rows = data_sources.take(self._load(source, options), source, self.args.seed)
             yield rows, source, self._encoding(rows, source, options, use="evaluation")
+=======
+    def _eval_parts(self, sets: Sequence[tuple[Source, dict[str, str | None]]]) -> Iterator[Any]:
+        for source, options in sets:
+            rows = data_sources.take(self._load(source, options), source, self.args.seed, "--eval_dataset_name")
+            yield self._encode(rows, source, options, use="evaluation")
+>>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
 
     def _stream(self, parts: Sequence[tuple[Any, Source, Encoding]]) -> Any:
         streams = []
@@ -232,6 +202,8 @@ class _Reader:
                     f"them; leave one out"
                 )
             format = replace(format, chat=True)
+        elif format.name == "alpaca":
+            format = format.without("history", "--chat_template")
         self.first = self.first or format
         self.used |= _read_by(format, prefix)
         return Encoding(
@@ -331,8 +303,13 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
 
 
 def tell_rows(rows: Rows, batches: Batches) -> list[str]:
+<<<<<<< HEAD
     """What a run says of its data at its start: a line for each set, one for packing, one for what is left over."""
     lines = [_tell(source) for source in rows.sources]
+=======
+    """What a run says of its data at its start: a line for each set, for each warning, and one for packing."""
+    lines = [_tell(source) for source in rows.sources] + [f"warning: {text}" for text in rows.warnings]
+>>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
     if isinstance(batches, SliceBatches) and batches.packed:
         lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
     elif batches.packed:
@@ -343,6 +320,20 @@ def tell_rows(rows: Rows, batches: Batches) -> list[str]:
             f"{batches.dropped_samples} more fill no whole step and are left out, the same ones in every epoch"
         )
     return lines
+
+
+def record_stream(batches: Batches, described: dict[str, Any], recorder: Any) -> None:
+    """At the end of a streamed run: what became of the rows so far, for people and in run.json.
+
+    Args:
+        described: what run.json says.
+    """
+    if not isinstance(batches, StreamBatches):
+        return
+    found = batches.read_so_far()
+    recorder.save_json("run.json", described | {"rows": described["rows"] | found})
+    times = f" ({counted(found['passes'], 'time')} to its end)" if found["passes"] else ""
+    recorder.say(f"stream: {counted(found['read'], 'row')} read{times}, {found['kept']} kept{_losses(found)}")
 
 
 def refuse_leaks(engine: Any, job: Any) -> None:
@@ -363,7 +354,12 @@ def _tell(source: dict[str, Any]) -> str:
     text += source["loss_on"]
     if "rows" in source:
         text += f"; {source['used']} of {source['rows']} rows"
-        dropped = {"without labels": source["dropped_without_labels"], "too long": source["dropped_too_long"]}
-        text += "".join(f", {count} dropped {why}" for why, count in dropped.items() if count)
-        text += f", {source['truncated']} truncated" if source["truncated"] else ""
+        text += _losses(source)
     return text
+
+
+def _losses(counts: Mapping[str, int]) -> str:
+    """What was dropped and truncated, after a comma; nothing where all of it is there."""
+    dropped = {"without labels": counts["dropped_without_labels"], "too long": counts["dropped_too_long"]}
+    text = "".join(f", {count} dropped {why}" for why, count in dropped.items() if count)
+    return text + (f", {counts['truncated']} truncated" if counts["truncated"] else "")

@@ -21,6 +21,11 @@ CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# the same with tools, as the families' own templates write them
+TOOLS_CHAT = CHAT.replace(
+    "{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+)
+TOOLS_CHAT = "{% if tools %}{{ tools | tojson }}{% endif %}" + TOOLS_CHAT
 
 
 def character_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
@@ -69,6 +74,17 @@ CONVERSATION += [{"role": "assistant", "content": "b"}]
 SHARED = [("system", "s"), ("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")]
 TURNS = "[system]s</s>[user]q</s>[assistant]«a</s>»[user]r</s>[assistant]«b</s>»"
 
+
+def using(tool: str, argument: str) -> tuple[dict[str, Any], str]:
+    """(a row that calls a tool with an argument of its own, how it is read)."""
+    call = {"function": {"name": tool, "arguments": {argument: "x"}}}
+    schema = {"name": tool, "parameters": {"properties": {argument: {"type": "string"}}, "required": [argument]}}
+    asked = {"role": "assistant", "tool_calls": [call]}
+    row = {"messages": [QUESTION, asked, {"role": "tool", "content": "t"}, ANSWER], "tools": [schema]}
+    text = f"{json.dumps([schema])}[user]q</s>[assistant]«{json.dumps(call)}</s>»[tool]t</s>[assistant]«a</s>»"
+    return row, text
+
+
 # format → (rows, how they are read)
 ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "alpaca": (
@@ -83,6 +99,8 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "text": ([{"text": "ab"}, {"text": "c</s>"}], ["«<s>ab</s>»", "«<s>c</s>»"]),
 }
+CALLS = [using("find", "n"), using("add", "m")]
+TOOL_ROWS = [row for row, _ in CALLS], [text for _, text in CALLS]
 SOURCES = ("jsonl", "json", "csv", "parquet", "arrow", "saved", "folder")
 
 

@@ -57,7 +57,7 @@ HELD: dict[str, dict[str, str]] = {
         "--eval_dataset_format": "test_eval_sets::test_evaluation_rows_have_columns_and_a_format_of_their_own",
         "--eval_prompt_field": "test_eval_sets::test_evaluation_rows_have_columns_and_a_format_of_their_own",
         "--eval_response_field": "test_eval_sets::test_evaluation_rows_have_columns_and_a_format_of_their_own",
-        "--eval_split": "test_options::test_splits_and_configurations",
+        "--eval_split": "test_eval_sets::test_a_split_for_each_evaluation_set",
         "--prompt_field": "test_options::test_columns",
         "--response_field": "test_options::test_columns",
         "--prompt_template": "test_options::test_prompts_and_lengths",

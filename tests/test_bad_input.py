@@ -162,7 +162,9 @@ MODEL = [
 ]
 DATA = [
     argument("data file that is not there", ("DIR/none.jsonl", "check the path"), dataset_name="DIR/none.jsonl"),
-    argument("data of another kind", ("DIR/notes.txt", ".jsonl, .json, .csv, .parquet"), dataset_name="DIR/notes.txt"),
+    argument(
+        "data of another kind", ("DIR/notes.txt", ".jsonl, .json, .csv, .tsv, .parquet"), dataset_name="DIR/notes.txt"
+    ),
     argument("folder without data", ("DIR/bare", "holds no .jsonl"), dataset_name="DIR/bare"),
     argument("broken data file", ("DIR/broken.jsonl", "cannot be read"), dataset_name="DIR/broken.jsonl"),
     argument("empty data file", ("DIR/empty.jsonl", "empty"), dataset_name="DIR/empty.jsonl"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import time
 
 import datasets
@@ -219,6 +220,26 @@ def test_of_two_processes_at_once_one_tokenises(jsonl):
     assert [child.exitcode for child in children] == [0, 0]
     assert sorted(calls for calls, _ in outcomes) == [0, 1]
     assert len({fingerprint for _, fingerprint in outcomes}) == 1
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_nothing_is_written_into_a_folder_that_was_saved(tmp_path, monkeypatch, num_proc):
+    """It is cached all the same, and read anew when the folder is."""
+    folder = tmp_path / "saved"
+    for answer in "ab":
+        rows = datasets.Dataset.from_list([{**row, "answer": answer} for row in ROWS])
+        rows._fingerprint = "same"  # as of rows that a function made that reads something else
+        shutil.rmtree(folder, ignore_errors=True)
+        rows.save_to_disk(folder)
+        before = sorted(path.name for path in folder.iterdir())
+        first = encode(load_rows(str(folder), split="train[:3]"), num_proc=num_proc)
+        SliceBatches(first.dataset, slices=1, micro_batches_per_slice=1, micro_batch_size=1, seed=7, pad_token_id=9)
+        assert sorted(path.name for path in folder.iterdir()) == before
+        assert first.dataset[0]["labels"][-3:] == [*ids(f"{answer}\n"), EOS]
+        with monkeypatch.context() as patch:
+            patch.setattr("hdpissa.engine.data.encode_batch", lambda *_, **__: pytest.fail("tokenised again"))
+            again = encode(load_rows(str(folder), split="train[:3]"), num_proc=num_proc)
+        assert again.dataset.to_list() == first.dataset.to_list()
 
 
 # ---------------------------------------------------------------- order

@@ -13,6 +13,8 @@ from data_cases import (
     QUESTION,
     ROWS,
     SOURCES,
+    TOOL_ROWS,
+    TOOLS_CHAT,
     TURNS,
     character_tokenizer,
     encode,
@@ -49,6 +51,13 @@ def test_every_format_from_every_source(tmp_path, format, source):
     found = load_rows(str(write(rows, tmp_path, source)))
     assert texts(encode(found)) == expected
     assert texts(encode(found, dataset_format=format)) == expected
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_tools_from_every_source(tmp_path, source):
+    """Two rows with other tools and other arguments: neither has a key of the other's, at any depth."""
+    rows, expected = TOOL_ROWS
+    assert texts(encode(load_rows(str(write(rows, tmp_path, source))), chat=TOOLS_CHAT)) == expected
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -295,12 +295,8 @@ def test_a_run_tells_what_it_has_read(mixed_run, inputs):
 def test_a_streamed_run_goes_on_where_it_was(inputs, folder):
     """Four steps, or two and then two more in another process: the same losses."""
     common = {**inputs, "dataset_name": str(folder / "chats.jsonl"), "streaming": True, "shuffle_buffer_size": 20}
-    common |= {
-        "max_steps": 4,
-        "lr_scheduler_type": "constant",
-        "gradient_accumulation_steps": 2,
-        "export_format": "none",
-    }
+    common |= {"max_steps": 4, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
+    common["export_format"] = "none"
     common.pop("eval_dataset_name")
     whole, parts = folder / "whole", folder / "parts"
     runs = [{**common, "output_dir": str(whole), "save_strategy": "no"}]
@@ -309,6 +305,8 @@ def test_a_streamed_run_goes_on_where_it_was(inputs, folder):
     for arguments in runs:
         (result,) = run_ranks(1, train_here, flags(arguments), str(folder / "cache"))
         assert (result["code"], result["error"]) == (0, None), result
+    told = [read_json(output / "run.json")["rows"] for output in (whole, parts)]
+    assert (told[0], told[0]["kept"]) == (told[1], 8)  # counted from the beginning of the stream
     losses = [[row["loss"] for row in read_metrics(output)[0]] for output in (whole, parts)]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
@@ -355,6 +353,8 @@ CASES = [
         eval_dataset_config="main",
     ),
     argument("more rows than there are", (":65 asks for 65 rows", "has 64"), dataset_name="DIR/train.jsonl:65"),
+    argument("more evaluation rows", ("--eval_dataset_name: ", "has 64"), eval_dataset_name="DIR/train.jsonl:65"),
+    argument("a file that is not there", ("'train.tsv': no such file",), dataset_name="train.tsv"),
     argument("none of a set", ("train.jsonl:0 asks for 0",), dataset_name="DIR/train.jsonl:0 DIR/train.jsonl"),
     argument(
         "a share of a stream",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,12 +16,12 @@ from tiny import tiny_llama
 
 from hdpissa.engine.batches import SliceBatches, collate
 from hdpissa.engine.data import Encoding
-from hdpissa.engine.data_encode import TOO_LONG
 from hdpissa.engine.data_formats import Fields, recognise
 from hdpissa.engine.data_packing import PackedRows, collate_packed, lengths_of, pack, refuse_leaks
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.engine import _count_tokens
 from hdpissa.engine.errors import ConfigError, StopError
+from hdpissa.launch.train_data import record_stream
 
 VOCABULARY = 61
 SIZES = {"slices": 2, "micro_batches_per_slice": 2, "micro_batch_size": 2, "pad_token_id": 0}
@@ -308,7 +309,22 @@ def test_streams_that_end_a_run():
         stream_batches(rows.select([20, *range(20)]), truncation="error", buffer_size=1)
     dropped = stream_batches(rows, truncation="drop", buffer_size=1)
     dropped.units(2, 0, 0)
-    assert dropped.counts[TOO_LONG] == 1
+    assert dropped.read_so_far()["dropped_too_long"] == 1
+
+
+def test_what_became_of_a_streams_rows_is_said_and_recorded():
+    """Of ten rows one is too long; the second step of eight finds one more and begins anew."""
+    rows = datasets.Dataset.from_list([{"text": "x" * n} for n in (1, 2, 150, *range(3, 10))])
+    batches = stream_batches(rows, truncation="drop", buffer_size=1)
+    batches.units(1, 0, 0)
+    said, written = [], {}
+    recorder = SimpleNamespace(say=said.append, save_json=lambda name, content: written.update({name: content}))
+    record_stream(batches, {"world_size": 1, "rows": {"streamed": True}}, recorder)
+    counts = {"read": 19, "passes": 1, "kept": 17, "dropped_without_labels": 0, "dropped_too_long": 2, "truncated": 0}
+    assert written == {"run.json": {"world_size": 1, "rows": {"streamed": True, **counts}}}
+    assert said == ["stream: 19 rows read (1 time to its end), 17 kept, 2 dropped too long"]
+    record_stream(SliceBatches(make_rows(8), **SIZES, seed=1), {}, recorder)  # which has told it at the start
+    assert len(said) == 1
 
 
 def test_streams_of_conversations():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from launch_runs import flags
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import train_arguments
-from hdpissa.launch.train_data import read_rows, tell_sources
+from hdpissa.launch.train_data import read_rows, tell_rows, tell_sources
 
 MATH = [{"query": "q", "response": "a"}]  # the columns of MetaMathQA
 GSM = [{"question": "q", "answer": "a", "text": "t"}]
@@ -83,3 +84,79 @@ def test_a_configuration_and_a_revision_are_of_one_set(monkeypatch):
     asked.clear()
     read("a", **own, eval_dataset_name="org/gsm a", eval_dataset_config="main -", eval_dataset_revision="v3 v4")
     assert asked[1:] == [("org/gsm", "main", "v3", "train"), ("a", None, "v4", "train")]
+
+
+def asked_of_the_hub(monkeypatch) -> list:
+    """(name, configuration, split) of each set, in the order in which they are asked for."""
+    asked = []
+
+    def load(**named):
+        asked.append((named["path"], named["name"], named["split"]))
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_a_set_that_is_named_twice_is_evaluated_by_its_place(monkeypatch):
+    """Two configurations are two sets; the same rows twice are one."""
+    asked = asked_of_the_hub(monkeypatch)
+    read("a b a", dataset_config="x - y", eval_split="test")
+    assert asked[3:] == [("a", "x", "test"), ("b", None, "test"), ("a", "y", "test")]
+    asked.clear()
+    read("a a:1 b", eval_split="test")
+    assert asked[3:] == [("a", None, "test"), ("b", None, "test")]
+    asked.clear()
+    read("a a", dataset_config="x y", eval_dataset_name="a a c", eval_split="test")
+    assert asked[2:] == [("a", "x", "test"), ("a", "y", "test"), ("c", None, "test")]
+
+
+def test_a_split_for_each_evaluation_set(monkeypatch):
+    asked = asked_of_the_hub(monkeypatch)
+    read("a", eval_dataset_name="b c d", eval_split="test[:5] - valid")
+    assert asked[1:] == [("b", None, "test[:5]"), ("c", None, "train"), ("d", None, "valid")]
+    asked.clear()
+    read("a b", eval_split="test valid")
+    assert asked[2:] == [("a", None, "test"), ("b", None, "valid")]
+    with pytest.raises(ConfigError, match=r"--eval_split is 'test valid': 2 values for 3 datasets; .* one for each"):
+        read("a", eval_dataset_name="b c d", eval_split="test valid")
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"eval_split": "train[50%:]"}, True),
+        ({"eval_split": "test + train[:5]"}, True),
+        ({"eval_split": "train", "dataset_split": "train[:5]"}, True),
+        ({"eval_split": "train[:5]", "dataset_split": "train[:5]"}, True),
+        ({"eval_split": "train[50%:]", "dataset_split": "train[:50%]"}, False),
+        ({"eval_split": "test"}, False),
+        ({"eval_dataset_name": "b"}, False),
+        ({"eval_dataset_name": "b a:9"}, True),
+        ({"eval_dataset_name": "a", "dataset_config": "x", "eval_dataset_config": "y"}, False),
+    ],
+)
+def test_rows_that_are_both_trained_and_evaluated_on_are_told(monkeypatch, options, warned):
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.Dataset.from_list([{"text": "a"}] * 9))
+    found = read("a", **options)
+    batches = SimpleNamespace(packed=False)
+    said = [line for line in tell_rows(found, batches) if line.startswith("warning: ")]
+    assert len(said) == warned
+    if warned:
+        assert "evaluation data a" in said[0]
+        assert f"{'may have' if ':9' in str(options) else 'have'} rows that are trained on" in said[0]
+
+
+def test_two_names_of_one_file_are_one_set(tmp_path, monkeypatch):
+    path = jsonl(tmp_path, "rows", [{"text": "a"}])
+    monkeypatch.chdir(tmp_path)
+    assert read(path, eval_dataset_name="rows.jsonl").warnings
+    assert not read(path, eval_dataset_name=str(jsonl(tmp_path, "more", [{"text": "a"}]))).warnings
+
+
+def test_the_option_that_asks_for_too_many_rows_is_named(tmp_path):
+    path = jsonl(tmp_path, "rows", [{"text": "a"}])
+    with pytest.raises(ConfigError, match=r"^--eval_dataset_name: .*rows\.jsonl:5 asks for 5 rows .* has 1"):
+        read(path, eval_dataset_name=f"{path}:5")
+    with pytest.raises(ConfigError, match=r"^--dataset_name: .*rows\.jsonl:5 asks for 5 rows"):
+        read(f"{path}:5")

@@ -73,6 +73,7 @@ def same(found, wanted) -> bool:
     ("options", "rows"),
     [
         ({"eval_split": "train[:2]"}, 6),  # of each set
+        ({"eval_split": "train[:2] train[:1] -"}, 9),
         ({"eval_dataset_name": "math"}, 6),  # which has the columns of the training set of this name
         ({"eval_dataset_name": "code:2 plain:0.5"}, 5),
         ({"eval_dataset_name": "test"}, 4),  # what all sets have in common: nothing, so its columns say it
@@ -98,6 +99,13 @@ def test_the_runs_own_evaluation_rows(files, tmp_path, options, rows):
     held_out = trained(files, tmp_path, **options).held_out.dataset
     assert len(held_out) == rows
     assert same(evaluated(files, tmp_path), held_out)
+
+
+def test_a_set_that_was_trained_on_twice_is_evaluated_once(files, tmp_path):
+    twice = {"dataset_name": f"{files['more']} {files['more']}", "dataset_format": "-", "prompt_field": "query"}
+    run = trained(files, tmp_path, **twice, response_field="answer", eval_split="train[:2]")
+    assert (len(run.train.dataset), len(run.held_out.dataset)) == (6, 2)
+    assert same(evaluated(files, tmp_path), run.held_out.dataset)
 
 
 def test_with_the_arguments_of_the_training_set(files, tmp_path):
