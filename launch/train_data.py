@@ -22,15 +22,9 @@ from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
 from hdpissa.engine.run_record import counted
-<<<<<<< HEAD
-from hdpissa.launch.options_data import EVAL, OF_EVALUATION, DataOptions
+from hdpissa.launch.options_data import EVAL, DataOptions
+from hdpissa.launch.train_sets import FIELDS, EvalSet, eval_sets, overlaps, spread_options
 
-# Options that may have one value for each set of a mix.
-PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
-# Those that name something inside one set, and can be true of no other.
-OF_ONE_SET = ("dataset_config", "dataset_revision", "dataset_split")
-FIELDS = ("prompt_field", "response_field")
-WORDS = ("dataset_config", "dataset_revision", "dataset_format")  # whose values have no blanks in them
 # Options that rows of one kind alone are read by → that kind.
 OF_ONE_KIND = {
     "prompt_template": "alpaca rows",
@@ -38,10 +32,6 @@ OF_ONE_KIND = {
     "dataset_text_field": "rows of text",
     **dict.fromkeys(("prompt_field", "response_field", "eval_prompt_field", "eval_response_field"), "alpaca rows"),
 }
-=======
-from hdpissa.launch.options_data import EVAL
-from hdpissa.launch.train_sets import FIELDS, eval_sets, overlaps, spread_options
->>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
 
 
 @dataclass
@@ -94,24 +84,17 @@ class _Reader:
         self.used: set[str] = set()  # those of OF_ONE_KIND that some set is read by
 
     def read(self) -> Rows:
-        train, others = list(self._train_parts()), list(self._eval_parts())
+        asked = self.args.eval_dataset_name or self.args.eval_split
+        sets = eval_sets(vars(self.args), self.train_sources, self.options) if asked else []
+        train, others = list(self._train_parts()), list(self._eval_parts(sets))
         self._refuse_unread(*([encoding.format for _, _, encoding in parts] for parts in (train, others)))
         joined = self._stream(train) if self.args.streaming else data.join([self._encode(*part) for part in train])
         assert self.first is not None
         template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
         if self.first.chat:
             template = ChatTemplate(self.chat_template or "", self.tokenizer)
-<<<<<<< HEAD
         held_out = data.join([self._encode(*part, use="evaluation") for part in others]) if others else None
-        return Rows(joined, held_out, template, self.sources)
-=======
-        held_out, warnings = None, list[str]()
-        if self.args.eval_dataset_name or self.args.eval_split:
-            sets = eval_sets(vars(self.args), self.train_sources, self.options)
-            held_out = data.join(list(self._eval_parts(sets)))
-            warnings = overlaps(self.train_sources, self.options, sets)
-        return Rows(train, held_out, template, self.sources, warnings)
->>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
+        return Rows(joined, held_out, template, self.sources, overlaps(self.train_sources, self.options, sets))
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -123,24 +106,10 @@ class _Reader:
             rows = rows if streaming else data_sources.take(rows, source, self.args.seed)
             yield rows, source, self._encoding(rows, source, options, use="train")
 
-<<<<<<< HEAD
-    def _eval_parts(self) -> Iterator[tuple[Any, Source, Encoding]]:
-        name = self.args.eval_dataset_name
-        if not (name or self.args.eval_split):
-            return
-        sources = data_sources.parse_sources(name, "--eval_dataset_name") if name else self.train_sources
-        sources = sources if name else [Source(source.name) for source in sources]
-        found = eval_options(vars(self.args), sources, self.train_sources, self.options)
-        for source, own in zip(sources, found, strict=True):
-            options = own | {"dataset_split": self.args.eval_split or "train"}
-            rows = data_sources.take(self._load(source, options), source, self.args.seed)
-            yield rows, source, self._encoding(rows, source, options, use="evaluation")
-=======
-    def _eval_parts(self, sets: Sequence[tuple[Source, dict[str, str | None]]]) -> Iterator[Any]:
+    def _eval_parts(self, sets: Sequence[EvalSet]) -> Iterator[tuple[Any, Source, Encoding]]:
         for source, options in sets:
             rows = data_sources.take(self._load(source, options), source, self.args.seed, "--eval_dataset_name")
-            yield self._encode(rows, source, options, use="evaluation")
->>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
+            yield rows, source, self._encoding(rows, source, options, use="evaluation")
 
     def _stream(self, parts: Sequence[tuple[Any, Source, Encoding]]) -> Any:
         streams = []
@@ -303,13 +272,9 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
 
 
 def tell_rows(rows: Rows, batches: Batches) -> list[str]:
-<<<<<<< HEAD
-    """What a run says of its data at its start: a line for each set, one for packing, one for what is left over."""
-    lines = [_tell(source) for source in rows.sources]
-=======
-    """What a run says of its data at its start: a line for each set, for each warning, and one for packing."""
+    """What a run says of its data at its start: a line for each set and each warning, one for packing, one for what is
+    left over."""
     lines = [_tell(source) for source in rows.sources] + [f"warning: {text}" for text in rows.warnings]
->>>>>>> 69c8df14b909d0b0edbb44f9951d523675abcec7
     if isinstance(batches, SliceBatches) and batches.packed:
         lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
     elif batches.packed:

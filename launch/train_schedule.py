@@ -86,7 +86,7 @@ def check_schedule(args: Any, lr: float, total_steps: int) -> None:
 
 
 def describe_warmup(args: Any, total_steps: int, given: frozenset[str]) -> str | None:
-    """A warm-up that is not one, in words. It is no mistake: scripts give `constant` one, and are tried for a few steps.
+    """A warm-up that is none, in words. It is no mistake: scripts give `constant` one, and are tried for a few steps.
 
     Args:
         given: options that the user has set; --warmup_ratio has a default, which nobody asks `constant` for.

@@ -23,6 +23,9 @@ FIELDS = ("prompt_field", "response_field")
 WORDS = ("dataset_config", "dataset_revision", "dataset_format")  # whose values have no blanks in them
 
 
+EvalSet = tuple[Source, dict[str, str | None]]  # with its own values of PER_SOURCE
+
+
 def spread_options(values: Mapping[str, Any], count: int, *, fields_given: bool) -> list[dict[str, str | None]]:
     """For each of `count` sets its own values of the options that may have several.
 
@@ -42,7 +45,7 @@ def own_values(name: str, value: str | None, count: int, *, prefix: str = "") ->
 
 def eval_sets(
     values: Mapping[str, Any], trained: Sequence[Source], options: Sequence[dict[str, str | None]]
-) -> list[tuple[Source, dict[str, str | None]]]:
+) -> list[EvalSet]:
     """The evaluation sets, each with its own values of PER_SOURCE: what --eval_… says, else its training set's, else
     what all training sets have in common.
 
@@ -94,7 +97,7 @@ def options_by_name(
 def overlaps(
     trained: Sequence[Source],
     options: Sequence[dict[str, str | None]],
-    held_out: Sequence[tuple[Source, dict[str, str | None]]],
+    held_out: Sequence[EvalSet],
 ) -> list[str]:
     """A line for each evaluation set that shares rows with a training set: a part of what is read whole, say."""
     found = []
