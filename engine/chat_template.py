@@ -108,6 +108,22 @@ class ChatTemplate:
         text = self.write(messages, tools)
         return text, (self._begin(messages, len(prompt), tools, text), self._trimmed(text, len(text)))
 
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token that follows an assistant's words, "" where there is none."""
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        rest = self.write(turn).partition(SENTINEL)[2]
+        found = [(rest.find(token), token) for token in self._special if token in rest]
+        return min(found)[1] if found else ""
+
+    def stops(self) -> list[int]:
+        """The end of turn as a token, by which an answer ends; none where the template has none, or tells none."""
+        try:
+            token = self.end_of_turn
+        except ConfigError:  # it wants other turns than one question and one answer
+            return []
+        return [self.tokenizer.convert_tokens_to_ids(token)] if token else []
+
     # --- boundaries ----------------------------------------------------------------------------------
 
     def _begin(self, messages: Sequence[Message], at: int, tools: list[dict] | None, text: str) -> int:
@@ -135,10 +151,10 @@ class ChatTemplate:
         until = self.write(messages[: at + 1], tools)
         if text.startswith(until):
             return self._trimmed(text, len(until))
-        end = text.find(self._end_of_turn, begin) if self._end_of_turn else -1
+        end = text.find(self.end_of_turn, begin) if self.end_of_turn else -1
         if end < 0:
             raise _unclear("it writes a turn differently when more follows")
-        return end + len(self._end_of_turn)
+        return end + len(self.end_of_turn)
 
     def _trimmed(self, text: str, end: int) -> int:
         """Without the white space behind a special token: after its end of turn nobody asks the model for more."""
@@ -149,14 +165,6 @@ class ChatTemplate:
     def _special(self) -> tuple[str, ...]:
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple({*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
-
-    @cached_property
-    def _end_of_turn(self) -> str:
-        """The special token that follows an assistant's words, "" where there is none."""
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        rest = self.write(turn).partition(SENTINEL)[2]
-        found = [(rest.find(token), token) for token in self._special if token in rest]
-        return min(found)[1] if found else ""
 
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, **options: Any) -> tuple[str, list]:
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -300,6 +300,7 @@ def evaluate_dataset(
     from hdpissa.launch import evaluate_model
     from hdpissa.launch.train_checks import check_vocabulary
     from hdpissa.launch.train_data import tell_sources
+    from hdpissa.launch.train_questions import stop_at_turns
 
     config = evaluate_model.read_config(args.model, base or folder, args.trust_remote_code)
     if base:
@@ -320,6 +321,8 @@ def evaluate_dataset(
     model = evaluate_model.load(args.model, folder, base, **place)  # type: ignore[arg-type]
     if config is None:
         check_vocabulary(found, None, model.config)
+    for line in stop_at_turns(model, tokenizer, found):
+        print(line)
     device = torch.device(model.device)
     batches = EvalBatches(
         rows.dataset, rank=0, world_size=1, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id

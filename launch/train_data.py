@@ -39,12 +39,14 @@ class Rows:
         train: tokenised rows, or a stream of them. held_out: rows to evaluate on, or None.
         template: `render(instruction)` is what the model sees of a single question.
         sources: for run.json and people: name, format and counts of each set.
+        stops: tokens that end a turn of the assistant, where rows are chats; an answer ends there, too.
     """
 
     train: Any
     held_out: Any
     template: Any
     sources: list[dict[str, Any]] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
 
 
 def read_rows(
@@ -129,6 +131,7 @@ class _Reader:
             options = spread_options(vars(args), len(self.train_sources), fields_given=said)
         self.options = options
         self.first: RowFormat | None = None
+        self.chats = False  # whether any set's rows are
 
     def read(self) -> Rows:
         train = self._stream() if self.args.streaming else data.join(list(self._train_parts()))
@@ -139,7 +142,8 @@ class _Reader:
         held_out = None
         if self.args.eval_dataset_name or self.args.eval_split:
             held_out = data.join(list(self._eval_parts()))
-        return Rows(train, held_out, template, self.sources)
+        stops = ChatTemplate(self.chat_template or "", self.tokenizer).stops() if self.chats else []
+        return Rows(train, held_out, template, self.sources, stops)
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class _Reader:
                     f"them; leave one out"
                 )
             format = replace(format, chat=True)
-        self.first = self.first or format
+        self.first, self.chats = self.first or format, self.chats or format.chat
         return Encoding(
             format=format,
             template=self.template.text,

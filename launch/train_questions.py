@@ -36,6 +36,18 @@ def read_questions(args: Any, tokenizer: Any, rows: Any) -> tuple[list[Any], lis
     return graded, asked
 
 
+def stop_at_turns(model: Any, tokenizer: Any, rows: Any) -> list[str]:
+    """Has answers end where the chat template of the rows ends a turn; the line that tells it, none if they did before.
+
+    Args:
+        model: whose generation_config, and so its export's, gets the token.
+    """
+    from hdpissa.engine.generation import add_stops
+
+    new = tokenizer.convert_ids_to_tokens(add_stops(model, tokenizer, rows.stops))
+    return [f"answers end at {token}, too: the chat template's end of turn" for token in new]
+
+
 def rows_needed(args: Any) -> dict[str, bool]:
     """Options → whether they need evaluation rows."""
     return {
