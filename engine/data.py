@@ -28,7 +28,7 @@ from .prompts import PromptTemplate
 
 __all__ = ["IGNORE", "TokenizedRows", "encode_rows", "find_format", "join", "load_rows", "tokenize_rows"]
 
-FORMAT_VERSION = 2  # part of the cache key: raise it whenever `encode_batch` changes its result
+FORMAT_VERSION = 3  # part of the cache key: raise it whenever `encode_batch` changes its result
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),

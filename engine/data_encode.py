@@ -201,16 +201,31 @@ def _tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int]
     options = {"verbose": False, "add_special_tokens": texts[0].special}
     found = tokenizer([text.text for text in texts], return_offsets_mapping=by_spans, **options)
     prompts = [text.prompt for text in texts if text.prompt is not None]
-    lengths = iter([len(ids) for ids in tokenizer(prompts, **options)["input_ids"]] if prompts else [])
+    behind = len(_put_behind(tokenizer)) if texts[0].special else 0  # texts end in their own EOS, prompts in none
+    lengths = iter([len(ids) - behind for ids in tokenizer(prompts, **options)["input_ids"]] if prompts else [])
     pairs = []
-    for at, (text, ids) in enumerate(zip(texts, found["input_ids"], strict=True)):
+    for at, (text, uncut) in enumerate(zip(texts, found["input_ids"], strict=True)):
+        ids = uncut[: len(uncut) - behind]
         if text.spans is not None:
-            labels = _within(ids, found["offset_mapping"][at], text.spans)
+            labels = _within(ids, found["offset_mapping"][at][: len(ids)], text.spans)
         else:
             masked = min(next(lengths), len(ids)) if text.prompt is not None else 0
             labels = [IGNORE] * masked + ids[masked:]
         pairs.append((ids, labels))
     return pairs
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as the model reads it: behind the tokenizer's BOS, without the EOS that some tokenizers put behind it."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - len(_put_behind(tokenizer))]
+
+
+def _put_behind(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts behind every text; nothing, in most."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1) if bare else []
+    return next((whole[at + len(bare) :] for at in starts if whole[at : at + len(bare)] == bare), [])
 
 
 def _within(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -14,6 +14,7 @@ def read_questions(args: Any, tokenizer: Any, rows: Any) -> tuple[list[Any], lis
     Args:
         rows: of the run: `held_out` (or None), and the `template` that a prompt is put in.
     """
+    from hdpissa.engine.data_encode import prompt_ids
     from hdpissa.engine.generation import Question, questions
 
     wanted = [name for name, needed in rows_needed(args).items() if needed]
@@ -27,7 +28,7 @@ def read_questions(args: Any, tokenizer: Any, rows: Any) -> tuple[list[Any], lis
             raise ConfigError("--eval_exact_match: no evaluation row has a prompt and a whole answer; leave it out")
     if args.sample_prompt is not None:
         texts = [rows.template.render(text) for text in args.sample_prompt]
-        return graded, [Question(tokenizer(text)["input_ids"], text) for text in texts]
+        return graded, [Question(prompt_ids(tokenizer, text), text) for text in texts]
     if not args.sample_steps:
         return graded, []
     asked = questions(rows.held_out.dataset, tokenizer, limit=args.num_samples)
