@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from .errors import ConfigError
 
 OWN = "tokenizer"  # the value of --chat_template that means the tokenizer's own
 MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+TODAY = datetime(2024, 7, 26, 12)  # of every template that asks: the date that Llama 3's own say without a clock
+CLOCK = "strftime_now"  # transformers' function that templates ask for the date
 SENTINEL = "\ue000"  # of the private use area: no template looks at it, no message has it
 Message = dict[str, Any]
 
@@ -70,6 +73,11 @@ class ChatTemplate:
 
     text: str
     tokenizer: Any
+
+    @property
+    def dated(self) -> str:
+        """The date that it writes as today's, "" where it writes none."""
+        return TODAY.strftime("%d %b %Y") if CLOCK in self.text else ""
 
     @property
     def marked(self) -> bool:
@@ -166,11 +174,24 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple({*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
 
+    @cached_property
+    def _timeless(self) -> str:
+        """The text with a macro in place of the clock: a run that goes on another day must have the same tokens.
+
+        A macro, because templates are given plain values only. Its own line, which Jinja drops, so that the text begins
+        as it did.
+        """
+        if CLOCK not in self.text:
+            return self.text
+        codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ%"]
+        said = "".join(f".replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+        return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{said} }}}}{{%- endmacro %}}\n{self.text}"
+
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, **options: Any) -> tuple[str, list]:
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         special = self.tokenizer.special_tokens_map
         try:
-            texts, spans = render_jinja_template([plain], tools, chat_template=self.text, **special, **options)
+            texts, spans = render_jinja_template([plain], tools, chat_template=self._timeless, **special, **options)
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"the chat template refuses it ({' '.join(str(error).split())[:150]})") from None
         return texts[0], spans[0] if spans else []

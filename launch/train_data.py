@@ -246,9 +246,13 @@ class _Reader:
             "name": str(source),
             "use": use,
             "format": str(encoding.format),
-            "prompts": "chat template" if encoding.format.chat else self._prompts(encoding.format),
+            "prompts": self._chat() if encoding.format.chat else self._prompts(encoding.format),
             "loss_on": loss[encoding.learn],
         }
+
+    def _chat(self) -> str:
+        dated = ChatTemplate(self.chat_template or "", self.tokenizer).dated
+        return f"chat template (today is {dated})" if dated else "chat template"
 
     def _prompts(self, format: RowFormat) -> str:
         return f"template {self.args.prompt_template}" if format.name == "alpaca" else "as they are"
