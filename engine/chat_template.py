@@ -28,6 +28,7 @@ from .errors import ConfigError
 
 OWN = "tokenizer"  # the value of --chat_template that means the tokenizer's own
 MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+QUOTED = re.compile(r"""(?<=['"])[\w-]+(?=['"])""")
 TODAY = datetime(2024, 7, 26, 12)  # of every template that asks: the date that Llama 3's own say without a clock
 CLOCK = "strftime_now"  # transformers' function that templates ask for the date
 SENTINEL = "\ue000"  # of the private use area: no template looks at it, no message has it
@@ -78,6 +79,11 @@ class ChatTemplate:
     def dated(self) -> str:
         """The date that it writes as today's, "" where it writes none."""
         return TODAY.strftime("%d %b %Y") if CLOCK in self.text else ""
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Words that stand in quotes: roles that it knows are among them."""
+        return frozenset(QUOTED.findall(self.text))
 
     @property
     def marked(self) -> bool:

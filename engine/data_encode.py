@@ -5,7 +5,7 @@ Own file because this is all that the formats differ in: what comes out, `Render
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from .prompts import PromptTemplate
 
 IGNORE = -100  # torch's cross entropy skips this label
 Learn = Literal["completion", "assistant", "everything"]
+LOSS_ON = {"completion": "the answer", "assistant": "the assistant's turns", "everything": "everything"}
 KEPT, CUT, UNLABELLED, TOO_LONG = range(4)  # what became of a row
 
 
@@ -125,7 +126,7 @@ def _with_eos(text: str, tokenizer: Any) -> str:
 def _render_chat(row: Mapping[str, Any], index: int, chat: ChatTemplate, encoding: Encoding) -> Rendered:
     format = encoding.format
     tools = tools_of(row, format.column("tools"))
-    prompt, completion = _turns(row, index, format)
+    prompt, completion = _turns(row, index, format, chat.names)
     if encoding.learn == "everything":
         return Rendered(chat.write([*prompt, *completion], tools), special=False)
     if encoding.learn == "assistant":
@@ -138,7 +139,9 @@ def _render_chat(row: Mapping[str, Any], index: int, chat: ChatTemplate, encodin
     return Rendered(text, [span], special=False)
 
 
-def _turns(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[list[dict], list[dict]]:
+def _turns(
+    row: Mapping[str, Any], index: int, format: RowFormat, roles: Collection[str]
+) -> tuple[list[dict], list[dict]]:
     """(messages of the prompt, of the completion); of a conversation all are in the second."""
     columns = dict(format.columns)
     if format.name == "alpaca":
@@ -146,9 +149,9 @@ def _turns(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[list[
         question = f"{instruction}\n{more}" if more else instruction
         return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
     if format.name == "prompt_completion":
-        prompt, completion = (messages_of(row, columns[name], index) for name in ("prompt", "completion"))
+        prompt, completion = (messages_of(row, columns[name], index, roles) for name in ("prompt", "completion"))
         return prompt, completion
-    messages = messages_of(row, columns["messages"], index)
+    messages = messages_of(row, columns["messages"], index, roles)
     system = row[columns["system"]] if "system" in columns else None
     return [], [{"role": "system", "content": system}, *messages] if system else messages
 
@@ -216,7 +219,7 @@ def _tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int]
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """A prompt as the model reads it: behind the tokenizer's BOS, without the EOS that some tokenizers put behind it."""
+    """A prompt as the model reads it: behind the tokenizer's BOS, without the EOS that some put behind it."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     return ids[: len(ids) - len(_put_behind(tokenizer))]
 

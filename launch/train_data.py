@@ -14,7 +14,7 @@ from typing import Any
 from hdpissa.engine import data, data_sources
 from hdpissa.engine.batches import Batches, SliceBatches
 from hdpissa.engine.chat_template import ChatTemplate, resolve_chat_template
-from hdpissa.engine.data_encode import Encoding, choose_learn
+from hdpissa.engine.data_encode import LOSS_ON, Encoding, choose_learn
 from hdpissa.engine.data_formats import Fields, RowFormat
 from hdpissa.engine.data_packing import PackedRows
 from hdpissa.engine.data_sources import Source
@@ -241,13 +241,12 @@ class _Reader:
         )
 
     def _describe(self, source: Source, encoding: Encoding, *, use: str) -> dict[str, Any]:
-        loss = {"completion": "the answer", "assistant": "the assistant's turns", "everything": "everything"}
         return {
             "name": str(source),
             "use": use,
             "format": str(encoding.format),
             "prompts": self._chat() if encoding.format.chat else self._prompts(encoding.format),
-            "loss_on": loss[encoding.learn],
+            "loss_on": LOSS_ON[encoding.learn],
         }
 
     def _chat(self) -> str:

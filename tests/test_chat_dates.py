@@ -32,7 +32,8 @@ def go_to(monkeypatch, day: datetime) -> None:
 
 def test_rows_are_the_same_on_another_day(monkeypatch):
     rows = datasets.Dataset.from_list(ROWS["messages"][0])
-    marked = DATED.replace("[{{ m.role }}]{{ m.content }}</s>", "{% generation %}{{ m.content }}</s>{% endgeneration %}")
+    words = "{{ m.content }}</s>"
+    marked = DATED.replace("[{{ m.role }}]" + words, "{% generation %}" + words + "{% endgeneration %}")
     found = []
     for day in (datetime(2025, 1, 2), datetime(2025, 1, 3)):
         go_to(monkeypatch, day)
