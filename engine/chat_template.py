@@ -29,6 +29,7 @@ from .errors import ConfigError
 OWN = "tokenizer"  # the value of --chat_template that means the tokenizer's own
 MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 QUOTED = re.compile(r"""(?<=['"])[\w-]+(?=['"])""")
+OR_EVERYTHING = ", or --assistant_only_loss false"
 TODAY = datetime(2024, 7, 26, 12)  # of every template that asks: the date that Llama 3's own say without a clock
 CLOCK = "strftime_now"  # transformers' function that templates ask for the date
 SENTINEL = "\ue000"  # of the private use area: no template looks at it, no message has it
@@ -212,5 +213,5 @@ def _agreement(one: str, other: str) -> int:
 def _unclear(why: str) -> ConfigError:
     return ConfigError(
         f"the chat template does not show which words are the assistant's ({why}); give a --chat_template that marks "
-        f"them with {{% generation %}}, or --assistant_only_loss false"
+        f"them with {{% generation %}}{OR_EVERYTHING}"
     )

@@ -313,7 +313,8 @@ def evaluate_dataset(
     rows = found.train
     asked = []
     if args.eval_exact_match:
-        there = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        shown = found.ask("train").dataset
+        there = questions(shown, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
         asked = [question for question in there if question.reference]
         if not asked:
             raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")

@@ -7,13 +7,13 @@ names, columns, formats, templates, lengths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hdpissa.engine import data, data_sources
 from hdpissa.engine.batches import Batches, SliceBatches
-from hdpissa.engine.chat_template import ChatTemplate, resolve_chat_template
+from hdpissa.engine.chat_template import OR_EVERYTHING, ChatTemplate, resolve_chat_template
 from hdpissa.engine.data_encode import LOSS_ON, Encoding, choose_learn
 from hdpissa.engine.data_formats import Fields, RowFormat
 from hdpissa.engine.data_packing import PackedRows
@@ -40,6 +40,7 @@ class Rows:
         template: `render(instruction)` is what the model sees of a single question.
         sources: for run.json and people: name, format and counts of each set.
         stops: tokens that end a turn of the assistant, where rows are chats; an answer ends there, too.
+        ask: rows by their use ("train", "evaluation"), each of which shows where its answer begins.
     """
 
     train: Any
@@ -47,6 +48,7 @@ class Rows:
     template: Any
     sources: list[dict[str, Any]] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
+    ask: Callable[[str], Any] | None = None
 
 
 def read_rows(
@@ -132,6 +134,7 @@ class _Reader:
         self.options = options
         self.first: RowFormat | None = None
         self.chats = False  # whether any set's rows are
+        self.encoded: list[tuple[str, Source, Any, Encoding, Any]] = []  # use, what was read, how, and the result
 
     def read(self) -> Rows:
         train = self._stream() if self.args.streaming else data.join(list(self._train_parts()))
@@ -143,7 +146,22 @@ class _Reader:
         if self.args.eval_dataset_name or self.args.eval_split:
             held_out = data.join(list(self._eval_parts()))
         stops = ChatTemplate(self.chat_template or "", self.tokenizer).stops() if self.chats else []
-        return Rows(train, held_out, template, self.sources, stops)
+        return Rows(train, held_out, template, self.sources, stops, self.to_ask)
+
+    def to_ask(self, use: str) -> Any:
+        """See `Rows.ask`. Where everything carries loss the rows are encoded once more, as if answers alone did."""
+        parts = []
+        for used, source, rows, encoding, found in self.encoded:
+            if used == use and encoding.learn == "everything":
+                shown = replace(encoding, learn=choose_learn(encoding.format))
+                try:
+                    parts.append(self._tokens(rows, source, shown))
+                except ConfigError as error:
+                    text = str(error).removesuffix(OR_EVERYTHING)
+                    raise ConfigError(f"questions of {text}; or ask no rows") from None
+            elif used == use:
+                parts.append(found)
+        return data.join(parts)
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -185,10 +203,8 @@ class _Reader:
 
     def _encode(self, rows: Any, source: Source, options: dict[str, str | None], *, use: str) -> Any:
         encoding = self._encoding(rows, source, options, use=use)
-        try:
-            found = data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
-        except ConfigError as error:
-            raise self._named(source, error) from None
+        found = self._tokens(rows, source, encoding)
+        self.encoded.append((use, source, rows, encoding, found))
         counts = {
             "rows": len(rows),
             "used": len(found.dataset),
@@ -198,6 +214,12 @@ class _Reader:
         }
         self.sources.append(self._describe(source, encoding, use=use) | counts)
         return found
+
+    def _tokens(self, rows: Any, source: Source, encoding: Encoding) -> Any:
+        try:
+            return data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
+        except ConfigError as error:
+            raise self._named(source, error) from None
 
     # --- formats -------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def test_rows_to_evaluate_on_are_needed():
         with pytest.raises(ConfigError, match=f"--{name} needs evaluation rows"):
             read_questions(args, None, nothing)
     plain = SimpleNamespace(dataset=datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]))
-    answers_only = SimpleNamespace(held_out=plain)
+    answers_only = SimpleNamespace(held_out=plain, ask=lambda use: plain)
     for name, value in {"eval_exact_match": True, "sample_steps": 2}.items():
         with pytest.raises(ConfigError, match="no evaluation row has a prompt"):
             read_questions(train_arguments.TrainArguments(**{name: value}), Words(), answers_only)

@@ -89,6 +89,13 @@ def test_templates_and_columns(capsys, inputs):
     assert everything["tokens"] > chat["tokens"]
 
 
+def test_rows_are_asked_where_prompts_carry_loss_too(capsys, inputs, tmp_path):
+    words = ["--eval_exact_match", "--eval_max_samples", "2", "--max_new_tokens", "2", "--output_path", str(tmp_path)]
+    assert figures(capsys, inputs, *words, "--train_on_prompt")["samples"] == 2
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert all(answer["prompt"].endswith("### Response:") for answer in answers)
+
+
 def test_answers_end_where_the_chat_template_ends_a_turn(capsys, inputs):
     words = ["--model", inputs["model"], "--dataset_name", inputs["chats"], "--chat_template"]
     for template, told in ((CHAT.replace("eos", "pad"), True), (CHAT, False)):
