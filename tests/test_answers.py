@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import datasets
 import pytest
 
+from hdpissa.engine import answers
 from hdpissa.engine.answers import extract, is_right, style_of
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.generation import questions
@@ -35,12 +37,29 @@ from hdpissa.launch import train_arguments
         ("7 is what 3 and 4 make", "7", False),
         ("about -1,234.50 dollars", "-1234.5", True),
         ("1/2", "0.5", True),
+        ("#### 1.8e1", "#### 18", True),
+        ("#### 1e-400", f"#### 0.{'0' * 20}1", False),
         ("no number", "7", False),
         ("", "7", False),
     ],
 )
 def test_an_answer_is_judged_by_the_style_of_the_reference(answer, reference, right):
     assert is_right(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["1e1000000000", "1E+1_000_000_000", "1e-1000000000", "1e" + "9" * 40, "9" * 100_000, "1/" + "3" * 9_000, "1e1__0"],
+    ids=lambda text: text[:20],
+)
+def test_numbers_that_take_long_are_not_worked_out(monkeypatch, answer):
+    """A model may say any; letter by letter they are still the same."""
+    asked = []
+    monkeypatch.setattr(answers, "Fraction", lambda text: asked.append(text) or Fraction(text))
+    for number in ("18", "1e3"):
+        assert not is_right(f"#### {answer}", f"#### {number}")
+    assert is_right(f"#### {answer}", f"#### {answer}")
+    assert set(asked) <= {"18", "1e3", "1e1__0"}
 
 
 @pytest.mark.parametrize(
