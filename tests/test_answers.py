@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from types import SimpleNamespace
 
 import datasets
@@ -55,7 +54,7 @@ def test_an_answer_is_judged_by_the_style_of_the_reference(answer, reference, ri
 def test_numbers_that_take_long_are_not_worked_out(monkeypatch, answer):
     """A model may say any; letter by letter they are still the same."""
     asked = []
-    monkeypatch.setattr(answers, "Fraction", lambda text: asked.append(text) or Fraction(text))
+    monkeypatch.setattr(answers, "Fraction", asked.append)  # which works nothing out
     for number in ("18", "1e3"):
         assert not is_right(f"#### {answer}", f"#### {number}")
     assert is_right(f"#### {answer}", f"#### {answer}")
