@@ -46,7 +46,7 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
             _refuse_parameter(model, "target_modules", key, wanted if isinstance(wanted, str) else [key])
         raise ConfigError(
             f"hd_pissa.target_modules {wanted} matches no module of {type(model).__name__}: "
-            f"name some of its Linears ({_linear_suffixes(model)})"
+            f'name some of its Linears ({_linear_suffixes(model)}), or say "{ALL_LINEAR}" for all of them'
         )
     _refuse_idle_entries(model, config)
     return list(found.values())

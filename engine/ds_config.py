@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
+from . import leaf_modules
 from .config import HDPissaConfig, fail, show
 from .config import read_ds_config as read_ds_config  # the first of the steps above
 
@@ -329,6 +330,8 @@ def engine_ds_config(ds: dict[str, Any]) -> dict[str, Any]:
         if not _is_on(out.get(key)):  # presence alone raises, and "auto" reads as true in torch_autocast
             out.pop(key, None)
     zero = out.setdefault("zero_optimization", {})
+    if zero.get("leaf_module") == leaf_modules.AUTO:
+        zero["leaf_module"] = {"classes": [leaf_modules.AUTO]}  # the model names them (`zero3.wrap`)
     for key in [key for key, value in zero.items() if value == "auto" or key.startswith(("mics_", "zeropp_"))]:
         del zero[key]
     # Stage 3 allocates an IPG buffer of reduce_bucket_size elements, 1 GB in bf16 by default. DeepSpeed

@@ -1,7 +1,7 @@
 """Figures of a run and the files they stand in: what a step's row means, and how JSON gets onto the disk whole.
 
 Figures of a step: `tokens` are input tokens of all ranks without padding, `mfu` counts forward plus the input
-gradient (4 FLOP per weight and token, the floor of a frozen base) against the device's published dense
+gradient (4 FLOP per token and weight that it meets, the floor of a frozen base) against the device's published dense
 bf16 peak, and is null where that is unknown (CPU). Who writes rows is `recorder`, who shows them `display`.
 """
 

@@ -28,7 +28,7 @@ class Recorder:
     Args:
         folder: output folder; on rank 0 it exists.
         total_steps: optimizer steps planned.
-        weights: parameters of the model, for `mfu`.
+        weights: that a token is multiplied with, for `mfu`: no embedding, and of experts those that it meets.
         device_name, devices: for `mfu`.
         rank: whose it is.
         reporters: who else gets the rows; None: nobody.

@@ -37,7 +37,7 @@ from deepspeed.comm.torch import TorchBackend
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import groups
 
-from . import peers, pulse
+from . import leaf_modules, peers, pulse
 from .errors import ConfigError
 from .launcher import Launch, read_launch
 
@@ -276,8 +276,8 @@ def attach_anchor(model: nn.Module, ds_config: dict) -> None:
 
 def wrap(model: nn.Module, ds_config: dict) -> Any:
     """`deepspeed.initialize` over the model; returns DeepSpeed's engine."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trainable, config=ds_config)[0]
+    trainable, config = [p for p in model.parameters() if p.requires_grad], leaf_modules.fill(ds_config, model)
+    return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
 
 
 # --- what DeepSpeed trains -------------------------------------------------------------------------

@@ -85,6 +85,28 @@ def at_most(args: Any, limit: int, *names: str, why: str) -> None:
             raise ConfigError(f"--{name} is {value}: must be at most {limit}, {why}; give a smaller one")
 
 
+def above_0(args: Any, *names: str) -> None:
+    """Raises ConfigError for the first option of these that is not greater than 0."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1, or a share of all steps below 1")
+
+
+def whole_or_share(args: Any, *names: str) -> None:
+    """Makes numbers of steps of at least 1 integers; below 1 they are shares of all steps, as in transformers.
+
+    Raises:
+        ConfigError: what is neither.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is None or value < 1:
+            continue
+        if not float(value).is_integer():
+            raise ConfigError(f"--{name} is {value}: must be a whole number, or a share of all steps below 1")
+        setattr(args, name, int(value))
+
+
 def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
     """Raises ConfigError for an option that has none of these values."""
     if getattr(args, name) not in valid:

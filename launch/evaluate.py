@@ -148,7 +148,7 @@ class Request:
     """What is asked for, beside the arguments.
 
     Attributes:
-        given: options that the command line or the run has set.
+        given: options that stand on the command line. What the run has set may be of its training rows alone.
         sets: for each dataset the options that may have one value for each.
         more: what is lm-eval's own.
     """
@@ -174,7 +174,6 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     possible_paths(SimpleNamespace(**values), "model", "output_path")
     found = locate(values["model"])
     inherited = _as_in_the_run(found.run, given)
-    set_there = {name for name, value in inherited.items() if value != values[name]}
     args = EvaluateArguments(**(values | inherited))
     options_data.check_reading(args)
     check_batch_size(args)
@@ -186,7 +185,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     if not args.tasks and not args.dataset_name:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
     sets = [] if args.tasks else options_of_sets(args, given, found.run)
-    return args, found, Request(frozenset(given | set_there), sets, more)
+    return args, found, Request(frozenset(given), sets, more)
 
 
 def check_batch_size(args: EvaluateArguments) -> None:
@@ -312,6 +311,7 @@ def evaluate_dataset(
     from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
     from hdpissa.engine.generation import generate, questions
     from hdpissa.launch import evaluate_model
+    from hdpissa.launch.position_checks import check_positions
     from hdpissa.launch.train_checks import check_vocabulary
     from hdpissa.launch.train_data import tell_sources
     from hdpissa.launch.train_questions import stop_at_turns
@@ -338,6 +338,8 @@ def evaluate_dataset(
         check_vocabulary(found, None, model.config)
     for line in stop_at_turns(model, tokenizer, found):
         print(line)
+    if note := check_positions(args, model, found, asked):
+        print(f"note: {note}", file=sys.stderr)
     device = torch.device(model.device)
     size = int(args.batch_size)
     batches = EvalBatches(rows.dataset, rank=0, world_size=1, batch_size=size, pad_token_id=tokenizer.pad_token_id)

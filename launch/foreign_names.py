@@ -22,7 +22,9 @@ INSTEAD = {
     "rank": _RANK,
     "lora_dropout": "slices have no dropout; leave it out",
     "lora_target_modules": "use --target_modules",
-    "lora_target": "use --target_modules",
+    "lora_target": "use --target_modules; 'all' is all-linear here",
+    "lora_target_linear": "use --target_modules all-linear",
+    "additional_target": "use --modules_to_save",
     "lora_modules_to_save": "use --modules_to_save",
     "use_peft": _WHOLE,
     "do_train": _WHOLE,
@@ -41,7 +43,12 @@ INSTEAD = {
     "max_samples": "give a number of rows: --dataset_name a.jsonl:1000",
     "template": "use --chat_template, or --prompt_template",
     "chat_template_path": "use --chat_template",
-    "sample_packing": "use --packing",
+    **dict.fromkeys(("sample_packing", "neat_packing"), "use --packing, in which no row sees another"),
+    "train_on_inputs": "use --train_on_prompt",
+    "mask_history": "all of the assistant's turns carry loss; for the last alone mark it in --chat_template "
+    "({% generation %})",
+    "disable_gradient_checkpointing": "it is off unless --gradient_checkpointing turns it on; leave it out",
+    "num_epochs": "use --num_train_epochs",
     "padding_free": "use --packing, whose rows have no padding between them",
     "flash_attn": "use --attn_implementation flash_attention_2",
     "flash_attention": "use --attn_implementation flash_attention_2",
@@ -63,6 +70,7 @@ INSTEAD = {
     "torch_dtype": _DTYPE,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
+    "quantization_bit": _QUANTISED,
     "data_seed": "--seed is that of the data, too",
     "dataset_num_proc": "use --preprocessing_num_workers",
     "dataloader_num_workers": "rows are tokenised before training (--preprocessing_num_workers); leave it out",
@@ -78,6 +86,7 @@ INSTEAD = {
     "hub_model_id": "upload the export afterwards (hf upload); leave it out",
 }
 
+NEGATIONS = ("no_", "disable_")  # a name that begins so means the opposite of what is called the rest of it
 LAUNCHERS = ("num_accelerators", "nproc_per_node")  # options that train.py hands on
 
 
@@ -86,7 +95,8 @@ def hint(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     if advice := instead(name, valid):
         return advice
-    shown = [known for known in valid if not known.startswith("no_") or name.startswith("no_")]
+    alike = [tuple(map(known.startswith, NEGATIONS)) for known in (name, *valid)]
+    shown = [known for known, negated in zip(valid, alike[1:], strict=True) if negated == alike[0]]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else "see --help"
 

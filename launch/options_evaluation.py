@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, one_of, option
+from hdpissa.launch.command_line import at_least, one_of, option, whole_or_share
 
 
 @dataclass
@@ -17,7 +17,9 @@ class EvaluationOptions:
     eval_strategy: str | None = option(
         None, "when to evaluate: steps or epoch (and at the end), or no; default: steps with --eval_steps, else the end"
     )
-    eval_steps: int = option(0, "optimizer steps between evaluations; 0: before and after training only")
+    eval_steps: float = option(
+        0, "optimizer steps between evaluations, or a share of all below 1; 0: before and after training only"
+    )
     eval_on_start: bool = option(True, "evaluate before training, too")
     eval_exact_match: bool = option(False, "ask the evaluation rows, and count the right answers")
     eval_max_samples: int | None = option(None, "rows that are asked, the first ones; default: all")
@@ -42,10 +44,13 @@ def check(args: Any) -> None:
     """Raises ConfigError for values out of range, or that contradict each other."""
     at_least(args, 1, "per_device_eval_batch_size", "max_new_tokens", "num_samples", "eval_max_samples")
     at_least(args, 0, "eval_steps", "sample_steps", "early_stopping_patience", "early_stopping_threshold")
+    whole_or_share(args, "eval_steps")
     if args.eval_strategy is not None:
         one_of(args, "eval_strategy", STRATEGIES)
     if args.eval_strategy == "steps" and not args.eval_steps:
         raise ConfigError("--eval_strategy is steps and --eval_steps 0: must be at least 1; give --eval_steps")
+    if args.eval_strategy == "no" and args.eval_exact_match:
+        raise ConfigError("--eval_exact_match with --eval_strategy no: nothing is evaluated; leave one of them out")
     if args.sample_prompt is not None and not all(text.strip() for text in args.sample_prompt):
         raise ConfigError("--sample_prompt is empty; give an instruction, or leave it out")
     metric = metric_name(args)
@@ -105,7 +110,8 @@ def _check_best(args: Any) -> None:
             f"--load_best_model_at_end with --save_strategy {args.save_strategy} and --eval_strategy {when}: must be "
             f"the same, so that what is evaluated is saved; make them so, or give --save_strategy best"
         )
-    if when == "steps" and args.save_steps % args.eval_steps and args.eval_steps % args.save_steps:
+    shares = min(args.save_steps, args.eval_steps) < 1  # `resolve_shares` knows how many steps they are, and asks again
+    if when == "steps" and not shares and args.save_steps % args.eval_steps and args.eval_steps % args.save_steps:
         raise ConfigError(
             f"--load_best_model_at_end with --save_steps {args.save_steps} and --eval_steps {args.eval_steps}: one "
             f"must be a multiple of the other; change one, or give --save_strategy best"

@@ -6,14 +6,14 @@ import importlib.util
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, option, possible_paths
+from hdpissa.launch.command_line import above_0, at_least, option, possible_paths, whole_or_share
 
 
 @dataclass
 class ReportingOptions:
     """What is told of the run, and to whom."""
 
-    logging_steps: int = option(1, "optimizer steps between two lines and metrics rows")
+    logging_steps: float = option(1, "optimizer steps between two lines and metrics rows, or a share of all below 1")
     logging_first_step: bool = option(False, "log the first step, too")
     disable_tqdm: bool = option(False, "plain lines on a terminal, too, in place of the bar")
     report_to: list[str] | None = option(
@@ -35,7 +35,9 @@ REPORTERS = ("tensorboard", "wandb")
 def check(args: ReportingOptions) -> None:
     """Raises ConfigError for values out of range."""
     possible_paths(args, "logging_dir")
-    at_least(args, 1, "logging_steps", "silent_slice_steps")
+    above_0(args, "logging_steps")
+    whole_or_share(args, "logging_steps")
+    at_least(args, 1, "silent_slice_steps")
     at_least(args, 0, "slice_metrics_steps", "report_spectra")
     reporters(args)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, one_of, option, possible_paths
+from hdpissa.launch.command_line import above_0, one_of, option, possible_paths, whole_or_share
 
 
 @dataclass
@@ -13,7 +13,7 @@ class SavingOptions:
     """What is kept of the run."""
 
     save_strategy: str = option("steps", "when to save a checkpoint: steps or epoch (and at the end), best, or no")
-    save_steps: int = option(500, "optimizer steps between two checkpoints")
+    save_steps: float = option(500, "optimizer steps between two checkpoints, or a share of all below 1")
     save_total_limit: int | None = option(None, "checkpoints to keep; default: all")
     checkpoint_kind: str = option("full", "full: exact; small: without weights, exact to first order")
     async_save: bool = option(False, "write checkpoints in the background, from copies in host memory")
@@ -37,7 +37,8 @@ def check(args: SavingOptions) -> None:
     possible_paths(args, "resume_from_checkpoint")
     one_of(args, "save_strategy", SAVE_STRATEGIES)
     one_of(args, "checkpoint_kind", CHECKPOINT_KINDS)
-    at_least(args, 1, "save_steps")
+    above_0(args, "save_steps")
+    whole_or_share(args, "save_steps")
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise ConfigError(
             f"--save_total_limit is {args.save_total_limit}: must be at least 1; leave it out to keep all"

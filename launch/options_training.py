@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, at_most, json_object, one_of, option
+from hdpissa.launch.command_line import at_least, at_most, json_object, one_of, option, whole_or_share
 
 # transformers' names, of those that are a function of the step alone
 SCHEDULES: tuple[str, ...] = (
@@ -64,12 +64,7 @@ def check(args: TrainingOptions) -> None:
     at_least(args, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
     at_least(args, 0, "learning_rate", "warmup_steps", "max_grad_norm", "seed")
     at_most(args, 2**31, "seed", why="as numpy's generator wants it with a rank's number added")
-    if args.warmup_steps is not None and args.warmup_steps >= 1:
-        if not float(args.warmup_steps).is_integer():
-            raise ConfigError(
-                f"--warmup_steps is {args.warmup_steps}: must be a whole number, or a share of all steps below 1"
-            )
-        args.warmup_steps = int(args.warmup_steps)
+    whole_or_share(args, "warmup_steps")
     if not 0 <= args.warmup_ratio <= 1:
         raise ConfigError(
             f"--warmup_ratio is {args.warmup_ratio}: must be from 0 to 1; use --warmup_steps for a number"

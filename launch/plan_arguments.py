@@ -134,7 +134,7 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
     offload = (zero.get("offload_param") or {}).get("device") == "cpu"
     hpz = zero.get("zero_hpz_partition_size") or 1
     placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu", hpz)
-    return Run(model, section, cluster, batch, placement, Policy.of(zero))
+    return Run(model, section, cluster, batch, placement, Policy.of(zero), zero)
 
 
 def _sections(args: PlanArguments, given: frozenset[str]) -> tuple[dict[str, Any], HDPissaConfig]:

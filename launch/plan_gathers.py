@@ -174,6 +174,12 @@ class _Coordinator:
         self.held += numel
         self.peak = max(self.peak, self.held)
 
+    def _wait_for(self, params: set[int]) -> None:
+        """In the order that holds most: DeepSpeed's is that of a set of objects, another one in every process."""
+        firsts = {id(self.groups[p]): p for p in sorted(params, reverse=True)}.values()
+        for p in (*firsts, *sorted(params - set(firsts))):
+            self._wait(p)
+
     def _wait(self, param: int) -> None:
         group = self.groups.pop(param)
         if not group.copied:
@@ -194,8 +200,7 @@ class _Coordinator:
             self.users[p].add(event.module)
             if event.recompute and self.backward:
                 self.recomputed[next(reversed(self.backward))].add(p)
-            if p in self.groups:
-                self._wait(p)
+        self._wait_for(own & self.groups.keys())
         self._skip({p for p in own if self.last_fetch[p] < self.step})
         self._prefetch()
         self.step += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.model_work import products, size
 
 ATTENTION = "hdpissa_plan"  # see plan_trace
 
@@ -97,25 +98,20 @@ def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool) -> Mod
 
 def _describe(module: Any) -> Model:
     text = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
-    hidden = _size(text, "hidden_size")
-    heads = _size(text, "num_attention_heads")
-    head_width = _size(text, "head_dim") or (hidden // heads if heads else 0)
+    hidden = size(text, "hidden_size")
+    heads = size(text, "num_attention_heads")
+    head_width = size(text, "head_dim") or (hidden // heads if heads else 0)
     return Model(
         module,
         type(module).__name__,
         hidden=hidden,
         heads_width=heads * head_width,
-        kv_width=(_size(text, "num_key_value_heads") or heads) * head_width,
-        ff=_size(text, "intermediate_size") or 4 * hidden,
-        layers=_size(text, "num_hidden_layers"),
-        vocabulary=_size(text, "vocab_size"),
+        kv_width=(size(text, "num_key_value_heads") or heads) * head_width,
+        ff=size(text, "intermediate_size") or 4 * hidden,
+        layers=size(text, "num_hidden_layers"),
+        vocabulary=size(text, "vocab_size"),
         checkpointing=bool(getattr(module, "supports_gradient_checkpointing", False)),
     )
-
-
-def _size(config: Any, name: str) -> int:
-    value = getattr(config, name, None)
-    return value if type(value) is int else 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def work_per_token(model: Model, targets: list, length: int, *, inputs: int | No
         inputs: elements of the different inputs that the targets read; default: each its own.
         width: bytes of an activation element.
     """
-    linears, head = _products(model.module)
+    linears, head = products(model.module)
     layers = model.layers
     elements = layers * (36 * model.hidden + 12 * model.kv_width + 9 * model.ff) + 3 * model.vocabulary
     read = sum(len(t.modules) * t.cols for t in targets) if inputs is None else inputs
@@ -174,23 +170,3 @@ def work_per_token(model: Model, targets: list, length: int, *, inputs: int | No
         elementwise=float(width * elements),
         low_rank=float(width * factors),
     )
-
-
-def _products(module: Any) -> tuple[float, int]:
-    """(weights that a token is multiplied with, but for the head; the head's)."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    output = module.get_output_embeddings()
-    head = output.weight.numel() if isinstance(output, nn.Linear) else 0
-    linears = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
-    fused = sum(p.numel() for p in module.parameters() if p.dim() == 3)  # experts, stacked
-    return linears + fused * _share_of_experts(module.config), head
-
-
-def _share_of_experts(config: Any) -> float:
-    """The part of a layer's experts that a token meets."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    chosen = _size(text, "num_experts_per_tok")
-    there = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := _size(text, key))), 0)
-    return chosen / there if chosen and there else 1.0

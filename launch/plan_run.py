@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hdpissa.engine import ds_config
+from hdpissa.engine import ds_config, leaf_modules
 from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.slicing import ShardRange, SlicePlan
@@ -66,6 +66,9 @@ class Placement:
 class Run:
     """One rank's view of a run; rank 0's, whose shards are the fullest.
 
+    Attributes:
+        zero: the section `zero_optimization`, of which `policy` is what steers single gathers.
+
     Raises ConfigError where slices, ranks, accumulation and matrices do not go together, in the engine's words.
     """
 
@@ -75,6 +78,7 @@ class Run:
     batch: Batch
     placement: Placement
     policy: Policy
+    zero: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def plan(self) -> SlicePlan:
@@ -138,10 +142,10 @@ class Run:
         if self.trace is None:
             numel = [p.numel() for p in params]
             return without_trace(numel, self.policy, checkpointing=self.batch.checkpointing, updated=updated)
-        first = _gathers(self.model, self.trace, self.policy, self.batch.checkpointing, updated)
+        first = _gathers(self, self.trace, updated)
         if updated is None or self.batch.accumulation == 1:
             return first
-        later = _gathers(self.model, self.trace, self.policy, self.batch.checkpointing, None)
+        later = _gathers(self, self.trace, None)
         return dataclasses.replace(first, peak=max(first.peak, later.peak))
 
     def with_batch(self, **changes: Any) -> Run:
@@ -178,13 +182,14 @@ def _trace(model: Model, targets: list, rows: int, length: int) -> Trace | None:
 _simulated: dict[tuple, Gathers] = {}
 
 
-def _gathers(
-    model: Model, trace: Trace, policy: Policy, checkpointing: bool, updated: frozenset[int] | None
-) -> Gathers:
+def _gathers(run: Run, trace: Trace, updated: frozenset[int] | None) -> Gathers:
     """The order of modules, and so the answer, is the same for every batch and every number of GPUs."""
-    key = (model.module, policy, checkpointing, updated)
+    module, checkpointing = run.model.module, run.batch.checkpointing
+    leaves = leaf_modules.find(module, run.zero)
+    key = (module, tuple(leaves), run.policy, checkpointing, updated)
     if key not in _simulated:
-        _simulated[key] = simulate(trace, policy, checkpointing=checkpointing, updated=updated)
+        seen = plan_trace.gathered_whole(trace, module, leaves) if leaves else trace
+        _simulated[key] = simulate(seen, run.policy, checkpointing=checkpointing, updated=updated)
     return _simulated[key]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Trace:
 
     Attributes:
         visits: in order. params: per module its own parameters, by number. numel: of each parameter.
+        blocks: module that is a checkpointed block → which one.
         kept: bytes kept for backward, per block. outside: outside of the blocks, the loss excepted.
         inputs: bytes of all blocks' inputs, which checkpointing keeps in place of `kept`.
         logits: elements of the logits. read: elements of the different inputs that the targets read.
@@ -49,6 +50,7 @@ class Trace:
     visits: list[Visit] = field(default_factory=list)
     params: list[list[int]] = field(default_factory=list)
     numel: list[int] = field(default_factory=list)
+    blocks: dict[int, int] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     outside: int = 0
     inputs: int = 0
@@ -84,6 +86,24 @@ def run(module: nn.Module, targets: list, *, rows: int, length: int) -> Trace:
         out = module(input_ids=ids, use_cache=False)
     recorder.trace.logits = out.logits.numel()
     return recorder.finish()
+
+
+def gathered_whole(trace: Trace, module: nn.Module, leaves: list[nn.Module]) -> Trace:
+    """The trace as ZeRO-3 sees it when these modules are its leaves: each has all parameters that are inside it.
+
+    A checkpointed block that is a leaf belongs to itself: it is what runs again.
+    """
+    number = {m: i for i, m in enumerate(module.modules())}
+    inside = {number[m]: number[leaf] for leaf in reversed(leaves) for m in leaf.modules()}  # the outermost leaf
+    params = list(trace.params)
+    for leaf in set(inside.values()):
+        params[leaf] = sorted({p for m, home in inside.items() if home == leaf for p in trace.params[m]})
+    visits = []
+    for visit in trace.visits:
+        if inside.get(visit.module, visit.module) == visit.module:
+            own = trace.blocks.get(visit.module) if visit.module in inside else None
+            visits.append(visit if own is None else replace(visit, layer=own))
+    return replace(trace, visits=visits, params=params)
 
 
 @contextmanager
@@ -127,6 +147,7 @@ class _Recorder:
         )
         self.blocks = [m for m in self.modules if isinstance(m, GradientCheckpointingLayer)]
         self.block = {m: i for i, m in enumerate(self.blocks)}
+        self.trace.blocks = {self.number[m]: i for m, i in self.block.items()}
         self.layer: int | None = None
         self.seen = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
         self.alive: list[Any] = []  # a freed storage's address would be given to the next one

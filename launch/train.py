@@ -289,8 +289,11 @@ def main(argv: list[str] | None = None, *, callbacks: Sequence[Any] = ()) -> boo
     """
     args, given = train_arguments.parse(argv)
     job = check(args, given)
+    if speaks := speaking_rank(os.environ) == "0":
+        for note in job.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
     if args.preview:
-        if speaking_rank(os.environ) == "0":
+        if speaks:
             show_rows(args, job)
         return True
     job.callbacks += callbacks

@@ -105,6 +105,7 @@ def parse(argv: list[str] | None = None, *, launched: bool = True) -> tuple[Trai
             values[name] = value
     args = TrainArguments(**values)
     args.ds_config = shipped_configs.locate(args.ds_config)
+    notes += options_running.shorten_timeout(args)
     _check(args)
     if launched and speaking_rank(os.environ) == "0":
         for note in [*notes, *more]:

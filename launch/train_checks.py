@@ -29,7 +29,7 @@ class Job:
 
     ds: dict
     plan: Any
-    weights: int  # parameters of the model
+    weights: int  # that a token is multiplied with
     tokenizer: Any
     rows: Any  # what was read
     data: Any  # training batches
@@ -37,21 +37,25 @@ class Job:
     graded: Any = ()  # questions of evaluation rows, for the exact match
     asked: Any = ()  # questions whose answers are kept
     callbacks: list[Any] = field(default_factory=list)  # instances
+    notes: list[str] = field(default_factory=list)  # what counts for nothing in this run, a line each
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
     """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
     from hdpissa.engine.settings import check_kernels, make_plan
+    from hdpissa.launch.model_work import active_weights
+    from hdpissa.launch.position_checks import check_positions
     from hdpissa.launch.train_data import make_batches, read_rows
+    from hdpissa.launch.train_notes import notes
     from hdpissa.launch.train_questions import read_questions
-    from hdpissa.launch.train_schedule import check_schedule
+    from hdpissa.launch.train_schedule import check_schedule, resolve_shares
 
     check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
     plan = make_plan(hd, values.gradient_accumulation_steps)
     check_kernels(hd)
-    weights = check_targets(model_config, hd, plan, args)
+    model = check_targets(model_config, hd, plan, args)
     callbacks = load(args.callbacks or [])
     tokenizer = read_tokenizer(args)
     rows = read_rows(args, given, tokenizer)
@@ -64,10 +68,13 @@ def check(args: Any, given: frozenset[str]) -> Job:
         size=values.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
-    check_schedule(args, values.learning_rate, total_steps)
+    resolve_shares(args, total_steps)
+    check_schedule(args, values.learning_rate, total_steps, given)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)
-    return Job(ds, plan, weights, tokenizer, rows, data, total_steps, graded, asked, callbacks)
+    beyond = check_positions(args, model, rows, [*graded, *asked])
+    told = [*([beyond] if beyond else []), *notes(args, given, rows, total_steps)]
+    return Job(ds, plan, active_weights(model), tokenizer, rows, data, total_steps, graded, asked, callbacks, told)
 
 
 def check_files(args: Any, given: frozenset[str]) -> None:
@@ -175,8 +182,8 @@ def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tu
     return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
 
 
-def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
-    """Finds the targets on an empty (meta) model; returns its number of parameters."""
+def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> Any:
+    """Finds the targets on an empty (meta) model, and returns that."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -201,7 +208,7 @@ def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> int:
         peft_export.refuse_tied(model, targets)
         peft_export.refuse_beside(hd.modules_to_save)
     check_model(args, model)
-    return sum(p.numel() for p in model.parameters())
+    return model
 
 
 def refuse_stateful(model: Any) -> None:

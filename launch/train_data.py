@@ -21,7 +21,8 @@ from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
-from hdpissa.launch.options_data import EVAL, OF_EVALUATION
+from hdpissa.engine.run_record import counted
+from hdpissa.launch.options_data import EVAL, OF_EVALUATION, DataOptions
 
 # Options that may have one value for each set of a mix.
 PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_format", "prompt_field", "response_field")
@@ -29,6 +30,13 @@ PER_SOURCE = ("dataset_config", "dataset_revision", "dataset_split", "dataset_fo
 OF_ONE_SET = ("dataset_config", "dataset_revision", "dataset_split")
 FIELDS = ("prompt_field", "response_field")
 WORDS = ("dataset_config", "dataset_revision", "dataset_format")  # whose values have no blanks in them
+# Options that rows of one kind alone are read by → that kind.
+OF_ONE_KIND = {
+    "prompt_template": "alpaca rows",
+    "chat_template": "conversations and alpaca rows",
+    "dataset_text_field": "rows of text",
+    **dict.fromkeys(("prompt_field", "response_field", "eval_prompt_field", "eval_response_field"), "alpaca rows"),
+}
 
 
 @dataclass
@@ -131,22 +139,23 @@ class _Reader:
         if options is None:
             said = bool(given & set(FIELDS))
             options = spread_options(vars(args), len(self.train_sources), fields_given=said)
-        self.options = options
+        self.options, self.given = options, given
         self.first: RowFormat | None = None
-        self.chats = False  # whether any set's rows are
+        self.used: set[str] = set()  # those of OF_ONE_KIND that some set is read by
         self.encoded: list[tuple[str, Source, Any, Encoding, Any]] = []  # use, what was read, how, and the result
 
     def read(self) -> Rows:
-        train = self._stream() if self.args.streaming else data.join(list(self._train_parts()))
+        train, others = list(self._train_parts()), list(self._eval_parts())
+        self._refuse_unread(*([encoding.format for _, _, encoding in parts] for parts in (train, others)))
+        joined = self._stream(train) if self.args.streaming else data.join([self._encode(*part) for part in train])
         assert self.first is not None
         template: Any = self.template if self.first.name == "alpaca" else PromptTemplate("{instruction}")
         if self.first.chat:
             template = ChatTemplate(self.chat_template or "", self.tokenizer)
-        held_out = None
-        if self.args.eval_dataset_name or self.args.eval_split:
-            held_out = data.join(list(self._eval_parts()))
-        stops = ChatTemplate(self.chat_template or "", self.tokenizer).stops() if self.chats else []
-        return Rows(train, held_out, template, self.sources, stops, self.to_ask)
+        held_out = data.join([self._encode(*part, use="evaluation") for part in others]) if others else None
+        chats = any(encoding.format.chat for _, _, encoding in (*train, *others))
+        stops = ChatTemplate(self.chat_template or "", self.tokenizer).stops() if chats else []
+        return Rows(joined, held_out, template, self.sources, stops, self.to_ask)
 
     def to_ask(self, use: str) -> Any:
         """See `Rows.ask`. Where everything carries loss the rows are encoded once more, as if answers alone did."""
@@ -165,26 +174,29 @@ class _Reader:
 
     # --- sets ----------------------------------------------------------------------------------------
 
-    def _train_parts(self) -> Iterator[Any]:
+    def _train_parts(self) -> Iterator[tuple[Any, Source, Encoding]]:
+        """(rows, set, how they become tokens); of all sets before any is tokenised, which may take long."""
+        streaming = self.args.streaming
         for source, options in zip(self.train_sources, self.options, strict=True):
-            rows = data_sources.take(self._load(source, options), source, self.args.seed)
-            yield self._encode(rows, source, options, use="train")
+            rows = self._load(source, options, streaming=streaming)
+            rows = rows if streaming else data_sources.take(rows, source, self.args.seed)
+            yield rows, source, self._encoding(rows, source, options, use="train")
 
-    def _eval_parts(self) -> Iterator[Any]:
+    def _eval_parts(self) -> Iterator[tuple[Any, Source, Encoding]]:
         name = self.args.eval_dataset_name
+        if not (name or self.args.eval_split):
+            return
         sources = data_sources.parse_sources(name, "--eval_dataset_name") if name else self.train_sources
         sources = sources if name else [Source(source.name) for source in sources]
         found = eval_options(vars(self.args), sources, self.train_sources, self.options)
         for source, own in zip(sources, found, strict=True):
             options = own | {"dataset_split": self.args.eval_split or "train"}
             rows = data_sources.take(self._load(source, options), source, self.args.seed)
-            yield self._encode(rows, source, options, use="evaluation")
+            yield rows, source, self._encoding(rows, source, options, use="evaluation")
 
-    def _stream(self) -> Any:
+    def _stream(self, parts: Sequence[tuple[Any, Source, Encoding]]) -> Any:
         streams = []
-        for source, options in zip(self.train_sources, self.options, strict=True):
-            rows = self._load(source, options, streaming=True)
-            encoding = self._encoding(rows, source, options, use="train")
+        for rows, source, encoding in parts:
             data.check_encoding(self.tokenizer, encoding)
             settings = {"seed": self.args.seed, "buffer_size": self.args.shuffle_buffer_size}
             columns = list(next(iter(rows)))
@@ -201,8 +213,7 @@ class _Reader:
             streaming=streaming,
         )
 
-    def _encode(self, rows: Any, source: Source, options: dict[str, str | None], *, use: str) -> Any:
-        encoding = self._encoding(rows, source, options, use=use)
+    def _encode(self, rows: Any, source: Source, encoding: Encoding, *, use: str = "train") -> Any:
         found = self._tokens(rows, source, encoding)
         self.encoded.append((use, source, rows, encoding, found))
         counts = {
@@ -247,7 +258,8 @@ class _Reader:
                     f"them; leave one out"
                 )
             format = replace(format, chat=True)
-        self.first, self.chats = self.first or format, self.chats or format.chat
+        self.first = self.first or format
+        self.used |= _read_by(format, prefix)
         return Encoding(
             format=format,
             template=self.template.text,
@@ -261,6 +273,18 @@ class _Reader:
             max_length=args.max_length,
             truncation=args.truncation,
         )
+
+    def _refuse_unread(self, trained: Sequence[RowFormat], held_out: Sequence[RowFormat]) -> None:
+        """Refuses what was said of rows that no set has. Of a mix one set is enough."""
+        for name, kind in OF_ONE_KIND.items():
+            value, usual = getattr(self.args, name), getattr(DataOptions, name)
+            if name in self.given and value not in (None, usual) and name not in self.used:
+                prefix = EVAL if name.startswith(EVAL) else ""
+                there = ", ".join(dict.fromkeys(map(str, held_out if prefix else (*trained, *held_out))))
+                raise ConfigError(
+                    f"--{name} {value[:60]!r} is for {kind}, and there are none ({there}); leave it out, or say with "
+                    f"--{prefix}dataset_format what the rows are"
+                )
 
     def _describe(self, source: Source, encoding: Encoding, *, use: str) -> dict[str, Any]:
         return {
@@ -281,6 +305,18 @@ class _Reader:
     def _named(self, source: Source, error: ConfigError) -> ConfigError:
         """Which set is meant: there may be several, and those to evaluate on."""
         return ConfigError(f"dataset {source}: {error}")
+
+
+def _read_by(format: RowFormat, prefix: str) -> set[str]:
+    """Those of OF_ONE_KIND by which rows of this format are read.
+
+    Args:
+        prefix: "eval_" for evaluation rows, which may have the training set's columns, too.
+    """
+    used = {"chat_template"} if format.chat else set()
+    if format.name == "alpaca":
+        used |= {*FIELDS, *(prefix + name for name in FIELDS)} | (set() if format.chat else {"prompt_template"})
+    return used | ({"dataset_text_field"} if format.name == "text" else set())
 
 
 # --- batches -----------------------------------------------------------------------------------------
@@ -324,12 +360,17 @@ def describe_rows(rows: Rows, batches: Batches) -> dict[str, Any]:
 
 
 def tell_rows(rows: Rows, batches: Batches) -> list[str]:
-    """What a run says of its data at its start: a line for each set, and one for packing."""
+    """What a run says of its data at its start: a line for each set, one for packing, one for what is left over."""
     lines = [_tell(source) for source in rows.sources]
     if isinstance(batches, SliceBatches) and batches.packed:
         lines.append(f"packing: {len(rows.train.dataset)} rows in {len(batches.dataset)} samples")
     elif batches.packed:
         lines.append("packing: rows as they come, in samples of up to --max_length tokens")
+    if batches.dropped_samples:
+        lines.append(
+            f"an epoch: {counted(batches.steps_per_epoch, 'step')} of {counted(batches.global_batch, 'sample')}; "
+            f"{batches.dropped_samples} more fill no whole step and are left out, the same ones in every epoch"
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch import options_evaluation
 from hdpissa.launch.options_training import schedule_kwargs
 
 OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # that a person does not give
@@ -21,6 +22,18 @@ def warmup_steps(args: Any, total_steps: int) -> int:
     if args.warmup_steps is None:
         return int(args.warmup_ratio * total_steps)
     return math.ceil(args.warmup_steps * total_steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+
+
+def resolve_shares(args: Any, total_steps: int) -> None:
+    """Makes numbers of steps of what was given as a share of all, rounded up as in transformers.
+
+    Raises:
+        ConfigError: numbers that do not fit each other.
+    """
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if getattr(args, name) < 1:  # --eval_steps 0 stays 0
+            setattr(args, name, math.ceil(getattr(args, name) * total_steps))
+    options_evaluation.check(args)
 
 
 def make_scheduler(args: Any, optimizer: Any, total_steps: int, start: int = 0) -> Any:
@@ -46,18 +59,23 @@ def _build(args: Any, optimizer: Any, total_steps: int) -> Any:
     )
 
 
-def check_schedule(args: Any, lr: float, total_steps: int) -> None:
+def check_schedule(args: Any, lr: float, total_steps: int, given: frozenset[str] = frozenset()) -> None:
     """Makes the schedule once, for an optimizer of nothing, and looks at it.
 
+    Args:
+        given: options that the user has set; --warmup_ratio has a default, which nobody asks `constant` for.
+
     Raises:
-        ConfigError: keys that it does not have, or needs; values with which it gives no learning rate.
+        ConfigError: keys that it does not have, or needs; values with which it gives no learning rate; a warm-up that
+            it would leave out in silence.
     """
     import torch
 
-    given = schedule_kwargs(args)
-    _check_keys(args.lr_scheduler_type, given)
+    kwargs = schedule_kwargs(args)
+    _check_warmup(args, given)
+    _check_keys(args.lr_scheduler_type, kwargs)
     if args.lr_scheduler_type == "warmup_stable_decay":
-        _check_phases(args, given, total_steps)
+        _check_phases(args, kwargs, total_steps)
     told = f"--lr_scheduler_type {args.lr_scheduler_type} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs or '{}'}"
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -70,6 +88,27 @@ def check_schedule(args: Any, lr: float, total_steps: int) -> None:
     for step, value in found.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ConfigError(f"{told}: gives {value} times the learning rate in step {step + 1}; correct it")
+
+
+def _check_warmup(args: Any, given: frozenset[str]) -> None:
+    name = "warmup_ratio" if args.warmup_steps is None else "warmup_steps"
+    wanted = getattr(args, name)
+    if args.lr_scheduler_type == "constant" and wanted and (name in given or args.warmup_steps is not None):
+        raise ConfigError(
+            f"--{name} {wanted}: constant has no warm-up; give --lr_scheduler_type constant_with_warmup, or leave it "
+            f"out"
+        )
+
+
+def describe_warmup(args: Any, total_steps: int) -> str | None:
+    """A warm-up that the run is too short for, in words. It is no mistake: a config may be tried for a few steps."""
+    steps = 0 if args.lr_scheduler_type == "constant" else warmup_steps(args, total_steps)
+    if steps < total_steps:
+        return None
+    return (
+        f"the warm-up has {steps} steps and the run {total_steps}: the learning rate never reaches its peak, it ends "
+        f"at {(total_steps - 1) / steps:.1%} of it"
+    )
 
 
 def _check_keys(name: str, given: dict[str, Any]) -> None:

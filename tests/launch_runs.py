@@ -64,6 +64,7 @@ def save_model(folder: Path, texts: list[str]) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(folder)
     ids = {"bos_token_id": None, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
+    ids["max_position_embeddings"] = 512  # no row is longer, which would be told
     tiny_llama(vocab_size=len(fast), hidden=32, attn_implementation="sdpa", **ids).save_pretrained(folder)
 
 

@@ -115,6 +115,7 @@ HD_PISSA = [
     section("two mistakes", ("hd_pissa.r is 0", "hd_pissa.init.tol is -1"), r=0, init={"tol": -1}),
     section("broken regular expression", ('"(q_proj"', "not a valid regular expression"), target_modules="(q_proj"),
     section("targets that are not there", ("['query']", "q_proj, up_proj, v_proj"), target_modules=["query"]),
+    section("LLaMA-Factory's word for all Linears", ("['all'] matches", '"all-linear"'), target_modules=["all"]),
     section(
         "a misspelt target among right ones",
         ('"qproj" matches no module', "q_proj"),

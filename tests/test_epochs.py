@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from transformers import TrainerCallback
 
-from hdpissa.engine.batches import SHUFFLED
+from hdpissa.engine.batches import SHUFFLED, SliceBatches
 from hdpissa.launch import train_arguments, train_checkpoints
 from hdpissa.launch.train_callbacks import Callbacks
 from hdpissa.launch.train_checkpoints import Checkpoints, count_from_the_data
 from hdpissa.launch.train_checks import Job
+from hdpissa.launch.train_data import Rows, tell_rows
 from hdpissa.launch.train_evaluation import Evaluation, make_best
 
 LENGTH, TOTAL = 3, 9
@@ -94,3 +96,19 @@ def test_when_it_evaluates_and_saves(tmp_path, offset, steps):
     assert [step for step in range(max(1, offset), TOTAL) if evaluation.due(step, TOTAL)] == steps
     assert [step for step in range(offset + 1, TOTAL + 1) if checkpoints.due(step)] == [*steps, TOTAL]
     assert not evaluation.missed(offset, TOTAL)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"), [(8, None), (11, "an epoch: 2 steps of 4 samples; 3 more fill no whole step")]
+)
+def test_rows_that_fill_no_whole_step_are_told(rows, line):
+    """They are the same ones in every epoch, so they are never trained on."""
+    dataset = datasets.Dataset.from_dict({"input_ids": [[n] * 3 for n in range(rows)], "labels": [[1] * 3] * rows})
+    batches = SliceBatches(
+        dataset, slices=2, micro_batches_per_slice=1, micro_batch_size=2, pad_token_id=0, seed=1, flat=False
+    )
+    told = tell_rows(Rows(SimpleNamespace(dataset=dataset), None, None), batches)
+    assert [text.startswith(str(line)) for text in told] == ([True] if line else [])
+    seen = [{row["input_ids"][0] for s in (0, 1) for (row,) in batches.units(step, s, 0)} for step in range(4)]
+    assert seen[:2] == seen[2:]
+    assert len(seen[0] | seen[1]) == 8

@@ -55,7 +55,7 @@ def test_evaluation_rows_have_columns_and_a_format_of_their_own(tmp_path):
     half = jsonl(tmp_path, "other_half", [{"query": "q", "answer": "c"}])
     found = read(math, **COLUMNS, eval_dataset_name=str(half), eval_response_field="answer")
     assert texts(found.held_out) == ["<s>q«c\n</s>»"]
-    found = read(math, **COLUMNS, **both, eval_dataset_format="text")
+    found = read(math, **COLUMNS, eval_dataset_name=str(gsm), eval_dataset_format="text")
     assert texts(found.held_out) == ["«<s>t</s>»"]
     chats = jsonl(tmp_path, "chats", ROWS["messages"][0])
     several = {"eval_dataset_name": f"{gsm} {math} {chats}", "eval_prompt_field": "question query -"}

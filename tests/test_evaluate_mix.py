@@ -11,6 +11,7 @@ import pytest
 from launch_runs import flags, make_inputs
 from transformers import AutoTokenizer
 
+from hdpissa.engine import ConfigError
 from hdpissa.engine.data import IGNORE
 from hdpissa.launch import evaluate, train_arguments
 from hdpissa.launch.train_data import read_rows
@@ -157,3 +158,12 @@ def test_it_evaluates(files, tmp_path, capsys):
     told = figures.split()
     tokens = sum(label != IGNORE for labels in held_out["labels"] for label in labels[1:])
     assert float(told[told.index("tokens") + 1]) == tokens
+
+
+def test_what_the_run_said_of_other_rows_is_no_mistake_here(files, tmp_path):
+    """The run's prompt template is for its Alpaca rows; what stands on the command line has to be read by something."""
+    trained(files, tmp_path, prompt_template="none")
+    words = ("--dataset_name", files["plain"])
+    assert len(evaluated(files, tmp_path, *words)) == COUNT
+    with pytest.raises(ConfigError, match="--prompt_template 'none' is for alpaca rows, and there are none"):
+        evaluated(files, tmp_path, *words, "--prompt_template", "none")

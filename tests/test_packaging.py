@@ -14,8 +14,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny import tiny_llama
 
-from hdpissa.engine import ds_config
+from hdpissa.engine import ds_config, leaf_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "hdpissa"
@@ -27,7 +28,7 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
 errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
-    buckets prompts tensor_file results families data_formats hub_errors data_sources
+    buckets prompts tensor_file results leaf_modules families data_formats hub_errors data_sources
 launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record pictures
     run_pictures
 zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics display reporters
@@ -271,7 +272,7 @@ def test_number_of_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config(path):
-    """Each goes through the five steps, and leaves nothing "auto" that DeepSpeed would stumble over."""
+    """Each goes through the five steps, and leaves nothing "auto" to DeepSpeed, the model's layers included."""
     rest, section = ds_config.split_section(ds_config.read_ds_config(path))
     ds_config.check_ds_config(rest)
     values = ds_config.TrainValues(
@@ -284,7 +285,7 @@ def test_shipped_config(path):
         hidden_size=64,
     )
     filled, agreed = ds_config.fill_auto(rest, values)
-    final = ds_config.engine_ds_config(filled)
+    final = leaf_modules.fill(ds_config.engine_ds_config(filled), tiny_llama())
     assert section.r == 16
     assert final["zero_optimization"]["stage"] == 3
     assert final["train_batch_size"] == 128

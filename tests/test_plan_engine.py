@@ -13,7 +13,11 @@ from hdpissa.launch import plan_arguments, plan_memory, plan_step
 
 TINY = {"hidden": 48, "layers": 3, "intermediate_size": 96}
 LENGTH = 16
+LAYERS = {"leaf_module": {"classes": "auto"}}
 SHARED = {"zero_hpz_partition_size": 2}
+# A part of a layer is there before the rest: the order of waiting, which decides what is held, is that of a Python set
+# in DeepSpeed. Planned is the order that holds most.
+PARTS_AHEAD = ds_settings(bf16=True, zero={**LAYERS, "stage3_prefetch_bucket_size": 6000})
 ENGINE_CASES = [
     (ds_settings(), False),
     (ds_settings(bf16=True, slices=1, delta={"dtype": "bf16"}), False),
@@ -21,6 +25,9 @@ ENGINE_CASES = [
     (ds_settings(r=10, zero={"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 6000}), False),
     (ds_settings(zero={"stage3_max_reuse_distance": 30000, "stage3_param_persistence_threshold": 3000}), True),
     (ds_settings(bf16=True, zero={"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 60000}), True),
+    (ds_settings(zero={**LAYERS, "stage3_param_persistence_threshold": 0}), False),
+    (PARTS_AHEAD, False),
+    (ds_settings(zero={**LAYERS, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}), True),
 ]
 # On four ranks: two pairs, each with a second copy of W; then one such group of all.
 COPY_CASES = [
@@ -82,7 +89,8 @@ def test_gathers_are_deepspeeds(planned, measured, case):
     """Elements gathered in a step, of them by all ranks, and held at a time, copies and buffers included."""
     run, found = planned[case], measured[case]
     tolerance = 0.05 if run.batch.checkpointing else 0  # where a recomputed block stops is not modelled
-    assert run.gathers.peak == pytest.approx(found["peak"], rel=tolerance)
+    assert run.gathers.peak == pytest.approx(found["peak"], rel=tolerance or 0.1 * (CASES[case][0] is PARTS_AHEAD))
+    assert run.gathers.peak >= found["peak"] or run.batch.checkpointing
     assert run.batch.accumulation * run.gathers.gathered == pytest.approx(found["gathered"], rel=tolerance)
     wire, width = plan_step.step(run).wire, run.placement.width
     ranks = {plan_step.GATHERS: run.plan.world_size, plan_step.COPY_GATHERS: run.copy_ranks}

@@ -11,7 +11,7 @@ from launch_runs import parsed
 
 from hdpissa.engine import ConfigError
 from hdpissa.launch import train_arguments
-from hdpissa.launch.train_schedule import check_schedule, make_scheduler
+from hdpissa.launch.train_schedule import check_schedule, make_scheduler, resolve_shares
 
 STEPS, LR = 8, 3e-3
 
@@ -92,4 +92,44 @@ def test_bad_schedules(name, kwargs, words):
     given = {"lr_scheduler_type": name, "warmup_steps": 2, **({"lr_scheduler_kwargs": text} if text else {})}
     with pytest.raises(ConfigError, match=words) as error:
         check_schedule(parsed(**given), LR, STEPS)
+    assert "\n" not in str(error.value)
+
+
+# --- shares of all steps -----------------------------------------------------------------------------
+
+
+def test_shares_are_steps_rounded_up():
+    """As in transformers; whole numbers stay, as integers, and 0 evaluations stay none."""
+    args = parsed(eval_steps=0.1, save_steps=0.25, logging_steps=0.001)
+    resolve_shares(args, 42)
+    assert (args.eval_steps, args.save_steps, args.logging_steps) == (5, 11, 1)
+    args = parsed(save_steps=7, logging_steps="1.0")
+    resolve_shares(args, 42)
+    assert [repr(n) for n in (args.eval_steps, args.save_steps, args.logging_steps)] == ["0", "7", "1"]
+
+
+def test_shares_have_to_fit_each_other():
+    """0.3 is a multiple of 0.1, which floats do not say; what counts is the steps that they are."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    args = parsed(**best, eval_steps=0.1, save_steps=0.3)
+    resolve_shares(args, 40)
+    assert (args.eval_steps, args.save_steps) == (4, 12)
+    with pytest.raises(ConfigError, match="--save_steps 6 and --eval_steps 4: one must be a multiple"):
+        resolve_shares(parsed(**best, eval_steps=0.1, save_steps=0.15), 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("save_steps", 0, "must be at least 1, or a share of all steps below 1"),
+        ("save_steps", -0.1, "must be at least 1, or a share"),
+        ("logging_steps", 2.5, "must be a whole number, or a share of all steps below 1"),
+        ("eval_steps", "inf", "must be a whole number, or a share"),
+        ("eval_steps", -0.1, "must not be negative"),
+        ("logging_steps", "nan", "must be at least 1, or a share"),
+    ],
+)
+def test_bad_shares(name, value, words):
+    with pytest.raises(ConfigError, match=f"--{name} is .*{words}") as error:
+        parsed(**{name: value})
     assert "\n" not in str(error.value)

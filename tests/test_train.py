@@ -359,7 +359,7 @@ def used(tmp_path):
 
 def test_overwriting_replaces_the_earlier_run(used, inputs, cache):
     """Constant rate, no warm-up, no evaluation, in one process."""
-    options = {"lr_scheduler_type": "constant", "max_steps": 3, "overwrite_output_dir": True}
+    options = {"lr_scheduler_type": "constant", "warmup_ratio": 0, "max_steps": 3, "overwrite_output_dir": True}
     chosen = {k: v for k, v in arguments(inputs, used, **options).items() if k != "eval_dataset_name"}
     (result,) = run_ranks(1, train_here, flags(chosen), cache)
     assert (result["code"], result["error"]) == (0, None), result

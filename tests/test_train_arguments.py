@@ -62,6 +62,14 @@ def test_a_number_in_yaml_may_be_a_text_here(inputs, tmp_path):
         ("max_seq_length", "use --max_length"),
         ("max_lenght", "did you mean --max_length?"),
         ("reprt", "did you mean --report?"),
+        ("disable_gradient_checkpointing", "off unless --gradient_checkpointing turns it on"),
+        ("disable_bf16", "see --help"),  # not --bf16, the opposite
+        ("no_packing", "see --help"),
+        ("disable_tqmd", "did you mean --disable_tqdm?"),
+        ("train_on_inputs", "use --train_on_prompt"),
+        ("mask_history", "all of the assistant's turns carry loss"),
+        ("neat_packing", "use --packing, in which no row sees another"),
+        ("lora_target", "use --target_modules; 'all' is all-linear here"),
         ("sliding_window", "see --help"),  # like nothing here
     ],
 )
@@ -108,6 +116,16 @@ def test_other_names_of_the_config(inputs, tmp_path, name):
     assert train_arguments.parse(["--config", str(tmp_path / "run.yaml")]) == expected
     args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml"), "--ds_config", "b.json"])
     assert args.ds_config == "b.json"
+
+
+def test_a_huge_timeout_is_the_longest(inputs, tmp_path, capsys):
+    """As LLaMA-Factory's examples have it; a note says what it is taken for."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**inputs, "output_dir": "out", "ddp_timeout": 180000000}))
+    args, _ = train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (args.ddp_timeout, args.hang_s) == (10**7, 600)
+    assert capsys.readouterr().err == "note: --ddp_timeout is 180000000: taken for 10000000, four months\n"
+    assert train_arguments.parse(flags({**inputs, "output_dir": "out", "ddp_timeout": 10**7}))[0].ddp_timeout == 10**7
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_yaml_key_is_refused(inputs, tmp_path):
