@@ -22,10 +22,12 @@ from typing import Literal
 Style = Literal["boxed", "mark", "said", "number", "text"]
 
 MARK = "####"
+LONGEST, LARGEST_EXPONENT = 50, 400  # of numbers: characters, and the power of ten that is written with "e"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _SAID = re.compile(r"answer is:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_EXPONENT = re.compile(r"e([-+]?\d[\d_]*)", re.IGNORECASE)
 _NOISE = re.compile(r"\\left|\\right|\\!|\\,|\\ |\\%|%|\\\$|\$|\\text\{\s*[^}]*\}$|\s+")
 
 
@@ -98,10 +100,15 @@ def _plain(text: str) -> str:
 
 
 def _value(text: str) -> Fraction | None:
-    """As a number, exactly; None where it is none."""
+    """As a number, exactly; None where it is none, or one that would take long: answers are whatever a model says."""
+    if len(text) > LONGEST:
+        return None
     text = _plain(text).replace(",", "")
     text = _FRACTION.sub(r"\1\2/\3", text)
+    exponent = _EXPONENT.search(text)
     try:
+        if exponent and abs(int(exponent[1])) > LARGEST_EXPONENT:
+            return None
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
         return None

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from .errors import ConfigError
 
 OWN = "tokenizer"  # the value of --chat_template that means the tokenizer's own
 MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+QUOTED = re.compile(r"""(?<=['"])[\w-]+(?=['"])""")
+OR_EVERYTHING = ", or --assistant_only_loss false"
+TODAY = datetime(2024, 7, 26, 12)  # of every template that asks: the date that Llama 3's own say without a clock
+CLOCK = "strftime_now"  # transformers' function that templates ask for the date
 SENTINEL = "\ue000"  # of the private use area: no template looks at it, no message has it
 Message = dict[str, Any]
 
@@ -72,6 +77,16 @@ class ChatTemplate:
     tokenizer: Any
 
     @property
+    def dated(self) -> str:
+        """The date that it writes as today's, "" where it writes none."""
+        return TODAY.strftime("%d %b %Y") if CLOCK in self.text else ""
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Words that stand in quotes: roles that it knows are among them."""
+        return frozenset(QUOTED.findall(self.text))
+
+    @property
     def marked(self) -> bool:
         """Whether the template itself says what the assistant writes."""
         return MARK.search(self.text) is not None
@@ -108,6 +123,22 @@ class ChatTemplate:
         text = self.write(messages, tools)
         return text, (self._begin(messages, len(prompt), tools, text), self._trimmed(text, len(text)))
 
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token that follows an assistant's words, "" where there is none."""
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        rest = self.write(turn).partition(SENTINEL)[2]
+        found = [(rest.find(token), token) for token in self._special if token in rest]
+        return min(found)[1] if found else ""
+
+    def stops(self) -> list[int]:
+        """The end of turn as a token, by which an answer ends; none where the template has none, or tells none."""
+        try:
+            token = self.end_of_turn
+        except ConfigError:  # it wants other turns than one question and one answer
+            return []
+        return [self.tokenizer.convert_tokens_to_ids(token)] if token else []
+
     # --- boundaries ----------------------------------------------------------------------------------
 
     def _begin(self, messages: Sequence[Message], at: int, tools: list[dict] | None, text: str) -> int:
@@ -135,10 +166,10 @@ class ChatTemplate:
         until = self.write(messages[: at + 1], tools)
         if text.startswith(until):
             return self._trimmed(text, len(until))
-        end = text.find(self._end_of_turn, begin) if self._end_of_turn else -1
+        end = text.find(self.end_of_turn, begin) if self.end_of_turn else -1
         if end < 0:
             raise _unclear("it writes a turn differently when more follows")
-        return end + len(self._end_of_turn)
+        return end + len(self.end_of_turn)
 
     def _trimmed(self, text: str, end: int) -> int:
         """Without the white space behind a special token: after its end of turn nobody asks the model for more."""
@@ -151,18 +182,23 @@ class ChatTemplate:
         return tuple({*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
 
     @cached_property
-    def _end_of_turn(self) -> str:
-        """The special token that follows an assistant's words, "" where there is none."""
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        rest = self.write(turn).partition(SENTINEL)[2]
-        found = [(rest.find(token), token) for token in self._special if token in rest]
-        return min(found)[1] if found else ""
+    def _timeless(self) -> str:
+        """The text with a macro in place of the clock: a run that goes on another day must have the same tokens.
+
+        A macro, because templates are given plain values only. Its own line, which Jinja drops, so that the text begins
+        as it did.
+        """
+        if CLOCK not in self.text:
+            return self.text
+        codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ%"]
+        said = "".join(f".replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+        return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{said} }}}}{{%- endmacro %}}\n{self.text}"
 
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, **options: Any) -> tuple[str, list]:
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         special = self.tokenizer.special_tokens_map
         try:
-            texts, spans = render_jinja_template([plain], tools, chat_template=self.text, **special, **options)
+            texts, spans = render_jinja_template([plain], tools, chat_template=self._timeless, **special, **options)
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"the chat template refuses it ({' '.join(str(error).split())[:150]})") from None
         return texts[0], spans[0] if spans else []
@@ -177,5 +213,5 @@ def _agreement(one: str, other: str) -> int:
 def _unclear(why: str) -> ConfigError:
     return ConfigError(
         f"the chat template does not show which words are the assistant's ({why}); give a --chat_template that marks "
-        f"them with {{% generation %}}, or --assistant_only_loss false"
+        f"them with {{% generation %}}{OR_EVERYTHING}"
     )

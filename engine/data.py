@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 from filelock import FileLock
 
-from .data_encode import CUT, IGNORE, KEPT, TOO_LONG, UNLABELLED, Encoding, encode_batch
+from .data_encode import CUT, IGNORE, KEPT, LOSS_ON, TOO_LONG, UNLABELLED, Encoding, encode_batch
 from .data_formats import Fields, RowFormat, recognise
 from .data_sources import load_rows, quiet_other_local_ranks
 from .errors import ConfigError
@@ -132,6 +132,8 @@ def _kept(encoded: datasets.Dataset, encoding: Encoding) -> TokenizedRows:
         )
     kept = np.flatnonzero((fates == KEPT) | (fates == CUT))
     if len(kept) == 0:
+        if not (lengths > encoding.max_length).any():
+            raise ConfigError(f"no row has anything to learn, with loss on {LOSS_ON[encoding.learn]}; add some")
         what = "no answer token in any row" if counts[UNLABELLED] else "no row"
         raise ConfigError(f"max_length {encoding.max_length} leaves {what}; raise it")
     dataset = encoded.select_columns(["input_ids", "labels"])

@@ -5,7 +5,7 @@ Own file because this is all that the formats differ in: what comes out, `Render
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from .prompts import PromptTemplate
 
 IGNORE = -100  # torch's cross entropy skips this label
 Learn = Literal["completion", "assistant", "everything"]
+LOSS_ON = {"completion": "the answer", "assistant": "the assistant's turns", "everything": "everything"}
 KEPT, CUT, UNLABELLED, TOO_LONG = range(4)  # what became of a row
 
 
@@ -126,7 +127,7 @@ def _with_eos(text: str, tokenizer: Any) -> str:
 def _render_chat(row: Mapping[str, Any], index: int, chat: ChatTemplate, encoding: Encoding) -> Rendered:
     format = encoding.format
     tools = tools_of(row, format.column("tools"))
-    prompt, completion = _turns(row, index, format)
+    prompt, completion = _turns(row, index, format, chat.names)
     if encoding.learn == "everything":
         return Rendered(chat.write([*prompt, *completion], tools), special=False)
     if encoding.learn == "assistant":
@@ -139,7 +140,9 @@ def _render_chat(row: Mapping[str, Any], index: int, chat: ChatTemplate, encodin
     return Rendered(text, [span], special=False)
 
 
-def _turns(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[list[dict], list[dict]]:
+def _turns(
+    row: Mapping[str, Any], index: int, format: RowFormat, roles: Collection[str]
+) -> tuple[list[dict], list[dict]]:
     """(messages of the prompt, of the completion); of a conversation all are in the second."""
     columns = dict(format.columns)
     system = more_of(row, columns.get("system"), index)
@@ -151,9 +154,9 @@ def _turns(row: Mapping[str, Any], index: int, format: RowFormat) -> tuple[list[
         asked, answered = _exchange(question, answer)
         return [*first, *turns, asked], [answered]
     if format.name == "prompt_completion":
-        prompt, completion = (messages_of(row, columns[name], index) for name in ("prompt", "completion"))
+        prompt, completion = (messages_of(row, columns[name], index, roles) for name in ("prompt", "completion"))
         return _after(first, prompt), completion
-    return [], _after(first, messages_of(row, columns["messages"], index))
+    return [], _after(first, messages_of(row, columns["messages"], index, roles))
 
 
 def _exchange(question: str, answer: str) -> list[dict]:
@@ -213,16 +216,31 @@ def _tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int]
     options = {"verbose": False, "add_special_tokens": texts[0].special}
     found = tokenizer([text.text for text in texts], return_offsets_mapping=by_spans, **options)
     prompts = [text.prompt for text in texts if text.prompt is not None]
-    lengths = iter([len(ids) for ids in tokenizer(prompts, **options)["input_ids"]] if prompts else [])
+    behind = len(_put_behind(tokenizer)) if texts[0].special else 0  # texts end in their own EOS, prompts in none
+    lengths = iter([len(ids) - behind for ids in tokenizer(prompts, **options)["input_ids"]] if prompts else [])
     pairs = []
-    for at, (text, ids) in enumerate(zip(texts, found["input_ids"], strict=True)):
+    for at, (text, uncut) in enumerate(zip(texts, found["input_ids"], strict=True)):
+        ids = uncut[: len(uncut) - behind]
         if text.spans is not None:
-            labels = _within(ids, found["offset_mapping"][at], text.spans)
+            labels = _within(ids, found["offset_mapping"][at][: len(ids)], text.spans)
         else:
             masked = min(next(lengths), len(ids)) if text.prompt is not None else 0
             labels = [IGNORE] * masked + ids[masked:]
         pairs.append((ids, labels))
     return pairs
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as the model reads it: behind the tokenizer's BOS, without the EOS that some put behind it."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - len(_put_behind(tokenizer))]
+
+
+def _put_behind(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts behind every text; nothing, in most."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1) if bare else []
+    return next((whole[at + len(bare) :] for at in starts if whole[at : at + len(bare)] == bare), [])
 
 
 def _within(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

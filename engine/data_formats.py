@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,17 +255,21 @@ def history_of(row: Mapping[str, Any], column: str | None, index: int) -> list[t
     return pairs
 
 
-def messages_of(row: Mapping[str, Any], column: str, index: int) -> list[dict[str, Any]]:
-    """A cell as messages with `role`, whichever of the two spellings it has. Raises ConfigError."""
+def messages_of(row: Mapping[str, Any], column: str, index: int, roles: Collection[str] = ()) -> list[dict[str, Any]]:
+    """A cell as messages with `role`, whichever of the two spellings it has. Raises ConfigError.
+
+    Args:
+        roles: what the chat template calls by name; these stay as they are, but for the names of user and assistant.
+    """
     turns = as_list(row[column])
     if not turns:
         raise ConfigError(f"row {index} (from 0) has no list of messages in column {column!r}; fill it or drop the row")
-    return [_message(turn, index, column) for turn in turns]
+    return [_message(turn, index, column, roles) for turn in turns]
 
 
-def _message(turn: dict[str, Any], index: int, column: str) -> dict[str, Any]:
-    if turn.get("role") is not None:
-        return without_nones(turn)
+def _message(turn: dict[str, Any], index: int, column: str, roles: Collection[str]) -> dict[str, Any]:
+    if (role := turn.get("role")) is not None:
+        return without_nones(turn) | {"role": _role(role, index, column, roles)}
     speaker, text = turn.get("from"), turn.get("value")
     if speaker not in ROLES or text is None:
         raise ConfigError(
@@ -273,6 +277,18 @@ def _message(turn: dict[str, Any], index: int, column: str) -> dict[str, Any]:
             f"{'nothing' if text is None else 'something'} to say; known speakers are {', '.join(ROLES)}"
         )
     return {"role": ROLES[speaker], "content": text}
+
+
+def _role(role: Any, index: int, column: str, roles: Collection[str]) -> str:
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if role in roles and known not in ("user", "assistant"):
+        return role
+    if known is None:
+        raise ConfigError(
+            f"row {index} (from 0), column {column!r}: a turn with the role {role!r}; known roles are "
+            f"{', '.join(ROLES)}, and those that the chat template calls by name; rename it"
+        )
+    return known
 
 
 def tools_of(row: Mapping[str, Any], column: str | None) -> list[dict[str, Any]] | None:

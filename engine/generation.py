@@ -99,12 +99,27 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+def add_stops(model: Any, tokenizer: Any, stops: Sequence[int]) -> list[int]:
+    """Has a model's answers end at these tokens, too, and its export say so; returns those that were no ends before.
+
+    A chat's end of turn need not be the tokenizer's EOS: a base model's is the end of a document.
+    """
+    own = _own_stops(model) or [tokenizer.eos_token_id]
+    new = [token for token in stops if token not in own]
+    if new:
+        model.generation_config.eos_token_id = [*own, *new]
+    return new
+
+
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The end that was trained, and those that the model had before."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *_own_stops(model)]))
+
+
+def _own_stops(model: Any) -> list[int]:
     config = getattr(getattr(model, "module", model), "generation_config", None)
     own = getattr(config, "eos_token_id", None)
-    own = [own] if isinstance(own, int) else list(own or [])
-    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+    return [own] if isinstance(own, int) else list(own or [])
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ if __name__ == "evaluate":
 
 import importlib.util
 import json
+import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -45,7 +46,7 @@ class EvaluateOptions:
     tasks: str | None = option(None, "lm-eval's tasks, with commas between them")
     num_fewshot: int | None = option(None, "examples in lm-eval's prompts; default: the task's")
     limit: float | None = option(None, "rows per task, or their share, for a quick look (lm-eval)")
-    batch_size: int = option(8, "rows at a time")
+    batch_size: str = option("8", "rows at a time; with --tasks also lm-eval's auto, or auto:N")
     eval_exact_match: bool = option(False, "ask the rows of the dataset, too, and count the right answers")
     eval_max_samples: int | None = option(None, "rows that are asked, the first ones; default: all")
     max_new_tokens: int = option(256, "length of an answer; evaluations within a run have 128 unless told")
@@ -174,7 +175,8 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     inherited = _as_in_the_run(found.run, given)
     args = EvaluateArguments(**(values | inherited))
     options_data.check_reading(args)
-    at_least(args, 1, "batch_size", "max_new_tokens", "eval_max_samples")
+    check_batch_size(args)
+    at_least(args, 1, "max_new_tokens", "eval_max_samples")
     at_least(args, 0, "num_fewshot", "limit")
     more = argv[cut + 1 :]
     if more and not args.tasks:
@@ -183,6 +185,18 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
     sets = [] if args.tasks else options_of_sets(args, given, found.run)
     return args, found, Request(frozenset(given), sets, more)
+
+
+def check_batch_size(args: EvaluateArguments) -> None:
+    """Raises ConfigError for what is neither a number of rows nor, with --tasks, lm-eval's word for finding one."""
+    said = args.batch_size
+    automatic = re.fullmatch(r"auto(:[1-9]\d*)?", said) is not None
+    if automatic and not args.tasks:
+        raise ConfigError(f"--batch_size is {said}: it is lm-eval that finds one, with --tasks; give a number")
+    if not automatic and not re.fullmatch(r"[-+]?\d{1,9}", said):
+        raise ConfigError(f"--batch_size is {said[:20]}: must be a number, or auto or auto:N with --tasks")
+    if not automatic and int(said) < 1:
+        raise ConfigError(f"--batch_size is {said}: must be at least 1")
 
 
 def options_of_sets(
@@ -301,6 +315,7 @@ def evaluate_dataset(
     from hdpissa.launch.position_checks import check_positions
     from hdpissa.launch.train_checks import check_vocabulary
     from hdpissa.launch.train_data import tell_sources
+    from hdpissa.launch.train_questions import stop_at_turns
 
     config = evaluate_model.read_config(args.model, base or folder, args.trust_remote_code)
     if base:
@@ -313,7 +328,8 @@ def evaluate_dataset(
     rows = found.train
     asked = []
     if args.eval_exact_match:
-        there = questions(rows.dataset, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
+        shown = found.ask("train").dataset
+        there = questions(shown, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
         asked = [question for question in there if question.reference]
         if not asked:
             raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
@@ -321,15 +337,16 @@ def evaluate_dataset(
     model = evaluate_model.load(args.model, folder, base, **place)  # type: ignore[arg-type]
     if config is None:
         check_vocabulary(found, None, model.config)
+    for line in stop_at_turns(model, tokenizer, found):
+        print(line)
     if note := check_positions(args, model, found, asked):
         print(f"note: {note}", file=sys.stderr)
     device = torch.device(model.device)
-    batches = EvalBatches(
-        rows.dataset, rank=0, world_size=1, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id
-    )
+    size = int(args.batch_size)
+    batches = EvalBatches(rows.dataset, rank=0, world_size=1, batch_size=size, pad_token_id=tokenizer.pad_token_id)
     figures, graded = loss_figures(*mean_loss(model, batches, device)), []
     if asked:
-        ids, limits = [q.ids for q in asked], {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        ids, limits = [q.ids for q in asked], {"batch_size": size, "max_new_tokens": args.max_new_tokens}
         with torch.no_grad():
             answers = generate(model, tokenizer, ids, device=device, **limits)  # type: ignore[arg-type]
         figures |= match_figures(answers, asked)

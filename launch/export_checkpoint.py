@@ -36,8 +36,9 @@ from hdpissa.kernels.reference import split_fp32
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of the base: configuration, tokenizer, code
-TEMPLATE = "chat_template.jinja"  # of a tokenizer, in transformers
-OF_MODEL = {"config.json", "generation_config.json", REPORT}
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"  # in transformers
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+OF_MODEL = {"config.json", GENERATION, REPORT}
 MAX_COPIED_BYTES = 100 * 2**20
 BLOCK_ELEMENTS = 2 * 2**20  # of W, when sums are applied
 
@@ -153,8 +154,13 @@ def _refuse_tied(reader: CheckpointReader, base: Path | None) -> None:
 
 
 def _config(base: Path | None) -> dict[str, Any]:
+    return _json_object(base / "config.json") if base else {}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A file's; empty where it has none."""
     try:
-        content = json.loads((base / "config.json").read_text()) if base else {}
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -201,6 +207,7 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
         outbox.write(file, some)
     outbox.guard(lambda: _copy_small_files(base.folder, outbox.partial, out))  # type: ignore[arg-type]
     outbox.guard(lambda: _write_template(reader.manifest.client_state, outbox.partial))
+    outbox.guard(lambda: _write_stops(reader.manifest.client_state, base.folder, outbox.partial))
     outbox.agree()
     return publish_hf(outbox, files, out, reader.manifest.step)
 
@@ -302,6 +309,20 @@ def _write_template(state: dict[str, Any], folder: Path) -> None:
     """In place of the base's; `AutoTokenizer` takes this file before what tokenizer_config.json says."""
     if (text := trained_template(state)) is not None:
         (folder / TEMPLATE).write_text(text, encoding="utf-8")
+
+
+def _write_stops(state: dict[str, Any], base: Path | None, folder: Path) -> None:
+    """The end of a chat's turn beside the base's own ends, as the run's export has it."""
+    stops = state.get("stop_token_ids")
+    if not isinstance(stops, list):  # rows that are no chats, and checkpoints of 0.1
+        return
+    config = _config(base)
+    made = {name: config[name] for name in SPECIAL if config.get(name) is not None}  # as transformers makes one
+    found = _json_object(folder / GENERATION) or made
+    own = found.get("eos_token_id")
+    ends = list(own) if isinstance(own, list) else [own] if own is not None else []
+    found["eos_token_id"] = list(dict.fromkeys([*ends, *stops]))
+    (folder / GENERATION).write_text(json.dumps(found, indent=2) + "\n")
 
 
 # --- an adapter ------------------------------------------------------------------------------------

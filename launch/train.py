@@ -37,6 +37,7 @@ from hdpissa.launch.train_guard import Guard
 from hdpissa.launch.train_lock import lock_folder
 from hdpissa.launch.train_model import load_model
 from hdpissa.launch.train_preview import show_rows
+from hdpissa.launch.train_questions import stop_at_turns
 from hdpissa.launch.train_schedule import make_scheduler
 
 # ---------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     start = engine.global_steps
     if args.packing:
         refuse_leaks(engine, job)
-    for line in tell_rows(job.rows, job.data):
+    for line in [*tell_rows(job.rows, job.data), *stop_at_turns(model, job.tokenizer, job.rows)]:
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))

@@ -193,6 +193,8 @@ class Checkpoints:
         self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
         if args.chat_template is not None:  # its text: an export has neither the run's tokenizer nor its Jinja file
             self._client_state["chat_template"] = _plain(job.tokenizer.chat_template)
+        if job.rows.stops:  # for an export, which runs no template
+            self._client_state["stop_token_ids"] = job.rows.stops
         self._saved_at = -1
         self.best, self._tracks = make_best(args, reader), needs_best(args)
         self._best_home = best_home(args, reader, self.best)

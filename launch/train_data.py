@@ -7,14 +7,14 @@ names, columns, formats, templates, lengths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hdpissa.engine import data, data_sources
 from hdpissa.engine.batches import Batches, SliceBatches
-from hdpissa.engine.chat_template import ChatTemplate, resolve_chat_template
-from hdpissa.engine.data_encode import Encoding, choose_learn
+from hdpissa.engine.chat_template import OR_EVERYTHING, ChatTemplate, resolve_chat_template
+from hdpissa.engine.data_encode import LOSS_ON, Encoding, choose_learn
 from hdpissa.engine.data_formats import Fields, RowFormat
 from hdpissa.engine.data_packing import PackedRows
 from hdpissa.engine.data_sources import Source
@@ -43,6 +43,8 @@ class Rows:
         template: `render(instruction)` is what the model sees of a single question.
         sources: for run.json and people: name, format and counts of each set.
         warnings: what a person should know of them.
+        stops: tokens that end a turn of the assistant, where rows are chats; an answer ends there, too.
+        ask: rows by their use ("train", "evaluation"), each of which shows where its answer begins.
     """
 
     train: Any
@@ -50,6 +52,8 @@ class Rows:
     template: Any
     sources: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+    ask: Callable[[str], Any] | None = None
 
 
 def read_rows(
@@ -82,6 +86,7 @@ class _Reader:
         self.options, self.given = options, given
         self.first: RowFormat | None = None
         self.used: set[str] = set()  # those of OF_ONE_KIND that some set is read by
+        self.encoded: list[tuple[str, Source, Any, Encoding, Any]] = []  # use, what was read, how, and the result
 
     def read(self) -> Rows:
         asked = self.args.eval_dataset_name or self.args.eval_split
@@ -94,7 +99,31 @@ class _Reader:
         if self.first.chat:
             template = ChatTemplate(self.chat_template or "", self.tokenizer)
         held_out = data.join([self._encode(*part, use="evaluation") for part in others]) if others else None
-        return Rows(joined, held_out, template, self.sources, overlaps(self.train_sources, self.options, sets))
+        chats = any(encoding.format.chat for _, _, encoding in (*train, *others))
+        return Rows(
+            joined,
+            held_out,
+            template,
+            self.sources,
+            warnings=overlaps(self.train_sources, self.options, sets),
+            stops=ChatTemplate(self.chat_template or "", self.tokenizer).stops() if chats else [],
+            ask=self.to_ask,
+        )
+
+    def to_ask(self, use: str) -> Any:
+        """See `Rows.ask`. Where everything carries loss the rows are encoded once more, as if answers alone did."""
+        parts = []
+        for used, source, rows, encoding, found in self.encoded:
+            if used == use and encoding.learn == "everything":
+                shown = replace(encoding, learn=choose_learn(encoding.format))
+                try:
+                    parts.append(self._tokens(rows, source, shown))
+                except ConfigError as error:
+                    text = str(error).removesuffix(OR_EVERYTHING)
+                    raise ConfigError(f"questions of {text}; or ask no rows") from None
+            elif used == use:
+                parts.append(found)
+        return data.join(parts)
 
     # --- sets ----------------------------------------------------------------------------------------
 
@@ -131,10 +160,8 @@ class _Reader:
         )
 
     def _encode(self, rows: Any, source: Source, encoding: Encoding, *, use: str = "train") -> Any:
-        try:
-            found = data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
-        except ConfigError as error:
-            raise self._named(source, error) from None
+        found = self._tokens(rows, source, encoding)
+        self.encoded.append((use, source, rows, encoding, found))
         counts = {
             "rows": len(rows),
             "used": len(found.dataset),
@@ -144,6 +171,12 @@ class _Reader:
         }
         self.sources.append(self._describe(source, encoding, use=use) | counts)
         return found
+
+    def _tokens(self, rows: Any, source: Source, encoding: Encoding) -> Any:
+        try:
+            return data.encode_rows(rows, self.tokenizer, encoding, num_proc=self.args.preprocessing_num_workers)
+        except ConfigError as error:
+            raise self._named(source, error) from None
 
     # --- formats -------------------------------------------------------------------------------------
 
@@ -202,14 +235,17 @@ class _Reader:
                 )
 
     def _describe(self, source: Source, encoding: Encoding, *, use: str) -> dict[str, Any]:
-        loss = {"completion": "the answer", "assistant": "the assistant's turns", "everything": "everything"}
         return {
             "name": str(source),
             "use": use,
             "format": str(encoding.format),
-            "prompts": "chat template" if encoding.format.chat else self._prompts(encoding.format),
-            "loss_on": loss[encoding.learn],
+            "prompts": self._chat() if encoding.format.chat else self._prompts(encoding.format),
+            "loss_on": LOSS_ON[encoding.learn],
         }
+
+    def _chat(self) -> str:
+        dated = ChatTemplate(self.chat_template or "", self.tokenizer).dated
+        return f"chat template (today is {dated})" if dated else "chat template"
 
     def _prompts(self, format: RowFormat) -> str:
         return f"template {self.args.prompt_template}" if format.name == "alpaca" else "as they are"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from hdpissa.engine import answers
 from hdpissa.engine.answers import extract, is_right, style_of
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.generation import questions
@@ -35,12 +36,29 @@ from hdpissa.launch import train_arguments
         ("7 is what 3 and 4 make", "7", False),
         ("about -1,234.50 dollars", "-1234.5", True),
         ("1/2", "0.5", True),
+        ("#### 1.8e1", "#### 18", True),
+        ("#### 1e-400", f"#### 0.{'0' * 20}1", False),
         ("no number", "7", False),
         ("", "7", False),
     ],
 )
 def test_an_answer_is_judged_by_the_style_of_the_reference(answer, reference, right):
     assert is_right(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["1e1000000000", "1E+1_000_000_000", "1e-1000000000", "1e" + "9" * 40, "9" * 100_000, "1/" + "3" * 9_000, "1e1__0"],
+    ids=lambda text: text[:20],
+)
+def test_numbers_that_take_long_are_not_worked_out(monkeypatch, answer):
+    """A model may say any; letter by letter they are still the same."""
+    asked = []
+    monkeypatch.setattr(answers, "Fraction", asked.append)  # which works nothing out
+    for number in ("18", "1e3"):
+        assert not is_right(f"#### {answer}", f"#### {number}")
+    assert is_right(f"#### {answer}", f"#### {answer}")
+    assert set(asked) <= {"18", "1e3", "1e1__0"}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,7 @@ def test_rows_to_evaluate_on_are_needed():
         with pytest.raises(ConfigError, match=f"--{name} needs evaluation rows"):
             read_questions(args, None, nothing)
     plain = SimpleNamespace(dataset=datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]))
-    answers_only = SimpleNamespace(held_out=plain)
+    answers_only = SimpleNamespace(held_out=plain, ask=lambda use: plain)
     for name, value in {"eval_exact_match": True, "sample_steps": 2}.items():
         with pytest.raises(ConfigError, match="no evaluation row has a prompt"):
             read_questions(train_arguments.TrainArguments(**{name: value}), Words(), answers_only)

@@ -145,6 +145,25 @@ def test_speakers_of_sharegpt_and_rows_that_are_wrong():
         encode(table([good, {"conversations": []}]))
 
 
+def test_roles_have_sharegpts_names_or_the_templates_own():
+    """Of both spellings of a role one is the template's; a role that nobody knows is no row without labels."""
+    turns = [("System", "s"), ("human", "q"), ("GPT", "a"), ("user", "r"), ("model", "b")]
+    messages = [{"role": who, "content": text} for who, text in turns]
+    assert texts(encode(table([{"messages": messages}]))) == [TURNS]
+    found = encode(table([{"prompt": messages[:2], "completion": messages[2:3]}]))
+    assert texts(found) == ["[system]s</s>[user]q</s>[assistant]«a</s>»"]
+    seen = [{"role": "observation", "content": "o"}, {"role": "gpt", "content": "a"}]
+    assert texts(encode(table([{"messages": seen}]))) == ["[tool]o</s>[assistant]«a</s>»"]
+    naming = "{{ 'gpt' if '' == 'observation' }}" + CHAT
+    assert texts(encode(table([{"messages": seen}]), chat=naming)) == ["[observation]o</s>[assistant]«a</s>»"]
+    good = {"messages": [QUESTION, ANSWER]}
+    for role in ("narrator", "assistent", ""):
+        with pytest.raises(ConfigError, match=rf"^row 1 \(from 0\), column 'messages': a turn with the role '{role}'"):
+            encode(table([good, {"messages": [QUESTION, {"role": role, "content": "once"}]}]))
+    with pytest.raises(ConfigError, match=r"^no row has anything to learn, with loss on the assistant's turns; add"):
+        encode(table([{"messages": [QUESTION]}]))
+
+
 # --- what carries loss -----------------------------------------------------------------------------
 
 CHATTED = [{"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER, QUESTION, ANSWER]}]

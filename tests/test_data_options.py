@@ -134,9 +134,10 @@ def test_checkpoints_keep_the_text_of_the_chat_template(tmp_path):
     for options, kept in (({"chat_template": tmp_path / "chat.jinja"}, "!" + CHAT), ({}, None)):
         args, given = parse(path, **options)
         tokenizer = character_tokenizer(chat_template=CHAT)
-        read_rows(args, given, tokenizer)
+        rows = read_rows(args, given, tokenizer)
         data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
-        job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1), tokenizer=tokenizer)
+        plan = SimpleNamespace(rank=0, slices=1)
+        job = SimpleNamespace(data=data, total_steps=8, plan=plan, tokenizer=tokenizer, rows=rows)
         engine = SimpleNamespace(save_checkpoint=lambda folder, **how: how["client_state"], global_steps=1)
         assert Checkpoints(args, job, None, None)._save(engine, background=False).get("chat_template") == kept
 
@@ -215,7 +216,7 @@ def inputs(folder):
         }
         for row in rows
     ]
-    (folder / "chat.jinja").write_text(CHAT.replace("</s>", "<eos>"))
+    (folder / "chat.jinja").write_text(CHAT.replace("</s>", "<pad>"))  # an end of turn that is no EOS
     found["dataset_name"] = f"{jsonl(folder, 'chats', chats)}:40 {found['dataset_name']}:0.5"
     return found | {"chat_template": str(folder / "chat.jinja"), "max_length": 320, "learning_rate": 3e-3}
 
@@ -230,7 +231,7 @@ def test_preview_shows_rows_and_trains_nothing(inputs, folder, capsys):
     assert re.search(r"--- sample 1 \(\d+ rows?\): \d+ tokens", shown)
     assert "messages (column messages); prompts chat template, loss on the assistant's turns; 40 of 40 rows" in shown
     assert "[assistant]⟪" in shown
-    assert "<eos>⟫" in shown
+    assert "<pad>⟫" in shown
     assert "⟪[user]" not in shown
     assert not output.exists()
 
@@ -288,8 +289,9 @@ def test_a_run_tells_what_it_has_read(mixed_run, inputs):
     assert told["used"] + told["dropped_too_long"] == 72
     assert told["truncated"] == 0
     assert told["packed_into"] < told["used"]
-    template = (Path(mixed_run["output_dir"]) / "model" / "chat_template.jinja").read_text()
-    assert template == Path(inputs["chat_template"]).read_text()
+    export = Path(mixed_run["output_dir"]) / "model"
+    assert (export / "chat_template.jinja").read_text() == Path(inputs["chat_template"]).read_text()
+    assert read_json(export / "generation_config.json")["eos_token_id"] == [0, 1]  # <eos>, and the end of turn
 
 
 def test_a_streamed_run_goes_on_where_it_was(inputs, folder):

@@ -14,6 +14,7 @@ from launch_runs import flags
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import train_arguments
 from hdpissa.launch.train_data import read_rows, tell_rows, tell_sources
+from hdpissa.launch.train_questions import read_questions
 
 MATH = [{"query": "q", "response": "a"}]  # the columns of MetaMathQA
 GSM = [{"question": "q", "answer": "a", "text": "t"}]
@@ -27,9 +28,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def read(source, **options):
     """What train.py's own command line reads."""
-    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
-    args, given = train_arguments.parse(flags(required | options))
+    args, given = parse(source, **options)
     return read_rows(args, given, character_tokenizer(chat_template=CHAT))
+
+
+def parse(source, **options):
+    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
+    return train_arguments.parse(flags(required | options))
 
 
 def jsonl(folder: Path, name: str, rows) -> Path:
@@ -160,3 +165,49 @@ def test_the_option_that_asks_for_too_many_rows_is_named(tmp_path):
         read(path, eval_dataset_name=f"{path}:5")
     with pytest.raises(ConfigError, match=r"^--dataset_name: .*rows\.jsonl:5 asks for 5 rows"):
         read(f"{path}:5")
+
+
+# --- questions -------------------------------------------------------------------------------------
+
+HISTORY = "[system]s</s>[user]q</s>[assistant]a</s>[user]r</s>[assistant]"
+
+
+@pytest.mark.parametrize(
+    "asking", [{"eval_exact_match": True}, {"sample_steps": 2}], ids=lambda value: next(iter(value))
+)
+@pytest.mark.parametrize(
+    ("format", "options", "prompts", "answers"),
+    [
+        ("alpaca", {"train_on_prompt": True}, ["<s><q>", "<s><q\ni>"], ["a", "b"]),
+        ("alpaca", {"completion_only_loss": "false"}, ["<s><q>", "<s><q\ni>"], ["a", "b"]),
+        ("prompt_completion", {"completion_only_loss": "false"}, ["<s>q ", "<s>r"], ["a", "b"]),
+        ("messages", {"train_on_prompt": True}, [HISTORY] * 2, ["b", "b"]),
+        ("messages", {"assistant_only_loss": "false"}, [HISTORY] * 2, ["b", "b"]),
+    ],
+)
+def test_rows_are_asked_whatever_carries_loss(tmp_path, asking, format, options, prompts, answers):
+    """As where only the answers do; and what carries loss stays what it is."""
+    path = jsonl(tmp_path, format, ROWS[format][0])
+    options = options | ({"prompt_template": "<{instruction}>"} if format == "alpaca" else {})
+    args, given = parse(path, eval_dataset_name=path, **options, **asking)
+    tokenizer = character_tokenizer(chat_template=CHAT)
+    found = read_rows(args, given, tokenizer)
+    assert all(row["labels"] == row["input_ids"] for row in found.held_out.dataset)
+    graded, asked = read_questions(args, tokenizer, found)
+    for questions in filter(None, (graded, asked)):
+        assert ["".join(map(tokenizer.decode, question.ids)) for question in questions] == prompts
+        assert [question.reference for question in questions] == answers
+    assert (bool(graded), bool(asked)) == (bool(args.eval_exact_match), bool(args.sample_steps))
+
+
+def test_why_rows_cannot_be_asked(tmp_path):
+    """Where the template does not show where an answer begins, and where there is no prompt."""
+    counting = {"chat_template": "{{ messages | length }}" + CHAT, "assistant_only_loss": "false"}
+    told = r"^questions of dataset .*does not show .* marks them with {% generation %}; or ask no rows$"
+    for format, options, message in (("messages", counting, told), ("text", {}, "no evaluation row has a prompt and")):
+        path = jsonl(tmp_path, format, ROWS[format][0])
+        args, given = parse(path, eval_dataset_name=path, eval_exact_match=True, **options)
+        tokenizer = character_tokenizer(chat_template=CHAT)
+        found = read_rows(args, given, tokenizer)
+        with pytest.raises(ConfigError, match=message):
+            read_questions(args, tokenizer, found)

@@ -91,6 +91,10 @@ def test_data_are_read_as_the_run_did(tmp_path):
         (["--model", "DIR/m", "--tasks", "gsm8k"], 'not installed: pip install "lm-eval[hf]"'),
         (["--model", "DIR/m", "--dataset_name", "x", "--", "--foo"], "is for lm-eval"),
         (["--model", "DIR/m", "--dataset_name", "x", "--batch_size", "0"], "--batch_size is 0: must be at least 1"),
+        (["--model", "DIR/m", "--dataset_name", "x", "--batch_size", "x"], "is x: must be a number, or auto or auto:N"),
+        (["--model", "DIR/m", "--tasks", "x", "--batch_size", "0"], "--batch_size is 0: must be at least 1"),
+        (["--model", "DIR/m", "--tasks", "x", "--batch_size", "auto:0"], "is auto:0: must be a number, or auto or"),
+        (["--model", "DIR/m", "--dataset_name", "x", "--batch_size", "auto"], "with --tasks; give a number"),
         (["--model", "DIR/m", "--tsks", "x"], "did you mean --tasks?"),
     ],
 )
@@ -102,6 +106,14 @@ def test_bad_input_of_evaluate(tmp_path, words, told):
         evaluate.main([word.replace("DIR", str(tmp_path)) for word in words])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["auto", "auto:4", "16"])
+def test_lm_eval_finds_its_batch_size(tmp_path, size):
+    folder = model_folder(tmp_path, ("model/config.json", "{}"))
+    args, found, request = evaluate.parse(["--model", folder, "--tasks", "gsm8k", "--batch_size", size])
+    command = evaluate.lm_eval_command(args, found.folder, found.base, request.more)
+    assert command[command.index("--batch_size") + 1] == size
 
 
 def test_a_comma_would_be_two_arguments(tmp_path):

@@ -89,6 +89,20 @@ def test_templates_and_columns(capsys, inputs):
     assert everything["tokens"] > chat["tokens"]
 
 
+def test_rows_are_asked_where_prompts_carry_loss_too(capsys, inputs, tmp_path):
+    words = ["--eval_exact_match", "--eval_max_samples", "2", "--max_new_tokens", "2", "--output_path", str(tmp_path)]
+    assert figures(capsys, inputs, *words, "--train_on_prompt")["samples"] == 2
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert all(answer["prompt"].endswith("### Response:") for answer in answers)
+
+
+def test_answers_end_where_the_chat_template_ends_a_turn(capsys, inputs):
+    words = ["--model", inputs["model"], "--dataset_name", inputs["chats"], "--chat_template"]
+    for template, told in ((CHAT.replace("eos", "pad"), True), (CHAT, False)):
+        evaluate.main([*words, template])
+        assert ("answers end at <pad>, too: the chat template's end of turn\n" in capsys.readouterr().out) is told
+
+
 def test_what_reaches_the_reader(monkeypatch, inputs):
     """The hub cannot be asked here: what it would be asked for."""
     from hdpissa.engine import data, data_sources
@@ -236,6 +250,7 @@ def test_saving_the_best_only(tmp_path):
     assert options_evaluation.needs_best(args)
     data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
     job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1))
+    job.rows = SimpleNamespace(stops=[])
     checkpoints = train_checkpoints.Checkpoints(args, job, None, None)
     checkpoints.best.see(2, 1.0)
     assert [step for step in range(1, 9) if checkpoints.due(step)] == [2]

@@ -212,7 +212,7 @@ def test_damaged_checkpoints(copy, capsys, name, how):
     refused(capsys, copy, words=[path.name, "give another checkpoint"])
 
 
-KEPT = {"arguments": {"chat_template": "gone.jinja"}, "chat_template": "{{ 'of the run' }}"}
+KEPT = {"arguments": {"chat_template": "gone.jinja"}, "chat_template": "{{ 'of the run' }}", "stop_token_ids": [7]}
 LITERAL = {"arguments": {"chat_template": "{{ 'of the run' }}"}}  # of a checkpoint of 0.1
 LOST = {"arguments": {"chat_template": "gone.jinja"}}
 OWN = {"arguments": {"chat_template": "tokenizer"}}
@@ -237,6 +237,9 @@ def test_the_tokenizer_has_the_template_that_was_trained_with(copy, capsys, monk
     assert run_export(copy / "full", copy / "out", *words) == 0
     tokenizer = PreTrainedTokenizerFast.from_pretrained(copy / "out")
     assert tokenizer.chat_template == f"{{{{ 'of the {whose}' }}}}"
+    if format == "hf":
+        ends = json.loads((copy / "out" / "generation_config.json").read_text()).get("eos_token_id")
+        assert ends == ([2, 7] if state is KEPT else 2)  # the base's, and the end of a turn
     said = capsys.readouterr().err
     assert ("gone.jinja, whose text is not in the checkpoint" in said) is (state is LOST)
     assert ("apply_chat_template" in (copy / "out" / "README.md").read_text()) is (state in (KEPT, LITERAL, OWN))
