@@ -144,7 +144,7 @@ def test_a_split_for_each_evaluation_set(monkeypatch):
 def test_rows_that_are_both_trained_and_evaluated_on_are_told(monkeypatch, options, warned):
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.Dataset.from_list([{"text": "a"}] * 9))
     found = read("a", **options)
-    batches = SimpleNamespace(packed=False)
+    batches = SimpleNamespace(packed=False, dropped_samples=0)
     said = [line for line in tell_rows(found, batches) if line.startswith("warning: ")]
     assert len(said) == warned
     if warned:
