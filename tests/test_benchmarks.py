@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensors import DEVICE
 
-from hdpissa.benchmarks import aot_table, gpu, linear_layers, memcheck_run, shapes, timing
+from hdpissa.benchmarks import aot_table, apart, gpu, linear_layers, memcheck_run, shapes, timing
 
 BENCHMARKS = Path(gpu.__file__).parent
 SCRIPTS = sorted(p.stem for p in BENCHMARKS.glob("bench_*.py"))
@@ -77,6 +77,20 @@ def test_a_result_is_written_twice(tmp_path):
     stored = json.loads((tmp_path / "x.json").read_text())
     assert stored["rows"] == [{"a": 1.23456, "b": "c", "d": 1}]
     assert stored["environment"]["torch"] == torch.__version__
+
+
+# --- processes of their own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cuda", "hip", "way"), [("13.0", None, "spawn"), (None, "7.1", "spawn"), (None, None, None)])
+def test_no_process_is_forked_where_torch_knows_gpus(monkeypatch, cuda, hip, way):
+    """What the fork server imports asks whether there is a GPU, and CUDA cannot be used in a fork after that."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert apart.way_to_start().get_start_method() == (way or "forkserver")
+    if cuda:
+        loaded = "'hdpissa.engine.zero3' in __import__('sys').modules"
+        assert apart.call(eval, loaded) is False
 
 
 # --- the script that runs them all -----------------------------------------------------------------------------------
