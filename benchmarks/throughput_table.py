@@ -90,6 +90,7 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
         "peak bytes of ranks": first["peak_bytes"],
         "real tokens": tokens,
         "padded tokens": first["padded_tokens"],
+        "rounds": len(rounds),
         "samples": {"step s p50": seconds, "CPU s": cpu},
     }
 

@@ -199,9 +199,9 @@ def write(
 
     Args:
         rows: column → value; a row may lack columns. `samples`, where a row has it, is column → the raw values of which
-            that column is the median or mean: compare.py takes the noise from them. Where the configuration has
-            `rounds`, they are round after round, equally many of each. `weights`, where a row has it, names what its
-            samples are of, one by one: then each is compared with its namesake.
+            that column is the median or mean: compare.py takes the noise from them. Where the configuration or, before
+            it, the row has `rounds`, they are round after round, equally many of each. `weights`, where a row has it,
+            names what its samples are of, one by one: then each is compared with its namesake.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
         identity: the columns that tell one row from another, for compare.py.

@@ -120,6 +120,7 @@ def test_a_method_that_fails_later_keeps_its_rounds():
     assert len(rows) == 2
     assert rows[1]["/ frozen"] == pytest.approx(2.0)
     assert rows[1]["remark"] == "then failed, after 1 round(s): no memory"
+    assert [row["rounds"] for row in rows] == [2, 1]
 
 
 @pytest.mark.parametrize(
