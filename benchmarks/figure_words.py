@@ -126,6 +126,25 @@ def tell_quality(rows: Rows) -> str:
     return ", ".join(told)
 
 
+def _of_rounds(row: Mapping[str, Any], column: str, digits: int = 2) -> str:
+    """A median over rounds, with their range where there are several."""
+    samples = (row.get("samples") or {}).get(column, ())
+    spread = f" ({min(samples):.{digits}f} to {max(samples):.{digits}f})" if len(samples) > 1 else ""
+    return f"{row[column]:.{digits}f}{spread}"
+
+
+def _how_often(rows: Rows) -> str:
+    """What the figures of a throughput result are of."""
+    rounds = max(len((row.get("samples") or {}).get("CPU / frozen", ())) for row in rows)
+    return f"median and range of {rounds} rounds" if rounds > 1 else "one run of each"
+
+
+def _and_tokens(rows: Rows) -> str:
+    """The same, with the real tokens of a step of all processes."""
+    tokens = "/".join(str(n) for n in dict.fromkeys(row["real tokens"] for row in rows if "real tokens" in row))
+    return f"{_how_often(rows)}, {tokens} tokens a step in all"
+
+
 def tell_throughput(rows: Rows) -> str:
     names = {
         "hd_pissa": "HD-PiSSA",
@@ -135,25 +154,31 @@ def tell_throughput(rows: Rows) -> str:
         "reference": "published",
     }
     chosen = [row for row in most_ranks(rows) if row["method"] in names and "CPU / frozen" in row]
-    return ", ".join(f"{names[row['method']]} {row['CPU / frozen']:.2f}" for row in chosen)
+    told = ", ".join(f"{names[row['method']]} {_of_rounds(row, 'CPU / frozen')}" for row in chosen)
+    same = "; LoRA and PiSSA compute the same, what they differ by is noise"
+    control = same if {"lora", "pissa"} <= {row["method"] for row in chosen} else ""
+    return f"{told}; {_and_tokens(most_ranks(rows))}{control}"
 
 
 def tell_published(rows: Rows) -> str:
     row = one(most_ranks(rows), method="hd_pissa")
     frozen = one(most_ranks(rows), method="frozen")
+    clock, cpu = "reference / it", "CPU reference / it"
     return (
-        f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time; with nothing "
-        f"trained {frozen['reference / it']:.2f} and {frozen['CPU reference / it']:.2f}"
+        f"{_of_rounds(row, clock)} by the clock, {_of_rounds(row, cpu)} in CPU time; with nothing trained "
+        f"{_of_rounds(frozen, clock)} and {_of_rounds(frozen, cpu)}; {_and_tokens(most_ranks(rows))}"
     )
 
 
 def tell_update(rows: Rows) -> str:
     """Of a step what is neither forward nor backward: exchange and apply, waiting for slower processes included."""
-    ours, theirs = (
-        row["step s p50"] * (row["exchange %"] + row["apply %"]) / 100
-        for row in (one(most_ranks(rows), method=method) for method in ("hd_pissa", "reference"))
-    )
-    return f"{theirs / ours:.1f}: {theirs:.2f} s and {ours:.2f} s"
+    ours, theirs = (one(most_ranks(rows), method=method) for method in ("hd_pissa", "reference"))
+    if "update reference / it" in ours:
+        ratio, seconds = _of_rounds(ours, "update reference / it", 1), [row["update s"] for row in (theirs, ours)]
+    else:  # a result of older form has the phases alone
+        seconds = [row["step s p50"] * (row["exchange %"] + row["apply %"]) / 100 for row in (theirs, ours)]
+        ratio = f"{seconds[0] / seconds[1]:.1f}"
+    return f"{ratio}: {seconds[0]:.2f} s and {seconds[1]:.2f} s; {_how_often(most_ranks(rows))}"
 
 
 def tell_rates(rows: Rows) -> str:

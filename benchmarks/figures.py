@@ -43,8 +43,8 @@ class Figure:
 
     @property
     def asked(self) -> str:
-        """The question with its values."""
-        return self.question.format(**self.configuration)
+        """The question with its values; {rows} is how many rows a slice has in a step."""
+        return self.question.format(**self.configuration, rows=rows_per_slice(self.configuration))
 
     def others(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """What the stored configuration says otherwise; key → its value. Older results hold their values as text."""
@@ -56,10 +56,20 @@ class Figure:
         return [key for key in self.configuration if key not in stored]
 
 
+def rows_per_slice(configuration: Mapping[str, Any]) -> str:
+    """Of a step of throughput.py, in words; nothing for other configurations."""
+    if "num_accelerators" not in configuration or "micro_batch" not in configuration:
+        return ""
+    ranks = configuration["num_accelerators"][-1]
+    rows = ranks * configuration["accumulation"] * configuration["micro_batch"]
+    count = rows // (configuration["slices"] or ranks)
+    return f"{count} row{'s' if count > 1 else ''} per slice"
+
+
 DEMO = "smollm2-135m-instruct"
 THROUGHPUT = (
     f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --slices 8 --accumulation 4"
-    " --micro_batch 1 --max_length 256"
+    " --micro_batch 1 --max_length 256 --steps 3 --warmup 2 --rounds 3"
 )
 THROUGHPUT_IS = {
     "model": DEMO,
@@ -72,6 +82,7 @@ THROUGHPUT_IS = {
     "max_length": 256,
     "steps": 3,
     "warmup": 2,
+    "rounds": 3,
     "dtype": "fp32",
     "layers": None,
     "zero": {},
@@ -79,6 +90,9 @@ THROUGHPUT_IS = {
 }
 FEW = ["hd_pissa", "frozen", "reference"]
 GATHERED = {"stage3_param_persistence_threshold": 10**12}  # as in ds_configs/zero3_gathered.json
+STAY_GATHERED = (
+    f"{THROUGHPUT} --methods {' '.join(FEW)} --zero stage3_param_persistence_threshold=1000000000000 --label gathered"
+)
 QUALITY_IS = {
     "model_name_or_path": DEMO,
     "dataset_name": "gsm8k_train.jsonl",
@@ -163,36 +177,43 @@ FIGURES = (
     ),
     Figure(
         "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}, "
-        "S = {slices}",
+        "S = {slices}, {rows}",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_throughput,
         THROUGHPUT_IS,
     ),
     Figure(
         "the same runs: time of the published algorithm's step, HD-PiSSA's = 1; the goal is 3",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_published,
         THROUGHPUT_IS,
     ),
     Figure(
-        "the same runs: time of the published algorithm's update alone (exchange and apply), HD-PiSSA's = 1",
+        "the same runs: time of the published algorithm's update alone (exchange and apply), HD-PiSSA's = 1; it leaves "
+        "the new W on every rank, HD-PiSSA's leaves shards, which the next passes gather",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_update,
         THROUGHPUT_IS,
     ),
     Figure(
-        "whole steps with weights that stay gathered",
+        "the update alone with weights that stay gathered: both leave the new W on every rank, {rows}",
         "throughput_smollm2_135m_instruct_fp32_gathered",
-        f"{THROUGHPUT} --steps 3 --warmup 2 --methods {' '.join(FEW)} "
-        "--zero stage3_param_persistence_threshold=1000000000000 --label gathered",
+        STAY_GATHERED,
+        figure_words.tell_update,
+        THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
+    ),
+    Figure(
+        "whole steps with weights that stay gathered, {rows}",
+        "throughput_smollm2_135m_instruct_fp32_gathered",
+        STAY_GATHERED,
         figure_words.tell_published,
         THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
     ),
     Figure(
-        "whole steps in {dtype}, which this CPU emulates, S = 2, one micro-batch; the goal is 6",
+        "whole steps in {dtype}, which this CPU emulates, S = 2, one micro-batch, {rows}; the goal is 6",
         "throughput_smollm2_135m_instruct_bf16",
         f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --max_length 256 --dtype bf16 "
         f"--steps 1 --warmup 1 --methods {' '.join(FEW)}",
@@ -209,6 +230,7 @@ FIGURES = (
             "dtype": "bf16",
             "steps": 1,
             "warmup": 1,
+            "rounds": 1,
             "layers": None,
             "zero": {},
         },
@@ -216,7 +238,7 @@ FIGURES = (
     Figure(
         "the fp32 runs: peak memory of a rank",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_memory,
         THROUGHPUT_IS,
     ),

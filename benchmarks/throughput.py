@@ -224,7 +224,8 @@ def note(args: argparse.Namespace) -> str:
         f"through the deepspeed launcher each.{zero_note(args.zero)}",
         "tokens/s counts real tokens, without padding. CPU s: of all processes in a step. / frozen and reference / it: "
         "medians over rounds. efficiency: tokens/s per device over those of the fewest devices, each with the same "
-        "work.",
+        "work. update s: exchange and apply, mean of the processes.",
+        *control(args.methods),
         f"MB received: of a process in a step, the most of any, counted at torch.distributed: {formula()}.",
         "Phases: forward and backward with the collectives that they wait for (gathers; of `full` the reduction of its "
         "gradients, too), exchange = in collectives of the optimizer step, and waiting there for slower processes, "
@@ -233,6 +234,13 @@ def note(args: argparse.Namespace) -> str:
         f"{throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{'' if gpu else rest}",
     ]
     return " ".join(parts)
+
+
+def control(methods: list[str]) -> list[str]:
+    """What the table has to measure its own noise by."""
+    if not {"lora", "pissa"} <= set(methods):
+        return []
+    return ["lora and pissa run the same graph with other numbers in it: what their times differ by is noise."]
 
 
 def zero_note(given: dict[str, Any]) -> str:

@@ -134,6 +134,11 @@ def test_only_memory_may_fail(monkeypatch, tmp_path, why, code):
     assert row["remark"] == why
 
 
+def test_the_note_names_what_noise_can_be_read_from():
+    assert "lora and pissa run the same graph" in throughput.note(throughput.parse([]))
+    assert "the same graph" not in throughput.note(throughput.parse(["--methods", "lora", "frozen"]))
+
+
 def test_percentiles():
     assert throughput_table.percentile([3.0], 90) == 3.0
     assert throughput_table.percentile([0.0, 10.0], 90) == pytest.approx(9.0)
