@@ -195,6 +195,17 @@ def tell_memory(rows: Rows) -> str:
 
 
 def tell_counted(rows: Rows) -> str:
+    """Figures that are the plan's, and apart from them those that are it only with what the plan leaves out."""
     *most, last = sorted({row["ranks"] for row in rows})
     counts = " and ".join(filter(None, (", ".join(map(str, most)), str(last))))
-    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on {counts} processes"
+    exact = [row for row in rows if row["counted"] == row["planned"]]
+    told = [f"{len(exact)} of {len(rows)} figures agree exactly"]
+    if added := [row for row in rows if row["agrees"] and row["beside the plan"]]:
+        told.append(f"{len(added)} after adding what the plan leaves out ({_distinct(added)})")
+    if wrong := [row for row in rows if not row["agrees"]]:
+        told.append(f"{len(wrong)} do not agree ({_distinct(wrong)})")
+    return f"{', '.join(told)}, on {counts} processes"
+
+
+def _distinct(rows: Rows) -> str:
+    return "; ".join(dict.fromkeys(row["what"] for row in rows))

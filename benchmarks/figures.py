@@ -253,7 +253,13 @@ FIGURES = (
         figure_words.tell_quality,
         QUALITY_IS,
     ),
-    Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", figure_words.tell_counted),
+    Figure(
+        "bytes and FLOP of a step of a tiny model, counted and planned",
+        "plan_counted",
+        "projection.py",
+        figure_words.tell_counted,
+        {"num_accelerators": [1, 2, 4]},
+    ),
     Figure(
         "rank of the change of W, r = {r}",
         "update_rank",

@@ -32,6 +32,7 @@ NOT_TOLD = {
     "cpu_layers_fp32",
     "export_memory",
     "load_memory",
+    "plan_counted",
     "slice_cache_start",
     "svd_methods",
 }
@@ -161,6 +162,20 @@ def test_the_update_is_told_for_both_states_it_may_end_in():
     assert [figure.configuration["zero"] for figure in told] == [{}, figures.GATHERED]
     assert "leaves shards" in told[0].asked
     assert "both leave the new W on every rank" in told[1].asked
+
+
+def counted(what: str, planned: int, beside: int, found: int) -> dict:
+    agrees = found == planned + beside
+    return {"ranks": 1, "what": what, "counted": found, "planned": planned, "beside the plan": beside, "agrees": agrees}
+
+
+def test_what_is_beside_the_plan_does_not_count_as_exact():
+    exact, half, wrong = counted("bytes", 7, 0, 7), counted("attention", 5, 5, 10), counted("FLOP", 5, 0, 6)
+    assert figure_words.tell_counted([exact, exact]) == "2 of 2 figures agree exactly, on 1 processes"
+    assert figure_words.tell_counted([exact, {**half, "ranks": 4}]) == (
+        "1 of 2 figures agree exactly, 1 after adding what the plan leaves out (attention), on 1 and 4 processes"
+    )
+    assert "1 do not agree (FLOP)" in figure_words.tell_counted([exact, half, wrong])
 
 
 def test_rows_per_slice():
