@@ -100,7 +100,7 @@ def statistic_of(figures: Sequence[float], samples: Sequence[list[float]]) -> Ca
 
 
 def units_of(samples: list[float], rounds: int | None) -> list[list[float]]:
-    """What is drawn again: rounds, or each sample where there are none, or one of each round that it could be had in."""
+    """What is drawn again: rounds, or each sample where there are none, or where not every round has one."""
     if rounds is None or len(samples) % rounds:
         return [[value] for value in samples]
     size = len(samples) // rounds

@@ -58,7 +58,7 @@ def test_linear_layers():
     def clock(work):
         start = time.perf_counter()
         work()
-        return 1e3 * (time.perf_counter() - start)
+        return [1e3 * (time.perf_counter() - start)]
 
     rows = linear_layers.measure_model(tiny, tokens=16, device=torch.device("cpu"), time=clock)
     layers = ["tiny q,k,v", "tiny o", "tiny gate,up", "tiny down", "tiny decoder layer"]
