@@ -179,7 +179,7 @@ def turns(methods: list[str], rounds: int) -> list[list[str]]:
 
 
 def run_all(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
-    """After every round: ((count, method) → its rounds, (count, method) → why it failed), of all rounds so far.
+    """After every run: ((count, method) → its rounds, (count, method) → why it failed), of all runs so far.
 
     A method that has failed is not tried again; the rounds that it has count.
     """
@@ -202,7 +202,7 @@ def run_all(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
                     steps = runs[count, method][-1]["step_s"]
                     p50 = throughput_table.percentile(steps, 50)
                     print(f"round {number + 1}: {method} on {count}: {p50:.4g} s per step", flush=True)
-            yield {key: rounds for key, rounds in runs.items() if rounds}, failures
+                yield {key: rounds for key, rounds in runs.items() if rounds}, failures
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -272,22 +272,32 @@ def name_of(args: argparse.Namespace) -> str:
 
 
 def report(args: argparse.Namespace, runs: dict, failures: dict) -> None:
-    """Writes the table and its pictures."""
+    """Writes the table, and then its pictures: a figure must not be lost with a picture of it."""
     rows = throughput_table.table(runs, failures, throughput_work.model_work(args.model, args.layers))
     args.folder.mkdir(parents=True, exist_ok=True)
     name = name_of(args)
-    pictures = throughput_table.draw(rows, args.folder, name)
-    timing.write(
-        name,
-        rows,
-        throughput_table.COLUMNS,
-        note(args),
-        folder=args.folder,
-        identity=throughput_table.IDENTITY,
-        configuration=timing.configuration_of(args),
-        pictures=pictures,
-        headline=headline(rows, args),
-    )
+
+    def write(pictures: list[str]) -> None:
+        timing.write(
+            name,
+            rows,
+            throughput_table.COLUMNS,
+            note(args),
+            folder=args.folder,
+            identity=throughput_table.IDENTITY,
+            configuration=timing.configuration_of(args),
+            pictures=pictures,
+            headline=headline(rows, args),
+            show=False,
+        )
+
+    write([])
+    try:
+        pictures = throughput_table.draw(rows, args.folder, name)
+    except Exception as error:  # no matplotlib, say
+        print(f"no picture: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        write(pictures)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,8 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         timing.refuse_other(name_of(args), timing.configuration_of(args), folder=args.folder, force=args.force)
-        for runs, failures in run_all(args):  # after every round, so that a run that is stopped leaves something
+        for runs, failures in run_all(args):  # after every run, so that whatever stops this leaves something
             report(args, runs, failures)
+        print((args.folder / f"{name_of(args)}.md").read_text(), flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -218,6 +218,7 @@ def write(
     configuration: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
     headline: str = "",
+    show: bool = True,
 ) -> Path:
     """Writes <name>.json and <name>.md, prints the table, and returns the Markdown file.
 
@@ -231,7 +232,7 @@ def write(
         identity: the columns that tell one row from another, for compare.py.
         configuration: what the whole run was started with (`configuration_of`).
         pictures: files in the same folder, shown below the table.
-        headline: what was found, in one line; suite.py prints it.
+        headline: what was found, in one line; suite.py prints it. show: whether the table is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
@@ -248,7 +249,8 @@ def write(
     target = folder / f"{name}.md"
     shown = "\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
     target.write_text("\n\n".join(filter(None, [f"# {name}", note, table, shown, tail])) + "\n")
-    print(table, flush=True)
+    if show:
+        print(table, flush=True)
     return target
 
 

@@ -179,7 +179,7 @@ def ours(work: Work, device: torch.device, *, random_slices: bool) -> Callable[[
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds of each step; the most memory that was allocated in a step, and before, from the variant's building on."""
+    """Seconds of each step; the most memory that was allocated in a step, and before, while the variant was built."""
 
     samples: list[float]
     peak: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -118,6 +119,55 @@ def test_every_phase_has_commands():
         for command, limit in gpu.commands(phase):
             assert limit
             assert all((gpu.ROOT / part).is_file() for part in command if part.endswith(".py"))
+
+
+def test_throughput_ends_a_run_before_it_is_ended_itself():
+    for command, limit in gpu.commands("throughput"):
+        assert 2 * int(command[command.index("--timeout") + 1]) < limit
+
+
+def imported(file: Path) -> set[str]:
+    """What a file of the package or of the tests imports when it is imported, with full names."""
+    found, todo = set(), list(ast.parse(file.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ("hdpissa", *file.relative_to(gpu.ROOT).parts[:-1])
+            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else ()), node.module or ""])
+            found |= {base.strip("."), *(f"{base}.{name.name}".replace("..", ".") for name in node.names)}
+        elif not isinstance(node, ast.FunctionDef) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
+
+
+def test_all_that_the_phases_import_is_asked_for():
+    """Else a machine that lacks it is found out by the first script, after minutes."""
+    commands = [command for phase in gpu.PHASES for command, _ in gpu.commands(phase)]
+    todo = [gpu.ROOT / part for command in commands for part in command if part.endswith(".py")]
+    todo += [BENCHMARKS / "throughput_worker.py", BENCHMARKS / "method_zero3.py", gpu.ROOT / "tests/conftest.py"]
+    seen, others = set(), set()
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imported(file):
+            first, *rest = name.split(".")
+            inside = gpu.ROOT.joinpath(*rest) if first == "hdpissa" else gpu.ROOT / "tests" / first
+            files = [path for path in (inside.with_suffix(".py"), inside / "__init__.py") if path.is_file()]
+            todo += files
+            if not files and first != "hdpissa" and first not in sys.stdlib_module_names:
+                others.add(first)
+    assert {"psutil", "yaml", "deepspeed"} <= others <= set(gpu.NEEDED)
+
+
+def test_an_import_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(gpu, "IMPORTS", "import nowhere_to_be_found")
+    assert gpu.broken(dict(os.environ)) == "imports fail: ModuleNotFoundError: No module named 'nowhere_to_be_found'"
+    monkeypatch.setattr(gpu, "IMPORTS", "import json")
+    assert gpu.broken(dict(os.environ)) == ""
 
 
 def test_results_are_collected(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from ranks import run_ranks
@@ -50,7 +51,7 @@ def test_flops_by_hand():
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def a_run(seconds: list[float], *, cpu: float = 1.0, device: str = "cpu", lengths: tuple = (10, 30)) -> dict:
+def a_record(seconds: list[float], *, cpu: float = 1.0, device: str = "cpu", lengths: tuple = (10, 30)) -> dict:
     """What two ranks would have recorded; the second is slower by 10 %, and has half the CPU time."""
 
     def rank(slower: float, share: float, length: int) -> dict:
@@ -67,7 +68,14 @@ def a_run(seconds: list[float], *, cpu: float = 1.0, device: str = "cpu", length
             "device": device,
         }
 
-    return throughput_table.merge({"ranks": [rank(1.0, 1.0, lengths[0]), rank(1.1, 0.5, lengths[1])]})
+    return {"ranks": [rank(1.0, 1.0, lengths[0]), rank(1.1, 0.5, lengths[1])]}
+
+
+A_RECORD = a_record([1.0])
+
+
+def a_run(seconds: list[float], **how: Any) -> dict:
+    return throughput_table.merge(a_record(seconds, **how))
 
 
 def test_ranks_become_one():
@@ -137,6 +145,29 @@ def test_only_memory_may_fail(monkeypatch, tmp_path, why, code):
 def test_the_note_names_what_noise_can_be_read_from():
     assert "lora and pissa run the same graph" in throughput.note(throughput.parse([]))
     assert "the same graph" not in throughput.note(throughput.parse(["--methods", "lora", "frozen"]))
+
+
+def test_every_run_is_written_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    """What is stopped, or cannot draw, leaves its figures: after each method those of all methods so far."""
+    there = []
+    file = tmp_path / "throughput_tiny_fp32.json"
+
+    def run(method, *_):
+        there.append(len(json.loads(file.read_text())["rows"]) if file.exists() else 0)
+        return A_RECORD
+
+    def draw(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(throughput, "run", run)
+    monkeypatch.setattr(throughput_table, "draw", draw)
+    words = ["--methods", "hd_pissa", "lora", "frozen", "--folder", str(tmp_path)]
+    assert throughput.main(words) == 0
+    assert there == [0, 1, 2]
+    said = capsys.readouterr()
+    assert "no picture: ModuleNotFoundError" in said.err
+    assert "| frozen | 2 | 1 |" in said.out
+    assert len(json.loads(file.read_text())["rows"]) == 3
 
 
 def test_percentiles():
