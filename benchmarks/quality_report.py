@@ -239,8 +239,8 @@ def note_of(records: Iterable[Mapping[str, Any]], missing: Sequence[str]) -> str
         f"({how['eval_rows']} rows); loss per answer token and exact match of the test are of {how['test_rows']} other "
         f"rows. ± is the standard deviation over seeds, which vary order and initialisation. HD-PiSSA − it: its test "
         f"loss minus that of the row, by seed; below 0 it is ahead. CPU s: of the whole run, all threads. Exact match: "
-        f"the number after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems its own "
-        f"sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its "
+        f"the number after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems "
+        f"its own sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its "
         f"start, and of these where the record tells them apart: building the method; training steps, no validation."
     )
     if missing:

@@ -230,7 +230,8 @@ def note(args: argparse.Namespace) -> str:
         "Phases: forward and backward with the collectives that they wait for (gathers; of `full` the reduction of its "
         "gradients, too), exchange = in collectives of the optimizer step, and waiting there for slower processes, "
         "apply = the rest of it.",
-        f"peak MB: the largest process, {memory}.",
+        f"peak MB: the largest process, {memory}. Not alike in it: DeepSpeed reduces the gradients of lora, pissa and "
+        f"full in a buffer of as many elements as are trained, at most 50 million; hd_pissa's go through none.",
         f"{throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{'' if gpu else rest}",
     ]
     return " ".join(parts)
