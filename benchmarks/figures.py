@@ -121,7 +121,13 @@ QUALITY_IS = {
     "rates": {arm: [float(rate) for rate in rates.split(",")] for arm, rates in QUALITY_RATES.items()},
 }
 FIGURES = (
-    Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", figure_words.tell_aot),
+    Figure(
+        "kernels compiled for A100, H100 and MI300",
+        "aot",
+        "aot_table.py",
+        figure_words.tell_aot,
+        {"targets": ["sm_80", "sm_90", "gfx942"], "sample": False},
+    ),
     Figure(
         "CPU time of forward + backward, frozen base = 1, SmolLM2-135M, 1024 tokens, {dtype}",
         "cpu_layers_fp32",

@@ -286,8 +286,9 @@ def note_of(args: Arguments, rows: Sequence[Mapping[str, Any]]) -> str:
         f"ΔW = B A keeps rank r. W is held in fp32, so each entry of ΔW carries W's own rounding (by the eps of "
         f"float64 {full} of the {sum(row['matrices'] for row in rows)} changes have full rank): "
         f"what counts in the numerical rank exceeds 'floor', and 'σ past the bound' is the largest singular value that "
-        f"the bound does not allow, both the group's largest. HD-PiSSA's bound is that of one step, and of the first-order "
-        f"part of several: what its later steps have past it are second-order terms, elsewhere it is rounding. Ratios are of the counts above 1e-3."
+        f"the bound does not allow, both the group's largest. HD-PiSSA's bound is that of one step, and of the "
+        f"first-order part of several: what its later steps have past it are second-order terms, elsewhere it is "
+        f"rounding. Ratios are of the counts above 1e-3."
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import pytest
 
 from hdpissa.benchmarks import (
+    aot_table,
     figure_words,
     figures,
     quality,
@@ -27,6 +28,7 @@ from hdpissa.engine.errors import ConfigError
 # Committed results of an older form, which do not tell all of their configuration. Whoever measures one again takes it
 # off this list.
 NOT_TOLD = {
+    "aot",
     "checkpoint",
     "cpu_layers_bf16",
     "cpu_layers_fp32",
@@ -106,6 +108,8 @@ def started(figure, monkeypatch):
     if stem == "quality":
         args = task.parse(quality.Arguments, words, presets=quality.PRESETS)
         return quality.configuration(args) | quality.plan_of(args, quality.make_arms(args)).as_record()
+    if stem == "aot_table":
+        return aot_table.configuration(aot_table.parse(words))
     monkeypatch.setattr(throughput, "check", lambda *_: None)  # the model is not there
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     found = timing.configuration_of(importlib.import_module(f"hdpissa.benchmarks.{stem}").parse(words))
