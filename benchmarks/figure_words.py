@@ -122,7 +122,9 @@ def behind(rows: Rows) -> dict[str, list[float]]:
     """
     ours = next((row for row in rows if row["arm"].startswith("hd_pissa") and "test loss" in row), None)
     found: dict[str, list[float]] = {}
-    for row in rows if ours else ():
+    if ours is None:
+        return found
+    for row in rows:
         if row is not ours and row["arm"] != "base" and "test loss" in row:
             sides = [dict(zip(_seeds(side), side["samples"]["test loss"], strict=True)) for side in (ours, row)]
             if "of seeds" in row or len(sides[0]) == len(sides[1]):

@@ -87,9 +87,9 @@ def commands(phase: str) -> list[tuple[list[str], int]]:
     if phase == "throughput":
         models = ("smollm2-135m", "0.5b", "1.5b", "llama-2-7b")
         # one GPU does what eight would: as many slices, and a micro-batch of its own for each
-        words = ("--num_accelerators", "1", "--slices", "8", "--accumulation", "8", "--steps", "4", "--warmup", "2")
+        words = ["--num_accelerators", "1", "--slices", "8", "--accumulation", "8", "--steps", "4", "--warmup", "2"]
         # a method that hangs is ended well before the script is, and the others still run
-        words += ("--timeout", str(THROUGHPUT_LIMIT // 3))
+        words += ["--timeout", str(THROUGHPUT_LIMIT // 3)]
         return [script("throughput.py", THROUGHPUT_LIMIT, *words, "--model", model) for model in models]
     return [script("whole_step.py", 300, "--random_slices")]
 
