@@ -145,18 +145,28 @@ def measure(kernels: Sequence[str], *, sample: bool = False) -> list[dict[str, A
         return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL")
     parser.add_argument("--folder", type=Path, help="where the results go instead; also those of a few kernels")
     parser.add_argument("--sample", action="store_true", help="of each kernel only the first and the last variant")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """What the rows are of; of a file its name."""
+    kernels = [Path(name).name for name in args.kernels] or kernel_stems()
+    return {"kernels": kernels, "targets": list(TARGETS), "sample": args.sample}
+
+
+def main() -> None:
+    args = parse()
     rows = measure(args.kernels or kernel_stems(), sample=args.sample)
     if args.folder or not args.kernels:
         note = "Ahead-of-time compilation with the shipped block sizes; registers per thread, bytes spilled per thread."
         headline = f"{len(rows)} kernel variants on three chips, {sum(row['spilled'] > 0 for row in rows)} with spills"
-        where = args.folder or timing.RESULTS
-        timing.write("aot", rows, COLUMNS, note, folder=where, identity=("kernel", "target"), headline=headline)
+        kept: dict[str, Any] = {"identity": ("kernel", "target"), "configuration": configuration(args)}
+        timing.write("aot", rows, COLUMNS, note, folder=args.folder or timing.RESULTS, headline=headline, **kept)
     else:
         print(timing.markdown(rows, COLUMNS))
 

@@ -1,7 +1,9 @@
 """Runs a function in a process of its own, so that its memory is its own and is given back.
 
 DeepSpeed never lets go of an engine: its gradient hooks hold it until the process ends. A fork server imports torch,
-transformers and DeepSpeed once and computes nothing, so that a further process starts in a fraction of a second.
+transformers and DeepSpeed once and computes nothing, so that a further process starts in a fraction of a second. With a
+torch that knows GPUs every process starts anew: already the question whether there is one, which imports ask, leaves
+CUDA in a state that no fork may use.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from typing import Any
+
+import torch
 
 # With what DeepSpeed and transformers import late, at first use. Imports only: threads do not survive a fork.
 PRELOADED = (
@@ -26,7 +31,14 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
         Exception: what the function raises, with its traceback as the cause.
         BrokenProcessPool: the process was killed, for memory perhaps.
     """
+    with ProcessPoolExecutor(1, mp_context=way_to_start()) as pool:
+        return pool.submit(function, *args).result()
+
+
+def way_to_start() -> BaseContext:
+    """How a process starts: forked from the server, or anew where torch is built for GPUs, with or without one."""
+    if torch.version.cuda or torch.version.hip:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+    return context

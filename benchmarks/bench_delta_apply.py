@@ -16,7 +16,8 @@ from hdpissa.kernels import api, reference
 
 RANK = 16
 SLICES = (1, 2, 4, 8, 16)
-COLUMNS = ["weight", "slices", "wire", "precision", "ms", "% of copy bandwidth", "torch ms", "relative error of D"]
+IDENTITY = ("weight", "slices", "wire", "precision")
+COLUMNS = [*IDENTITY, "ms", "% of copy bandwidth", "torch ms", "relative error of D"]
 
 
 def factors(rows: int, cols: int, Q: int, wire: torch.dtype) -> list[Tensor]:
@@ -48,12 +49,12 @@ def row(shape: shapes.Shape, slices: int, wire: torch.dtype, precision: str, ban
     how: dict[str, Any] = {"start": 0, "scale": 1.0, "second_order": True}
     dA, dB, A, B = made
     apply = partial(api.delta_apply_, parts, dA, dB, A, B, bad, **how)
-    ms = timing.median_ms(partial(apply, impl="triton", precision=precision))
-    torch_ms = timing.median_ms(partial(apply, impl="torch"))
+    works = {"ms": partial(apply, impl="triton", precision=precision), "torch ms": partial(apply, impl="torch")}
+    times = timing.medians(works)
     return {
-        "weight": shape.name, "slices": slices, "wire": str(wire)[6:], "precision": precision, "ms": ms,
-        "% of copy bandwidth": 100 * 8 * parts[0].numel() / (ms * 1e-3) / bandwidth,
-        "torch ms": torch_ms, "relative error of D": error(made, precision),
+        "weight": shape.name, "slices": slices, "wire": str(wire)[6:], "precision": precision, **times,
+        "% of copy bandwidth": 100 * 8 * parts[0].numel() / (times["ms"] * 1e-3) / bandwidth,
+        "relative error of D": error(made, precision),
     }  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def main() -> None:
         f"W ← W − D on a split fp32 shard, r = {RANK}, the splitting of the factors included; copy bandwidth "
         f"{bandwidth / 1e12:.2f} TB/s. Limit: 80 % of it up to 8 slices."
     )
-    timing.write("bench_delta_apply", rows, COLUMNS, note)
+    kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"r": RANK, **timing.ONE_RUN}}
+    timing.write("bench_delta_apply", rows, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,19 @@ from hdpissa.benchmarks import shapes, timing
 from hdpissa.benchmarks.bench_delta_apply import RANK, factors
 from hdpissa.kernels import api
 
-COLUMNS = ["weight", "own slices", "result", "ms", "torch ms", "% of copy bandwidth"]
+IDENTITY = ("weight", "own slices", "result")
+COLUMNS = [*IDENTITY, "ms", "torch ms", "% of copy bandwidth"]
 
 
 def row(shape: shapes.Shape, slices: int, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     """One measurement over the whole weight."""
     made, numel = factors(shape.rows, shape.cols, slices * RANK, torch.float32), shape.rows * shape.cols
     how: dict[str, Any] = {"start": 0, "numel": numel, "second_order": True, "dtype": dtype}
-    ms, torch_ms = (timing.median_ms(partial(api.dense_delta, *made, impl=impl, **how)) for impl in ("triton", "torch"))
-    share = 100 * numel * dtype.itemsize / (ms * 1e-3) / bandwidth
-    return {
-        "weight": shape.name, "own slices": slices, "result": str(dtype)[6:], "ms": ms, "torch ms": torch_ms,
-        "% of copy bandwidth": share,
-    }  # fmt: skip
+    delta = partial(api.dense_delta, *made, **how)
+    times = timing.medians({"ms": partial(delta, impl="triton"), "torch ms": partial(delta, impl="torch")})
+    share = 100 * numel * dtype.itemsize / (times["ms"] * 1e-3) / bandwidth
+    name = {"weight": shape.name, "own slices": slices, "result": str(dtype)[6:]}
+    return {**name, **times, "% of copy bandwidth": share}
 
 
 def main() -> None:
@@ -36,7 +36,8 @@ def main() -> None:
     cases = [(slices, dtype) for slices in (1, 4) for dtype in (torch.bfloat16, torch.float32)]
     rows = [row(shape, *case, bandwidth) for shape in weights for case in cases]
     note = f"D of the own slices, r = {RANK}; the least traffic is writing the result once."
-    timing.write("bench_dense_delta", rows, COLUMNS, note)
+    kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"r": RANK, **timing.ONE_RUN}}
+    timing.write("bench_dense_delta", rows, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ def call(layer: Layer, impl: str):
     return lambda: api.low_rank_forward(layer.x, layer.A, impl=impl)
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(
         "bench_low_rank_forward",
         "p = x Aᵀ; the least traffic is one reading of x.",
         call,
         lambda layer: layer.x.nbytes + layer.A.nbytes,
     )
+
+
+if __name__ == "__main__":
+    main()

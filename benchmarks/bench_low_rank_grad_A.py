@@ -17,10 +17,14 @@ def call(layer: Layer, impl: str):
     return lambda: api.low_rank_grad_A_([grad], [q], layer.x, impl=impl)
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(
         "bench_low_rank_grad_A",
         "grad A += qᵀ x; the least traffic is one reading of x, grad A read and written.",
         call,
         lambda layer: layer.x.nbytes + 2 * layer.A.nbytes,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -17,10 +17,14 @@ def call(layer: Layer, impl: str):
     return lambda: api.low_rank_grad_B_(grad, layer.dy, p, layer.B, impl=impl)
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(
         "bench_low_rank_grad_B",
         "q = dy B and grad B += dyᵀ p; the least traffic is one reading of dy, grad B read and written.",
         call,
         lambda layer: layer.dy.nbytes + 3 * layer.B.nbytes,
     )
+
+
+if __name__ == "__main__":
+    main()

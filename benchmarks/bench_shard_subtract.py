@@ -14,7 +14,8 @@ from hdpissa.benchmarks import timing
 from hdpissa.kernels import api, reference
 
 NUMEL = 2**28
-COLUMNS = ["shard", "delta", "ms", "torch ms", "% of copy bandwidth"]
+IDENTITY = ("shard", "delta")
+COLUMNS = [*IDENTITY, "ms", "torch ms", "% of copy bandwidth"]
 
 
 def row(form: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
@@ -24,14 +25,12 @@ def row(form: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     high, low = reference.split_fp32(exact)
     parts = {"split": (high, low), "master and half": (exact, high), "fp32": (exact,)}[form]
     D, bad = torch.randn(NUMEL, device=device).to(dtype), torch.zeros(1, dtype=torch.int32, device=device)
-    ms, torch_ms = (
-        timing.median_ms(partial(api.shard_subtract_, parts, D, bad, scale=1.0, impl=impl))
-        for impl in ("triton", "torch")
-    )
+    subtract = partial(api.shard_subtract_, parts, D, bad, scale=1.0)
+    times = timing.medians({"ms": partial(subtract, impl="triton"), "torch ms": partial(subtract, impl="torch")})
     # the half beside a master is only written
     moved = D.nbytes + 2 * sum(p.nbytes for p in parts) - (high.nbytes if form == "master and half" else 0)
-    share = 100 * moved / (ms * 1e-3) / bandwidth
-    return {"shard": form, "delta": str(dtype)[6:], "ms": ms, "torch ms": torch_ms, "% of copy bandwidth": share}
+    share = 100 * moved / (times["ms"] * 1e-3) / bandwidth
+    return {"shard": form, "delta": str(dtype)[6:], **times, "% of copy bandwidth": share}
 
 
 def main() -> None:
@@ -39,7 +38,9 @@ def main() -> None:
     bandwidth = timing.copy_bandwidth()
     forms = ("split", "master and half", "fp32")
     rows = [row(form, dtype, bandwidth) for form in forms for dtype in (torch.bfloat16, torch.float32)]
-    timing.write("bench_shard_subtract", rows, COLUMNS, f"W ← W − D over {NUMEL} weights, each tensor once.")
+    note = f"W ← W − D over {NUMEL} weights, each tensor once."
+    kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"weights": NUMEL, **timing.ONE_RUN}}
+    timing.write("bench_shard_subtract", rows, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

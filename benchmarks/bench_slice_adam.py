@@ -13,7 +13,8 @@ import torch
 from hdpissa.benchmarks import timing
 from hdpissa.kernels import api
 
-COLUMNS = ["elements", "wire", "ms", "torch ms", "% of copy bandwidth"]
+IDENTITY = ("elements", "wire")
+COLUMNS = [*IDENTITY, "ms", "torch ms", "% of copy bandwidth"]
 # own slices' factors of Llama-2-7B at r = 16 (40 M), and of 8 such slices
 SIZES = (40_000_000, 320_000_000)
 
@@ -22,11 +23,10 @@ def row(numel: int, wire: torch.dtype, bandwidth: float) -> dict[str, Any]:
     """One measurement: reads the gradient and both moments, writes both moments and Δ."""
     m, v, grad = (torch.rand(numel, device=timing.need_gpu()) for _ in range(3))
     hyper: dict[str, Any] = {"step": 7, "lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8, "dtype": wire}
-    ms, torch_ms = (
-        timing.median_ms(partial(api.slice_adam_, m, v, grad, impl=impl, **hyper)) for impl in ("triton", "torch")
-    )
-    share = 100 * numel * (20 + wire.itemsize) / (ms * 1e-3) / bandwidth
-    return {"elements": numel, "wire": str(wire)[6:], "ms": ms, "torch ms": torch_ms, "% of copy bandwidth": share}
+    adam = partial(api.slice_adam_, m, v, grad, **hyper)
+    times = timing.medians({"ms": partial(adam, impl="triton"), "torch ms": partial(adam, impl="torch")})
+    share = 100 * numel * (20 + wire.itemsize) / (times["ms"] * 1e-3) / bandwidth
+    return {"elements": numel, "wire": str(wire)[6:], **times, "% of copy bandwidth": share}
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     bandwidth = timing.copy_bandwidth()
     rows = [row(numel, wire, bandwidth) for numel in SIZES for wire in (torch.float32, torch.bfloat16)]
     note = f"Adam over flat buffers; copy bandwidth {bandwidth / 1e12:.2f} TB/s."
-    timing.write("bench_slice_adam", rows, COLUMNS, note)
+    timing.write("bench_slice_adam", rows, COLUMNS, note, identity=IDENTITY, configuration=timing.ONE_RUN)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ it is shown when it differs, and left to the reader. --all shows what did not mo
 What OLD has and NEW lacks is always told: a result, a row, a figure, a method that failed. Then the exit code is 1.
 Told, too, is a new remark of a row that has its figures: that it failed after some rounds, or that a seed diverged.
 
-Samples of one run share their machine, its temperature and its other guests: an interval tells the noise within the
-runs, not that between them. Run each side twice and compare these first. With four or more rounds the rounds are what
-is drawn again, and the interval has what changes from run to run.
+Samples of one run share their machine, its temperature and its other guests. Where a benchmark has rounds, these are
+what is drawn again, and below four a side nothing is said to have moved. Of one round a side the interval is of the
+noise within the two runs: what is outside "differs within these two runs", which other runs of the same code may, too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from hdpissa.engine.errors import ConfigError
 
 COLUMNS = ("result", "row", "figure", "old", "new", "new / old", "95 % interval", "verdict")
 QUIET = ("equal", "within noise")
+ONE_RUN = "differs within these two runs; noise between runs unknown"
+NO_FIGURES = ("rounds",)  # how often a row was measured
 LOST = ("only in OLD", "gone in NEW", "failed in NEW", "not finite in NEW")  # how a verdict begins
 
 
@@ -74,7 +76,7 @@ def by_identity(result: Mapping[str, Any], identity: Sequence[str]) -> dict[str,
 def figures(row: Mapping[str, Any], identity: Sequence[str]) -> dict[str, float]:
     """The numbers of a row that are no part of its name."""
     numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {key: float(value) for key, value in numbers.items() if key not in identity}
+    return {key: float(value) for key, value in numbers.items() if key not in (*identity, *NO_FIGURES)}
 
 
 def reason(row: Mapping[str, Any]) -> str:
@@ -99,14 +101,14 @@ def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
         else:
             if news[key].get("remark") and news[key].get("remark") != olds[key].get("remark"):
                 yield {**line, "verdict": f"remark in NEW: {news[key]['remark']}"}
-            rounds = [noise.rounds_of(side) for side in (old, new)]
+            rounds = [noise.rounds_of(side, rows[key]) for side, rows in ((old, olds), (new, news))]
             for figure in dict.fromkeys((*before, *after)):
                 verdict = judge(figure, (olds[key], news[key]), (before, after), rounds)
                 yield {**line, "figure": figure, **verdict}
 
 
 def judge(
-    figure: str, rows: Sequence[Mapping[str, Any]], numbers: Sequence[Mapping[str, float]], rounds: Sequence[int]
+    figure: str, rows: Sequence[Mapping[str, Any]], numbers: Sequence[Mapping[str, float]], rounds: Sequence[int | None]
 ) -> dict[str, Any]:
     """The cells of a figure of two rows; each argument has OLD's and NEW's."""
     before, after = (side.get(figure) for side in numbers)
@@ -128,8 +130,8 @@ def judge(
         return {**line, "verdict": "equal" if before == after else f"differs; noise unknown{found}"}
     if found.ratio is not None:
         line["new / old"] = found.ratio
-    moved = "moved" if found.moved else "within noise"
-    return {**line, "95 % interval": str(found), "verdict": moved}
+    verdict = ("within noise", ONE_RUN if found.within_runs else "moved")[found.moved]
+    return {**line, "95 % interval": str(found), "verdict": verdict}
 
 
 def main(argv: list[str] | None = None) -> int:

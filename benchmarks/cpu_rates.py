@@ -38,7 +38,7 @@ def product_rates(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
         rates = [2e-9 * TOKENS * cols * count / s for s in samples]
         size = f"{TOKENS} × {cols} × {count}"
         row = {"what": f"product, {str(dtype).removeprefix('torch.')}", "size": size, "unit": "GFLOP/s per process"}
-        rows.append(row | {"rate": statistics.median(rates), "samples": {"rate": rates[:50]}})
+        rows.append(row | {"rate": statistics.median(rates), "samples": {"rate": rates[:50]}, "rounds": 1})
     return rows
 
 
@@ -64,7 +64,7 @@ def gather_rates(count: int, weights: int) -> list[dict[str, Any]]:
         size = "at once" if megabytes is None else f"in pieces of {megabytes} MB"
         rate = 4e-6 * own * (count - 1) / seconds
         row = {"what": f"all-gather of {4e-6 * weights:.0f} MB", "size": size, "unit": "MB/s received", "rate": rate}
-        rows.append(row | {"seconds": seconds, "samples": {"seconds": samples[1:]}})
+        rows.append(row | {"seconds": seconds, "samples": {"seconds": samples[1:]}, "rounds": 1})
     return rows
 
 

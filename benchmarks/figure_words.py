@@ -115,6 +115,44 @@ def tell_rank(rows: Rows) -> str:
     return "; ".join(told) + f" of {wide}"
 
 
+def behind(rows: Rows) -> dict[str, list[float]]:
+    """HD-PiSSA's test loss minus each other arm's, seed by seed: the same order of the data for both.
+
+    Only of seeds that both have; older results do not name them, and are paired where both have equally many.
+    """
+    ours = next((row for row in rows if row["arm"].startswith("hd_pissa") and "test loss" in row), None)
+    found: dict[str, list[float]] = {}
+    if ours is None:
+        return found
+    for row in rows:
+        if row is not ours and row["arm"] != "base" and "test loss" in row:
+            sides = [dict(zip(_seeds(side), side["samples"]["test loss"], strict=True)) for side in (ours, row)]
+            if "of seeds" in row or len(sides[0]) == len(sides[1]):
+                found[row["arm"]] = [loss - sides[1][seed] for seed, loss in sides[0].items() if seed in sides[1]]
+    return {arm: differences for arm, differences in found.items() if differences}
+
+
+def _seeds(row: Mapping[str, Any]) -> Sequence[int]:
+    return row.get("of seeds") or range(len(row["samples"]["test loss"]))
+
+
+def tell_behind(rows: Rows) -> str:
+    """Beside the best other arm and full fine-tuning, in words; nothing where there is no pair."""
+    found = behind(rows)
+    if not found:
+        return ""
+    best = min(found, key=lambda arm: one(rows, arm=arm)["test loss"])
+    chosen = {f"the best other arm ({best})": found[best]}
+    if best != "full" and "full" in found:
+        chosen["full"] = found["full"]
+    told = []
+    for name, differences in chosen.items():
+        mean = statistics.fmean(differences)
+        spread = f" ± {statistics.stdev(differences):.3f}" if len(differences) > 1 else ""
+        told.append(f"{abs(mean):.3f}{spread} {'behind' if mean > 0 else 'ahead of'} {name}")
+    return f"HD-PiSSA is {' and '.join(told)}, paired by seed"
+
+
 def tell_quality(rows: Rows) -> str:
     told = []
     for row in rows:
@@ -123,7 +161,26 @@ def tell_quality(rows: Rows) -> str:
             continue
         spread = f" ± {row['± test']:.3f}" if "± test" in row else ""
         told.append(f"{row['arm']} {row['test loss']:.3f}{spread}")
-    return ", ".join(told)
+    return "; ".join(filter(None, [", ".join(told), tell_behind(rows)]))
+
+
+def _of_rounds(row: Mapping[str, Any], column: str, digits: int = 2) -> str:
+    """A median over rounds, with their range where there are several."""
+    samples = (row.get("samples") or {}).get(column, ())
+    spread = f" ({min(samples):.{digits}f} to {max(samples):.{digits}f})" if len(samples) > 1 else ""
+    return f"{row[column]:.{digits}f}{spread}"
+
+
+def _how_often(rows: Rows) -> str:
+    """What the figures of a throughput result are of."""
+    rounds = max(len((row.get("samples") or {}).get("CPU / frozen", ())) for row in rows)
+    return f"median and range of {rounds} rounds" if rounds > 1 else "one run of each"
+
+
+def _and_tokens(rows: Rows) -> str:
+    """The same, with the real tokens of a step of all processes."""
+    tokens = "/".join(str(n) for n in dict.fromkeys(row["real tokens"] for row in rows if "real tokens" in row))
+    return f"{_how_often(rows)}, {tokens} tokens a step in all"
 
 
 def tell_throughput(rows: Rows) -> str:
@@ -135,25 +192,31 @@ def tell_throughput(rows: Rows) -> str:
         "reference": "published",
     }
     chosen = [row for row in most_ranks(rows) if row["method"] in names and "CPU / frozen" in row]
-    return ", ".join(f"{names[row['method']]} {row['CPU / frozen']:.2f}" for row in chosen)
+    told = ", ".join(f"{names[row['method']]} {_of_rounds(row, 'CPU / frozen')}" for row in chosen)
+    same = "; LoRA and PiSSA compute the same, what they differ by is noise"
+    control = same if {"lora", "pissa"} <= {row["method"] for row in chosen} else ""
+    return f"{told}; {_and_tokens(most_ranks(rows))}{control}"
 
 
 def tell_published(rows: Rows) -> str:
     row = one(most_ranks(rows), method="hd_pissa")
     frozen = one(most_ranks(rows), method="frozen")
+    clock, cpu = "reference / it", "CPU reference / it"
     return (
-        f"{row['reference / it']:.2f} by the clock, {row['CPU reference / it']:.2f} in CPU time; with nothing "
-        f"trained {frozen['reference / it']:.2f} and {frozen['CPU reference / it']:.2f}"
+        f"{_of_rounds(row, clock)} by the clock, {_of_rounds(row, cpu)} in CPU time; with nothing trained "
+        f"{_of_rounds(frozen, clock)} and {_of_rounds(frozen, cpu)}; {_and_tokens(most_ranks(rows))}"
     )
 
 
 def tell_update(rows: Rows) -> str:
     """Of a step what is neither forward nor backward: exchange and apply, waiting for slower processes included."""
-    ours, theirs = (
-        row["step s p50"] * (row["exchange %"] + row["apply %"]) / 100
-        for row in (one(most_ranks(rows), method=method) for method in ("hd_pissa", "reference"))
-    )
-    return f"{theirs / ours:.1f}: {theirs:.2f} s and {ours:.2f} s"
+    ours, theirs = (one(most_ranks(rows), method=method) for method in ("hd_pissa", "reference"))
+    if "update reference / it" in ours:
+        ratio, seconds = _of_rounds(ours, "update reference / it", 1), [row["update s"] for row in (theirs, ours)]
+    else:  # a result of older form has the phases alone
+        seconds = [row["step s p50"] * (row["exchange %"] + row["apply %"]) / 100 for row in (theirs, ours)]
+        ratio = f"{seconds[0] / seconds[1]:.1f}"
+    return f"{ratio}: {seconds[0]:.2f} s and {seconds[1]:.2f} s; {_how_often(most_ranks(rows))}"
 
 
 def tell_rates(rows: Rows) -> str:
@@ -170,6 +233,17 @@ def tell_memory(rows: Rows) -> str:
 
 
 def tell_counted(rows: Rows) -> str:
+    """Figures that are the plan's, and apart from them those that are it only with what the plan leaves out."""
     *most, last = sorted({row["ranks"] for row in rows})
     counts = " and ".join(filter(None, (", ".join(map(str, most)), str(last))))
-    return f"{sum(row['agrees'] for row in rows)} of {len(rows)} figures agree exactly, on {counts} processes"
+    exact = [row for row in rows if row["counted"] == row["planned"]]
+    told = [f"{len(exact)} of {len(rows)} figures agree exactly"]
+    if added := [row for row in rows if row["agrees"] and row["beside the plan"]]:
+        told.append(f"{len(added)} after adding what the plan leaves out ({_distinct(added)})")
+    if wrong := [row for row in rows if not row["agrees"]]:
+        told.append(f"{len(wrong)} do not agree ({_distinct(wrong)})")
+    return f"{', '.join(told)}, on {counts} processes"
+
+
+def _distinct(rows: Rows) -> str:
+    return "; ".join(dict.fromkeys(row["what"] for row in rows))

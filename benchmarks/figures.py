@@ -43,8 +43,8 @@ class Figure:
 
     @property
     def asked(self) -> str:
-        """The question with its values."""
-        return self.question.format(**self.configuration)
+        """The question with its values; {rows} is how many rows a slice has in a step."""
+        return self.question.format(**self.configuration, rows=rows_per_slice(self.configuration))
 
     def others(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """What the stored configuration says otherwise; key → its value. Older results hold their values as text."""
@@ -56,10 +56,20 @@ class Figure:
         return [key for key in self.configuration if key not in stored]
 
 
+def rows_per_slice(configuration: Mapping[str, Any]) -> str:
+    """Of a step of throughput.py, in words; nothing for other configurations."""
+    if "num_accelerators" not in configuration or "micro_batch" not in configuration:
+        return ""
+    ranks = configuration["num_accelerators"][-1]
+    rows = ranks * configuration["accumulation"] * configuration["micro_batch"]
+    count = rows // (configuration["slices"] or ranks)
+    return f"{count} row{'s' if count > 1 else ''} per slice"
+
+
 DEMO = "smollm2-135m-instruct"
 THROUGHPUT = (
     f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --slices 8 --accumulation 4"
-    " --micro_batch 1 --max_length 256"
+    " --micro_batch 1 --max_length 256 --steps 3 --warmup 2 --rounds 3"
 )
 THROUGHPUT_IS = {
     "model": DEMO,
@@ -72,6 +82,7 @@ THROUGHPUT_IS = {
     "max_length": 256,
     "steps": 3,
     "warmup": 2,
+    "rounds": 3,
     "dtype": "fp32",
     "layers": None,
     "zero": {},
@@ -79,6 +90,17 @@ THROUGHPUT_IS = {
 }
 FEW = ["hd_pissa", "frozen", "reference"]
 GATHERED = {"stage3_param_persistence_threshold": 10**12}  # as in ds_configs/zero3_gathered.json
+STAY_GATHERED = (
+    f"{THROUGHPUT} --methods {' '.join(FEW)} --zero stage3_param_persistence_threshold=1000000000000 --label gathered"
+)
+QUALITY_RATES = {
+    "lora_r16": "2e-3,6e-3,2e-2",
+    "lora_r128": "2e-3,6e-3,6.67e-4",
+    "pissa_r16": "2e-4,6e-4,2e-3",
+    "pissa_r128": "2e-4,6e-4,6.67e-5",
+    "hd_pissa_s8_r16": "2e-4,6e-4,6.67e-5",
+    "full": "2e-4,6.67e-5,6e-4",
+}
 QUALITY_IS = {
     "model_name_or_path": DEMO,
     "dataset_name": "gsm8k_train.jsonl",
@@ -95,9 +117,17 @@ QUALITY_IS = {
     "test_rows": 8,
     "max_new_tokens": 96,
     "dtype": "fp32",
+    "seeds": [0, 1, 2],
+    "rates": {arm: [float(rate) for rate in rates.split(",")] for arm, rates in QUALITY_RATES.items()},
 }
 FIGURES = (
-    Figure("kernels compiled for A100, H100 and MI300", "aot", "aot_table.py", figure_words.tell_aot),
+    Figure(
+        "kernels compiled for A100, H100 and MI300",
+        "aot",
+        "aot_table.py",
+        figure_words.tell_aot,
+        {"targets": ["sm_80", "sm_90", "gfx942"], "sample": False},
+    ),
     Figure(
         "CPU time of forward + backward, frozen base = 1, SmolLM2-135M, 1024 tokens, {dtype}",
         "cpu_layers_fp32",
@@ -163,36 +193,43 @@ FIGURES = (
     ),
     Figure(
         "CPU time of a training step on {num_accelerators[0]} ranks, frozen base = 1, SmolLM2-135M, {dtype}, r = {r}, "
-        "S = {slices}",
+        "S = {slices}, {rows}",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_throughput,
         THROUGHPUT_IS,
     ),
     Figure(
         "the same runs: time of the published algorithm's step, HD-PiSSA's = 1; the goal is 3",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_published,
         THROUGHPUT_IS,
     ),
     Figure(
-        "the same runs: time of the published algorithm's update alone (exchange and apply), HD-PiSSA's = 1",
+        "the same runs: time of the published algorithm's update alone (exchange and apply), HD-PiSSA's = 1; it leaves "
+        "the new W on every rank, HD-PiSSA's leaves shards, which the next passes gather",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_update,
         THROUGHPUT_IS,
     ),
     Figure(
-        "whole steps with weights that stay gathered",
+        "the update alone with weights that stay gathered: both leave the new W on every rank, {rows}",
         "throughput_smollm2_135m_instruct_fp32_gathered",
-        f"{THROUGHPUT} --steps 3 --warmup 2 --methods {' '.join(FEW)} "
-        "--zero stage3_param_persistence_threshold=1000000000000 --label gathered",
+        STAY_GATHERED,
+        figure_words.tell_update,
+        THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
+    ),
+    Figure(
+        "whole steps with weights that stay gathered, {rows}",
+        "throughput_smollm2_135m_instruct_fp32_gathered",
+        STAY_GATHERED,
         figure_words.tell_published,
         THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
     ),
     Figure(
-        "whole steps in {dtype}, which this CPU emulates, S = 2, one micro-batch; the goal is 6",
+        "whole steps in {dtype}, which this CPU emulates, S = 2, one micro-batch, {rows}; the goal is 6",
         "throughput_smollm2_135m_instruct_bf16",
         f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --max_length 256 --dtype bf16 "
         f"--steps 1 --warmup 1 --methods {' '.join(FEW)}",
@@ -209,6 +246,7 @@ FIGURES = (
             "dtype": "bf16",
             "steps": 1,
             "warmup": 1,
+            "rounds": 1,
             "layers": None,
             "zero": {},
         },
@@ -216,22 +254,27 @@ FIGURES = (
     Figure(
         "the fp32 runs: peak memory of a rank",
         "throughput_smollm2_135m_instruct_fp32",
-        f"{THROUGHPUT} --steps 3 --warmup 2",
+        THROUGHPUT,
         figure_words.tell_memory,
         THROUGHPUT_IS,
     ),
     Figure(
-        "test loss on GSM8K after {steps} steps of 8 rows, best of three learning rates, mean ± standard deviation of "
-        "3 seeds (nats per answer token)",
+        "test loss on {test_rows} rows of GSM8K after {steps} steps of 8 rows, best of three learning rates, mean ± "
+        "standard deviation of 3 seeds (nats per answer token)",
         "quality",
         "quality.py --dataset_name gsm8k_train.jsonl --test_dataset_name gsm8k_test.jsonl --prompt_field question "
         "--response_field answer --steps 6 --eval_steps 6 --test_rows 8 --max_new_tokens 96 "
-        "--rates lora_r16=2e-3,6e-3,2e-2 lora_r128=2e-3,6e-3,6.67e-4 pissa_r16=2e-4,6e-4,2e-3 "
-        "pissa_r128=2e-4,6e-4,6.67e-5 hd_pissa_s8_r16=2e-4,6e-4,6.67e-5 full=2e-4,6.67e-5,6e-4",
+        f"--rates {' '.join(f'{arm}={rates}' for arm, rates in QUALITY_RATES.items())}",
         figure_words.tell_quality,
         QUALITY_IS,
     ),
-    Figure("bytes and FLOP of a step, counted and planned", "plan_counted", "projection.py", figure_words.tell_counted),
+    Figure(
+        "bytes and FLOP of a step of a tiny model, counted and planned",
+        "plan_counted",
+        "projection.py",
+        figure_words.tell_counted,
+        {"num_accelerators": [1, 2, 4]},
+    ),
     Figure(
         "rank of the change of W, r = {r}",
         "update_rank",

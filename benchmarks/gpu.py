@@ -33,12 +33,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NEEDED = ("torch", "triton", "transformers", "peft", "pytest", "hypothesis", "deepspeed", "pydantic", "datasets")
+# By the names that they are imported under: what the phases import themselves, and what DeepSpeed brings no wheel for.
+NEEDED = (
+    *("torch", "triton", "transformers", "peft", "pytest", "hypothesis", "deepspeed", "pydantic", "datasets"),
+    *(
+        "numpy",
+        "psutil",
+        "yaml",
+        "safetensors",
+        "filelock",
+        "jinja2",
+        "hjson",
+        "msgpack",
+        "einops",
+        "tqdm",
+        "packaging",
+    ),
+)
+# Whatever else is missing for the scripts, their imports find out.
+IMPORTS = "import hdpissa.benchmarks.throughput, hdpissa.benchmarks.method_zero3, hdpissa.benchmarks.whole_step"
 
 REPORT = """
 import importlib.metadata as m, torch
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), f"{torch.cuda.mem_get_info()[1] / 1e9:.0f} GB")
-print("cuda", torch.version.cuda, *(f"{n} {m.version(n)}" for n in NEEDED))
+names = m.packages_distributions()
+print("cuda", torch.version.cuda, *(f"{n} {m.version(names[n][0])}" for n in NEEDED))
 """.replace("NEEDED", repr(NEEDED))
 
 
@@ -68,11 +87,14 @@ def commands(phase: str) -> list[tuple[list[str], int]]:
     if phase == "throughput":
         models = ("smollm2-135m", "0.5b", "1.5b", "llama-2-7b")
         # one GPU does what eight would: as many slices, and a micro-batch of its own for each
-        words = ("--num_accelerators", "1", "--slices", "8", "--accumulation", "8", "--steps", "4", "--warmup", "2")
-        return [script("throughput.py", 900, *words, "--model", model) for model in models]
+        words = ["--num_accelerators", "1", "--slices", "8", "--accumulation", "8", "--steps", "4", "--warmup", "2"]
+        # a method that hangs is ended well before the script is, and the others still run
+        words += ["--timeout", str(THROUGHPUT_LIMIT // 3)]
+        return [script("throughput.py", THROUGHPUT_LIMIT, *words, "--model", model) for model in models]
     return [script("whole_step.py", 300, "--random_slices")]
 
 
+THROUGHPUT_LIMIT = 900
 PHASES = ("environment", "tests", "sanitizer", "bench", "linear", "step", "throughput")
 
 
@@ -100,7 +122,13 @@ def missing(env: dict[str, str]) -> str:
     parts = [f"no {', '.join(absent.split())} (install, or put wheels into .whl/)"] if absent else []
     if "torch" not in absent.split() and _ask("import torch; print(torch.cuda.is_available())", env) != "True":
         parts.append("no GPU (torch.cuda.is_available() is False)")
-    return "; ".join(parts)
+    return "; ".join(parts) or broken(env)
+
+
+def broken(env: dict[str, str]) -> str:
+    """Why the scripts cannot be imported, by the last line of the error; empty where they can."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], env=env, cwd=ROOT, capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"imports fail: {(done.stderr.splitlines() or ['no reason given'])[-1]}"
 
 
 def _ask(program: str, env: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ up a decoder layer.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,9 +63,13 @@ def forward_backward(
 
 
 def measure(
-    group: Group, r: int, *, tokens: int, device: torch.device, time: Callable[[Callable[[], None]], float]
+    group: Group, r: int, *, tokens: int, device: torch.device, time: Callable[[Callable[[], None]], list[float]]
 ) -> dict[str, Any]:
-    """A row: the three variants one after another on the same x and dy, and the first again; the faster one counts."""
+    """A row: the three variants one after another on the same x and dy, and the first again; the faster one counts.
+
+    Args:
+        time: the times of several calls, in milliseconds.
+    """
     x = torch.randn(1, tokens, group.members[0].cols, device=device, dtype=torch.bfloat16, requires_grad=True)
     dys = [torch.randn(1, tokens, s.rows, device=device, dtype=torch.bfloat16) for s in group.members]
     frozen = Layers(group, device)
@@ -75,9 +80,10 @@ def measure(
         "ours": forward_backward(ours, x, dys, optimizer.store.end_of_backward),
         "lora": forward_backward(with_lora(Layers(group, device), r), x, dys),
     }
-    ms = {name: time(work) for name, work in works.items()}
-    ms["frozen"] = min(ms["frozen"], time(works["frozen"]))
-    return row(group.name, r, ms)
+    samples = {name: time(work) for name, work in works.items()}
+    samples["frozen"] = min(samples["frozen"], time(works["frozen"]), key=statistics.median)
+    found = row(group.name, r, {name: statistics.median(times) for name, times in samples.items()})
+    return found | {"samples": {f"{name} ms": times for name, times in samples.items()}}
 
 
 def row(name: str, r: int, ms: dict[str, float]) -> dict[str, Any]:
@@ -106,14 +112,15 @@ def main() -> None:
     device = timing.need_gpu()
     rows = []
     for groups in (shapes.LLAMA_2_7B_GROUPS, shapes.LLAMA_3_70B_GROUPS):
-        rows += measure_model(groups, tokens=TOKENS, device=device, time=timing.median_ms)
+        rows += measure_model(groups, tokens=TOKENS, device=device, time=timing.samples_ms)
     over = [f"{r['layer']} r{r['r']}" for r in rows if r["ours / frozen"] > r["limit"]]
     note = (
         f"Forward + backward at {TOKENS} tokens, bf16; copy bandwidth {timing.copy_bandwidth() / 1e12:.2f} TB/s, "
         f"bf16 product {timing.matmul_rate() / 1e12:.0f} TFLOP/s in the same run. "
         f"Over the limit: {', '.join(over) or 'none'}."
     )
-    timing.write("linear_layers", rows, COLUMNS, note)
+    configuration = {"tokens": TOKENS, "dtype": "bf16", **timing.ONE_RUN}
+    timing.write("linear_layers", rows, COLUMNS, note, identity=("layer", "r"), configuration=configuration)
 
 
 if __name__ == "__main__":

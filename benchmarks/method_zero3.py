@@ -16,7 +16,9 @@ from hdpissa.engine import adapt, ds_config, zero3
 from hdpissa.engine.config import DEFAULT_TARGETS
 
 CONFIGS = Path(ds_config.__file__).resolve().parents[1] / "ds_configs"
-REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default of 500 million is a buffer of 2 GB in fp32
+# Elements of the buffer that DeepSpeed reduces gradients in; its default of 500 million is 2 GB in fp32. The engine has
+# the smaller one in its own config.
+REDUCED_AT_LEAST, REDUCED_AT_MOST = 10_000, 50_000_000
 
 
 def zero_config(setting: Setting) -> dict[str, Any]:
@@ -35,6 +37,12 @@ def zero_config(setting: Setting) -> dict[str, Any]:
         "zero_optimization": {key: value for key, value in zero.items() if value != "auto"} | setting.zero,
         "log_level": "warning",
     }
+
+
+def reduce_bucket(net: nn.Module) -> int:
+    """A buffer as large as what is trained, within the limits: memory that a method does not need is not its own."""
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return min(max(trained, REDUCED_AT_LEAST), REDUCED_AT_MOST)
 
 
 class Slices(Method):
@@ -112,8 +120,7 @@ class Stock(Method):
         else:
             net = with_adapters(net, setting, "pissa" if name == "pissa" else "lora")
         config = zero_config(setting)
-        zero = config["zero_optimization"]
-        zero |= {"reduce_bucket_size": REDUCE_BUCKET}
+        config["zero_optimization"] |= {"reduce_bucket_size": reduce_bucket(net)}
         adam = {"lr": setting.lr, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
         # torch's: DeepSpeed's FusedAdam would be compiled at start
         config["optimizer"] = {"type": "AdamW", "params": adam | {"torch_adam": True, "fused": True}}

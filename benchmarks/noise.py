@@ -2,17 +2,19 @@
 
 The interval is a bootstrap of the statistic that the figure is, median or mean. With few samples a bootstrap is too
 narrow, so that a permutation test of ranks has to agree before a figure has moved: its rate of false alarms is at most
-5 % for any number of samples. Where so few samples cannot reach that, nothing is said.
+5 % for any number of independent samples. Where so few samples cannot reach that, nothing is said.
 
-Samples are drawn again by what is independent: rounds where there are several, because the steps of one run share
-its luck; pairs where both sides measured the same weights, because weights are no repetitions of one another.
+Samples are drawn again by what is independent: rounds where a result has them, because the steps of one run share
+its luck; pairs where both sides measured the same weights, because weights are no repetitions of one another; else
+each sample, as of seeds. Of one round a side nothing is known of the noise between runs: that two such runs differ by
+more than the noise within them is no alarm, and is told in other words.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ class Compared:
     Attributes:
         low, high: ends of the 95 % interval, of new / old, or of new − old where `difference` is set.
         moved: whether the interval and the test say so. ratio: of the pairs, where there are pairs.
+        within_runs: of one run a side; the interval has the noise within the two alone.
     """
 
     low: float
@@ -37,6 +40,7 @@ class Compared:
     moved: bool
     difference: bool = False
     ratio: float | None = None
+    within_runs: bool = False
 
     def __str__(self) -> str:
         return (
@@ -44,23 +48,26 @@ class Compared:
         )
 
 
-def rounds_of(result: Mapping[str, Any]) -> int:
-    """The rounds that the samples of a result are of."""
-    rounds = (result.get("configuration") or {}).get("rounds")
-    return rounds if isinstance(rounds, int) and rounds > 1 else 1
+def rounds_of(result: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
+    """The rounds that the samples of a row are of; None where the benchmark has no rounds.
+
+    A row tells its own: a method that failed part-way has fewer than were asked for.
+    """
+    rounds = row.get("rounds", (result.get("configuration") or {}).get("rounds"))
+    return rounds if isinstance(rounds, int) and rounds >= 1 else None
 
 
 def compared(
     figures: Sequence[float],
     samples: Sequence[list[float]],
     weights: Sequence[Sequence[str] | None] = (None, None),
-    rounds: Sequence[int] = (1, 1),
+    rounds: Sequence[int | None] = (None, None),
 ) -> Compared | str:
     """OLD's against NEW's; why there is no answer where there is none (it may be empty).
 
     Args:
         weights: what the samples are of, where they are of different things.
-        rounds: of each side; the samples are round after round.
+        rounds: of each side; the samples are round after round. None: each sample stands alone.
     """
     if not all(samples):
         return ""
@@ -71,11 +78,14 @@ def compared(
         return ": neither median nor mean of its samples"
     if all(weights):
         return _pairs([dict(zip(w or (), s, strict=False)) for w, s in zip(weights, samples, strict=True)], statistic)
-    units = [units_of(side, count) for side, count in zip(samples, rounds, strict=True)]
+    one_run_each = set(rounds) == {1}
+    units = [units_of(side, None if one_run_each else count) for side, count in zip(samples, rounds, strict=True)]
     counts = [len(side) for side in units]
     if 2 / math.comb(sum(counts), counts[0]) > LEVEL:
-        return f": {counts[0]} and {counts[1]} {'rounds' if max(rounds) > 1 else 'samples'} are too few"
-    return _independent(units, statistic)
+        if one_run_each:
+            return ": one run each"
+        return f": {counts[0]} and {counts[1]} {'samples' if set(rounds) == {None} else 'rounds'} are too few"
+    return replace(_independent(units, statistic), within_runs=one_run_each)
 
 
 def statistic_of(figures: Sequence[float], samples: Sequence[list[float]]) -> Callable[..., Any] | None:
@@ -89,9 +99,9 @@ def statistic_of(figures: Sequence[float], samples: Sequence[list[float]]) -> Ca
     return best if miss(best) <= SLACK else None
 
 
-def units_of(samples: list[float], rounds: int) -> list[list[float]]:
-    """What is drawn again: rounds, or each sample where there is one round."""
-    if rounds == 1 or len(samples) % rounds:
+def units_of(samples: list[float], rounds: int | None) -> list[list[float]]:
+    """What is drawn again: rounds, or each sample where there are none, or where not every round has one."""
+    if rounds is None or len(samples) % rounds:
         return [[value] for value in samples]
     size = len(samples) // rounds
     return [samples[start : start + size] for start in range(0, len(samples), size)]

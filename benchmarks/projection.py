@@ -4,8 +4,9 @@
 
 First a tiny model takes real steps with the engine at each number of processes, through the real launcher. Bytes are
 counted at torch.distributed (wire.py), FLOP by torch's flop_counter, and both are compared with the plan of the very
-same run: they must agree exactly, where a plan leaves something out plus just that, and exit code 1 says that they do
-not. Then the plan is drawn for clusters that nobody has measured: a projection.
+same run: they must agree exactly, or plus just what the plan leaves out (the half of attention that the causal mask
+cuts off and eager attention computes), and exit code 1 says that they do not. Then the plan is drawn for clusters that
+nobody has measured: a projection.
 
 Bytes do not depend on the machine, so this part is as true on a laptop as on a cluster. Seconds are modelled.
 """
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import method_models, plots, throughput, throughput_work, timing, wire
+from hdpissa.benchmarks import figure_words, method_models, plots, throughput, throughput_work, timing
 from hdpissa.benchmarks.methods import Setting
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import plan_arguments, plan_report, plan_step
@@ -82,17 +83,18 @@ def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[s
 def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
     """Sent by the rank in a step."""
     ranks, planned = run.plan.world_size, dict(plan_step.step(run).wire)
+    norm = planned.pop(plan_step.NORM)
     gathers = planned.pop(plan_step.GATHERS) + planned.pop(plan_step.AGAIN, 0)
     exchanged = found["exchange_bytes"] or 0
     summed = found["sent_by_name"].get("allreduce", 0)
-    vote = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
-    why = "beside: a float64 that it all-reduces, the gradient norm of the one element that it trains"
+    voted = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
+    why = "a float64 that it all-reduces, the gradient norm of the one element that it trains"
     anchor = (ranks - 1) * run.placement.width if plan_step.AGAIN in plan_step.step(run).wire else 0
     kept = "beside: that element, which stays gathered, too" if anchor else ""
     return [
         ("bytes of the update", exchanged, sum(planned.values()), 0, ""),
-        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - vote, gathers, anchor, kept),
-        ("bytes of DeepSpeed's vote", vote, 0, wire.ring_sum(8, ranks)[0], why),
+        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - voted, gathers, anchor, kept),
+        ("bytes of DeepSpeed's vote", voted, norm, 0, why),
     ]
 
 
@@ -104,23 +106,15 @@ def _flops(found: Mapping[str, Any], run: Run, setting: Setting) -> list[tuple]:
     weights = round(throughput_work.useful_flops(without, "hd_pissa", lengths))
     attention = round(throughput_work.useful_flops(work, "hd_pissa", lengths)) - weights
     products = passes.get("aten.mm", 0) + passes.get("aten.addmm", 0)
-    thin = thin_flops(run) * sum(lengths)
-    why = (
-        "planned: 4 per weight and token; beside: 4 r (I + O) per target and token of the slices' thin products, of "
-        "which the plan has the bytes, because memory bounds them"
-    )
+    thin = round(run.work.low_rank_flops) * sum(lengths)
+    why = "4 per weight and token, and 4 r (I + O) per target and token of the slices' thin products"
     half = "planned: the half that the causal mask leaves; beside: the other one, which eager attention computes, too"
     applied = round(plan_step.apply_seconds(run, 1.0))  # at 1 FLOP/s nothing but products takes time
     return [
-        ("FLOP of forward and backward, but for attention", products, weights, thin, why),
+        ("FLOP of forward and backward, but for attention", products, weights + thin, 0, why),
         ("FLOP of attention", passes.get("aten.bmm", 0), attention, attention, half),
         ("FLOP of the update", sum(update.values()), applied, 0, "4 r S per element of the shard"),
     ]
-
-
-def thin_flops(run: Run) -> int:
-    """Of the slices' products per token: x Aᵀ, dY B, (dY B)ᵀ X and dYᵀ (X Aᵀ)."""
-    return sum(4 * t.r * (t.rows + t.cols) * len(t.modules) for t in run.targets)
 
 
 # --- what is projected ----------------------------------------------------------------------------------------------
@@ -229,10 +223,16 @@ def count_all(args: argparse.Namespace) -> bool:
         f"computed, counted, and what launch/plan.py says of the same run. Counted must be planned plus what is beside "
         f"the plan."
     )
-    headline = f"{sum(row['agrees'] for row in rows)} of {len(rows)} counted figures agree with the plan"
-    keys = ("ranks", "what")
-    timing.write("plan_counted", rows, CHECKED, note, folder=args.folder, identity=keys, headline=headline)
+    kept: dict[str, Any] = {"identity": ("ranks", "what"), "headline": figure_words.tell_counted(rows)}
+    kept["configuration"] = counted_configuration(args)
+    timing.write("plan_counted", rows, CHECKED, note, folder=args.folder, **kept)
     return all(row["agrees"] for row in rows)
+
+
+def counted_configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """What is counted: the numbers of processes, and what does not change."""
+    fixed = {"max_length": LENGTH, "warmup": WARMUP, "steps": 1}
+    return {"num_accelerators": args.num_accelerators, **dataclasses.asdict(SETTING), **fixed}
 
 
 def project_all(args: argparse.Namespace) -> None:

@@ -23,7 +23,18 @@ FIGURES = {
 }
 COLUMNS = (
     *("arm", "learning rate", "seeds", "valid loss", "± valid", "test loss", "± test", "exact match", "± match"),
-    *("train s", "whole run s", "peak memory GB", "of building GB", "of training GB", "trained numbers", "remark"),
+    *(
+        "HD-PiSSA − it",
+        "± paired",
+        "train s",
+        "whole run s",
+        "CPU s",
+        "peak memory GB",
+        "of building GB",
+        "of training GB",
+        "trained numbers",
+        "remark",
+    ),
 )
 SPREADS = {"valid loss": "± valid", "test loss": "± test", "exact match": "± match"}
 SWEEP_COLUMNS = ("arm", "learning rate", "valid loss", "test loss", "exact match", "train s", "remark")
@@ -69,6 +80,8 @@ def summary(arm: str, records: Sequence[Mapping[str, Any]], plan: Plan) -> dict[
     values["train s"] = [run["train_info"]["train_time"] for run in runs]
     values["whole run s"] = [run["run_info"]["total_time"] for run in runs]
     values["peak memory GB"] = [run["train_info"]["accelerator_memory_max"] / 1e9 for run in runs]
+    times = [run["hdpissa"].get("cpu_time") for run in runs]
+    values["CPU s"] = [sum(time.values()) for time in times if time]
     for column, phase in PEAKS.items():
         peaks = [run["hdpissa"].get("memory", {}) for run in runs]
         values[column] = [(peak[phase] - peak["start"]) / 1e9 for peak in peaks if phase in peak]
@@ -83,7 +96,18 @@ def summary(arm: str, records: Sequence[Mapping[str, Any]], plan: Plan) -> dict[
             row[spread] = statistics.stdev(values[column])
     row["trained numbers"] = runs[0]["train_info"]["num_trainable_params"]
     row["remark"] = remark(arm, records, rate, plan)
+    row["of seeds"] = [run["hdpissa"]["seed"] for run in runs if math.isfinite(last(run, "test loss"))]
     return row | {"samples": values}
+
+
+def add_differences(rows: Sequence[dict[str, Any]]) -> None:
+    """HD-PiSSA's test loss minus the row's: mean and standard deviation over the seeds that both have."""
+    for arm, differences in figure_words.behind(rows).items():
+        row = figure_words.one(rows, arm=arm)
+        row["HD-PiSSA − it"] = statistics.fmean(differences)
+        row["samples"]["HD-PiSSA − it"] = differences
+        if len(differences) > 1:
+            row["± paired"] = statistics.stdev(differences)
 
 
 def remark(arm: str, records: Sequence[Mapping[str, Any]], best: float, plan: Plan) -> str:
@@ -213,9 +237,10 @@ def note_of(records: Iterable[Mapping[str, Any]], missing: Sequence[str]) -> str
         f"{how['max_length']} tokens, {rows['truncated']} of them cut), cosine schedule: the same micro-batches in the "
         f"same order for all. The learning rate is each arm's best of its own sweep by the validation loss "
         f"({how['eval_rows']} rows); loss per answer token and exact match of the test are of {how['test_rows']} other "
-        f"rows. ± is the standard deviation over seeds, which vary order and initialisation. Exact match: the number "
-        f"after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems its own "
-        f"sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its "
+        f"rows. ± is the standard deviation over seeds, which vary order and initialisation. HD-PiSSA − it: its test "
+        f"loss minus that of the row, by seed; below 0 it is ahead. CPU s: of the whole run, all threads. Exact match: "
+        f"the number after #### of the greedy answer, at most {how['max_new_tokens']} tokens; with so many problems "
+        f"its own sampling error is up to {0.5 / math.sqrt(how['test_rows']):.2g}. Memory: peak of a run beyond its "
         f"start, and of these where the record tells them apart: building the method; training steps, no validation."
     )
     if missing:
@@ -229,6 +254,7 @@ def report(
     """Writes <name> and <name>_rates (JSON, Markdown) and <name>.png; returns the rows."""
     arms, seed = by_arm(records.values()), plan.seeds[0]
     rows = [summary(arm, runs, plan) for arm, runs in arms.items()]
+    add_differences(rows)
     some = next(iter(records.values()))["hdpissa"]["configuration"] | plan.as_record()
     pictures = []
     if any(arm != "base" for arm in arms):

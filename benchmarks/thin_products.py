@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Layer:
     B: Tensor
 
 
-def layers(tokens: int = TOKENS) -> Iterator[Layer]:
+def layers() -> Iterator[Layer]:
     """Every distinct Linear of the two Llamas, for every rank."""
     device = timing.need_gpu()
 
@@ -35,12 +36,13 @@ def layers(tokens: int = TOKENS) -> Iterator[Layer]:
         return torch.randn(*size, device=device).to(dtype)
 
     for shape in (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B):
-        x, dy, W = random(tokens, shape.cols), random(tokens, shape.rows), random(shape.rows, shape.cols)
+        x, dy, W = random(TOKENS, shape.cols), random(TOKENS, shape.rows), random(shape.rows, shape.cols)
         for r in RANKS:
             A, B = random(r, shape.cols, dtype=torch.float32), random(shape.rows, r, dtype=torch.float32)
             yield Layer(f"{shape.name} {shape.rows}x{shape.cols}", r, x, dy, W, A, B)
 
 
+IDENTITY = ("layer", "r")
 COLUMNS = ["layer", "r", "triton ms", "torch ms", "torch / triton", "least bytes MB", "% of copy bandwidth"]
 
 
@@ -58,11 +60,17 @@ def compare(
     bandwidth = timing.copy_bandwidth()
     rows = []
     for layer in layers():
-        times = {impl: timing.median_ms(calls(layer, impl)) for impl in ("triton", "torch")}
+        times = timing.medians({f"{impl} ms": calls(layer, impl) for impl in ("triton", "torch")})
         moved = nbytes(layer)
         rows.append({
-            "layer": layer.name, "r": layer.r, "triton ms": times["triton"], "torch ms": times["torch"],
-            "torch / triton": times["torch"] / times["triton"], "least bytes MB": moved / 1e6,
-            "% of copy bandwidth": 100 * moved / (times["triton"] * 1e-3) / bandwidth,
+            "layer": layer.name, "r": layer.r, **times,
+            "torch / triton": times["torch ms"] / times["triton ms"], "least bytes MB": moved / 1e6,
+            "% of copy bandwidth": 100 * moved / (times["triton ms"] * 1e-3) / bandwidth,
         })  # fmt: skip
-    timing.write(name, rows, COLUMNS, f"{note} {TOKENS} tokens, bf16; copy bandwidth {bandwidth / 1e12:.2f} TB/s.")
+    note = f"{note} {TOKENS} tokens, bf16; copy bandwidth {bandwidth / 1e12:.2f} TB/s."
+    timing.write(name, rows, COLUMNS, note, identity=IDENTITY, configuration=configuration())
+
+
+def configuration() -> dict[str, Any]:
+    """What the rows do not tell."""
+    return {"tokens": TOKENS, "dtype": "bf16", **timing.ONE_RUN}

@@ -179,7 +179,7 @@ def turns(methods: list[str], rounds: int) -> list[list[str]]:
 
 
 def run_all(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
-    """After every round: ((count, method) → its rounds, (count, method) → why it failed), of all rounds so far.
+    """After every run: ((count, method) → its rounds, (count, method) → why it failed), of all runs so far.
 
     A method that has failed is not tried again; the rounds that it has count.
     """
@@ -202,7 +202,7 @@ def run_all(args: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
                     steps = runs[count, method][-1]["step_s"]
                     p50 = throughput_table.percentile(steps, 50)
                     print(f"round {number + 1}: {method} on {count}: {p50:.4g} s per step", flush=True)
-            yield {key: rounds for key, rounds in runs.items() if rounds}, failures
+                yield {key: rounds for key, rounds in runs.items() if rounds}, failures
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -224,15 +224,24 @@ def note(args: argparse.Namespace) -> str:
         f"through the deepspeed launcher each.{zero_note(args.zero)}",
         "tokens/s counts real tokens, without padding. CPU s: of all processes in a step. / frozen and reference / it: "
         "medians over rounds. efficiency: tokens/s per device over those of the fewest devices, each with the same "
-        "work.",
+        "work. update s: exchange and apply, mean of the processes.",
+        *control(args.methods),
         f"MB received: of a process in a step, the most of any, counted at torch.distributed: {formula()}.",
         "Phases: forward and backward with the collectives that they wait for (gathers; of `full` the reduction of its "
         "gradients, too), exchange = in collectives of the optimizer step, and waiting there for slower processes, "
         "apply = the rest of it.",
-        f"peak MB: the largest process, {memory}.",
+        f"peak MB: the largest process, {memory}. Not alike in it: DeepSpeed reduces the gradients of lora, pissa and "
+        f"full in a buffer of as many elements as are trained, at most 50 million; hd_pissa's go through none.",
         f"{throughput_work.FLOP_RULE}; MFU is over the data sheet's dense bf16 rate.{'' if gpu else rest}",
     ]
     return " ".join(parts)
+
+
+def control(methods: list[str]) -> list[str]:
+    """What the table has to measure its own noise by."""
+    if not {"lora", "pissa"} <= set(methods):
+        return []
+    return ["lora and pissa run the same graph with other numbers in it: what their times differ by is noise."]
 
 
 def zero_note(given: dict[str, Any]) -> str:
@@ -264,22 +273,32 @@ def name_of(args: argparse.Namespace) -> str:
 
 
 def report(args: argparse.Namespace, runs: dict, failures: dict) -> None:
-    """Writes the table and its pictures."""
+    """Writes the table, and then its pictures: a figure must not be lost with a picture of it."""
     rows = throughput_table.table(runs, failures, throughput_work.model_work(args.model, args.layers))
     args.folder.mkdir(parents=True, exist_ok=True)
     name = name_of(args)
-    pictures = throughput_table.draw(rows, args.folder, name)
-    timing.write(
-        name,
-        rows,
-        throughput_table.COLUMNS,
-        note(args),
-        folder=args.folder,
-        identity=throughput_table.IDENTITY,
-        configuration=timing.configuration_of(args),
-        pictures=pictures,
-        headline=headline(rows, args),
-    )
+
+    def write(pictures: list[str]) -> None:
+        timing.write(
+            name,
+            rows,
+            throughput_table.COLUMNS,
+            note(args),
+            folder=args.folder,
+            identity=throughput_table.IDENTITY,
+            configuration=timing.configuration_of(args),
+            pictures=pictures,
+            headline=headline(rows, args),
+            show=False,
+        )
+
+    write([])
+    try:
+        pictures = throughput_table.draw(rows, args.folder, name)
+    except Exception as error:  # no matplotlib, say
+        print(f"no picture: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        write(pictures)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,8 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         timing.refuse_other(name_of(args), timing.configuration_of(args), folder=args.folder, force=args.force)
-        for runs, failures in run_all(args):  # after every round, so that a run that is stopped leaves something
+        for runs, failures in run_all(args):  # after every run, so that whatever stops this leaves something
             report(args, runs, failures)
+        print((args.folder / f"{name_of(args)}.md").read_text(), flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

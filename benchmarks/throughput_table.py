@@ -11,9 +11,10 @@ from hdpissa.benchmarks import plots, throughput_work
 from hdpissa.engine.metrics import peak_flops
 
 PHASES = ("forward", "backward", "exchange", "apply")
+UPDATE = ("exchange", "apply")
 COLUMNS = (
-    "method", "ranks", "step s p50", "step s p90", "CPU s", "/ frozen", "CPU / frozen", "reference / it",
-    "CPU reference / it",
+    "method", "ranks", "rounds", "step s p50", "step s p90", "CPU s", "update s", "/ frozen", "CPU / frozen",
+    "reference / it", "CPU reference / it", "update reference / it",
     "tokens/s", "tokens/s/device", "padded tokens/s", "efficiency", "MFU", "GFLOP/s/device",
     "peak MB", "MB received", *(f"{phase} %" for phase in PHASES), "remark",
 )  # fmt: skip
@@ -31,7 +32,8 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def merge(record: Mapping[str, Any]) -> dict[str, Any]:
     """One run's ranks as one: a step is over when the slowest rank is; CPU time adds up; bytes are the most of a rank.
 
-    Returns: step_s and cpu_s per step, phases (mean over ranks and steps, seconds), and the rest as the names say.
+    Returns: step_s, cpu_s and update_s (exchange and apply, mean of the ranks) per step, phases (mean over ranks and
+        steps, seconds), and the rest as the names say.
     """
     ranks = record["ranks"]
     steps = list(zip(*(rank["steps"] for rank in ranks), strict=True))
@@ -39,6 +41,7 @@ def merge(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step_s": [max(f["step_s"] for f in step) for step in steps],
         "cpu_s": [sum(f["cpu_s"] for f in step) for step in steps],
+        "update_s": [statistics.fmean(sum(f["phases"][phase] for phase in UPDATE) for f in step) for step in steps],
         "phases": {phase: statistics.fmean(f["phases"][phase] for f in every) for phase in PHASES},
         "sent": max(f["sent"] for f in steps[-1]),
         "received": max(f["received"] for f in steps[-1]),
@@ -63,6 +66,7 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
     first = rounds[0]
     seconds = [s for run in rounds for s in run["step_s"]]
     cpu = [s for run in rounds for s in run["cpu_s"]]
+    update = [s for run in rounds for s in run["update_s"]]
     p50, tokens = statistics.median(seconds), sum(first["lengths"])
     rate = throughput_work.useful_flops(cost, method, first["lengths"]) / p50 / ranks
     peak = peak_flops(first["device"])
@@ -73,6 +77,7 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
         "step s p50": p50,
         "step s p90": percentile(seconds, 90),
         "CPU s": statistics.median(cpu),
+        "update s": statistics.median(update),
         "tokens/s": tokens / p50,
         "tokens/s/device": tokens / p50 / ranks,
         "padded tokens/s": first["padded_tokens"] / p50,
@@ -90,7 +95,8 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
         "peak bytes of ranks": first["peak_bytes"],
         "real tokens": tokens,
         "padded tokens": first["padded_tokens"],
-        "samples": {"step s p50": seconds, "CPU s": cpu},
+        "rounds": len(rounds),
+        "samples": {"step s p50": seconds, "CPU s": cpu, "update s": update},
     }
 
 
@@ -100,10 +106,13 @@ def ratios(numerator: Sequence[Mapping[str, Any]], denominator: Sequence[Mapping
     return [statistics.median(a[key]) / statistics.median(b[key]) for a, b in pairs]
 
 
-def compare(found: dict[str, Any], names: tuple[str, str], numerator: Any, denominator: Any) -> None:
-    """Writes into a row, under both names, the median of the rounds' ratios by the clock and in CPU time; the ratios
-    themselves are samples."""
-    for name, key in zip(names, ("step_s", "cpu_s"), strict=True):
+TIMES = ("step_s", "cpu_s", "update_s")
+
+
+def compare(found: dict[str, Any], names: tuple[str, ...], numerator: Any, denominator: Any) -> None:
+    """Writes into a row the median of the rounds' ratios by the clock, in CPU time, and of the update by the clock, as
+    far as there are names for them; the ratios themselves are samples."""
+    for name, key in zip(names, TIMES, strict=False):
         found["samples"][name] = ratios(numerator, denominator, key)
         found[name] = statistics.median(found["samples"][name])
 
@@ -126,7 +135,8 @@ def table(
         if (ranks, "frozen") in runs:
             compare(found, ("/ frozen", "CPU / frozen"), rounds, runs[ranks, "frozen"])
         if (ranks, "reference") in runs:
-            compare(found, ("reference / it", "CPU reference / it"), runs[ranks, "reference"], rounds)
+            names = tuple(f"{time}reference / it" for time in ("", "CPU ", "update "))
+            compare(found, names, runs[ranks, "reference"], rounds)
         if (ranks, method) in failures:
             found["remark"] = f"then failed, after {len(rounds)} round(s): {failures[ranks, method]}"
         rows.append(found)

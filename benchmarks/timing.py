@@ -13,8 +13,10 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,9 @@ import torch
 
 from hdpissa.engine.errors import ConfigError
 
+BLOCKS = 20
+# Of the scripts that measure once in one process: how much another run of the same code would differ is not known.
+ONE_RUN = {"rounds": 1}
 RESULTS = Path(os.environ.get("HDPISSA_RESULTS") or Path(__file__).parent / "results")
 
 
@@ -36,16 +41,35 @@ def need_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def median_ms(fn: Callable[[], Any], *, warmup: float = 25, repeat: float = 100) -> float:
-    """Median time of a call in milliseconds, between device events, the L2 cache cleared before each call.
+def samples_ms(fn: Callable[[], Any], *, warmup: float = 25, repeat: float = 100) -> list[float]:
+    """Times of calls in milliseconds, between device events, the L2 cache cleared before each call.
 
     Args:
         fn: launches the work; called a few times before anything is timed.
         warmup, repeat: milliseconds to spend on each.
+
+    Returns: of at most `BLOCKS` runs of neighbouring calls the median of each.
     """
     from triton.testing import do_bench
 
-    return do_bench(fn, warmup=int(warmup), rep=int(repeat), return_mode="median")
+    return blocks(do_bench(fn, warmup=int(warmup), rep=int(repeat), return_mode="all"))
+
+
+def blocks(times: Sequence[float]) -> list[float]:
+    """The medians of neighbouring values: as many as `BLOCKS`, or each value where there are fewer."""
+    size = math.ceil(len(times) / BLOCKS)
+    return [statistics.median(times[start : start + size]) for start in range(0, len(times), size)]
+
+
+def median_ms(fn: Callable[[], Any]) -> float:
+    """Median time of a call in milliseconds (`samples_ms`)."""
+    return statistics.median(samples_ms(fn))
+
+
+def medians(works: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """A row's times: column → median of its call in milliseconds, and what they are medians of under `samples`."""
+    samples = {column: samples_ms(work) for column, work in works.items()}
+    return {**{column: statistics.median(found) for column, found in samples.items()}, "samples": samples}
 
 
 def copy_bandwidth(nbytes: int = 2**31) -> float:
@@ -194,20 +218,21 @@ def write(
     configuration: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
     headline: str = "",
+    show: bool = True,
 ) -> Path:
     """Writes <name>.json and <name>.md, prints the table, and returns the Markdown file.
 
     Args:
         rows: column → value; a row may lack columns. `samples`, where a row has it, is column → the raw values of which
-            that column is the median or mean: compare.py takes the noise from them. Where the configuration has
-            `rounds`, they are round after round, equally many of each. `weights`, where a row has it, names what its
-            samples are of, one by one: then each is compared with its namesake.
+            that column is the median or mean: compare.py takes the noise from them. Where the configuration or, before
+            it, the row has `rounds`, they are round after round, equally many of each. `weights`, where a row has it,
+            names what its samples are of, one by one: then each is compared with its namesake.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
         identity: the columns that tell one row from another, for compare.py.
         configuration: what the whole run was started with (`configuration_of`).
         pictures: files in the same folder, shown below the table.
-        headline: what was found, in one line; suite.py prints it.
+        headline: what was found, in one line; suite.py prints it. show: whether the table is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
@@ -224,7 +249,8 @@ def write(
     target = folder / f"{name}.md"
     shown = "\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
     target.write_text("\n\n".join(filter(None, [f"# {name}", note, table, shown, tail])) + "\n")
-    print(table, flush=True)
+    if show:
+        print(table, flush=True)
     return target
 
 

@@ -12,7 +12,8 @@ W is the weight in effect, adapters merged. Three ranks are counted:
     effective rank  exp of the entropy of σ / Σσ (Roy and Vetterli, EUSIPCO 2007): how many directions share the change
 
 and beside them the bound that each method's algebra sets: r for LoRA (ΔW = B A), 2·r for PiSSA (ΔW = B A − B_0 A_0),
-2·r·S for HD-PiSSA, min(m, n) for full fine-tuning.
+min(m, n) for full fine-tuning. HD-PiSSA's 2·r·S is that of one step, ΔB A + B ΔA + ΔB ΔA. Of several steps it bounds
+the first-order part, in which A and B stay what they were; each step's ΔB ΔA may add to the rank.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class Variant:
         )
 
     def bound(self, rows: int, cols: int) -> int:
-        """The rank that ΔW of an m × n matrix cannot exceed by the method's algebra."""
+        """The rank that ΔW of an m × n matrix cannot exceed by the method's algebra.
+
+        HD-PiSSA's is that of one step, and after several that of their first-order terms: the second-order ones are
+        not within it.
+        """
         most = {"lora": self.r, "pissa": 2 * self.r, "hd_pissa": 2 * self.r * self.slices}
         return min(rows, cols, most.get(self.method, min(rows, cols)))
 
@@ -253,7 +258,7 @@ def claim(rows: Sequence[Mapping[str, Any]]) -> str:
     words = [
         f"HD-PiSSA with S = {S} and r = {r} changes matrices with min(m, n) = {wide} by a numerical rank of "
         f"{most['numerical rank']:g} in {few} step(s), {most['above 1e-3']:g} singular values above 1e-3 of the "
-        f"largest; the bound is {most['bound']}"
+        f"largest; the bound of one step is {most['bound']}"
     ]
     if "/ LoRA" in most:
         words.append(
@@ -281,8 +286,9 @@ def note_of(args: Arguments, rows: Sequence[Mapping[str, Any]]) -> str:
         f"ΔW = B A keeps rank r. W is held in fp32, so each entry of ΔW carries W's own rounding (by the eps of "
         f"float64 {full} of the {sum(row['matrices'] for row in rows)} changes have full rank): "
         f"what counts in the numerical rank exceeds 'floor', and 'σ past the bound' is the largest singular value that "
-        f"the bound does not allow, both the group's largest. In later steps HD-PiSSA's are its second-order terms, "
-        f"elsewhere they are rounding. Ratios are of the counts above 1e-3."
+        f"the bound does not allow, both the group's largest. HD-PiSSA's bound is that of one step, and of the "
+        f"first-order part of several: what its later steps have past it are second-order terms, elsewhere it is "
+        f"rounding. Ratios are of the counts above 1e-3."
     )
 
 

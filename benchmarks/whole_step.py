@@ -26,7 +26,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,15 @@ def ours(work: Work, device: torch.device, *, random_slices: bool) -> Callable[[
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds of a step, and the most memory that was allocated from the building of the variant on, and in a step."""
+    """Seconds of each step; the most memory that was allocated in a step, and before, while the variant was built."""
 
-    seconds: float
+    samples: list[float]
     peak: float = 0.0
     building_peak: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
 
 
 def measure(build: Callable[[Work, torch.device], Callable[[], None]], work: Work, device: torch.device) -> Figure:
@@ -208,7 +212,7 @@ def measure(build: Callable[[Work, torch.device], Callable[[], None]], work: Wor
         wait()
         if number >= work.warmup:
             seconds.append(time.perf_counter() - start)
-    figure = Figure(statistics.median(seconds), peak(), building)
+    figure = Figure(seconds, peak(), building)
     del step
     gc.collect()
     if gpu:
@@ -225,7 +229,8 @@ def measure_reference(work: Work, device: torch.device) -> tuple[Figure, str]:
     def extend(low: float, high: float) -> float:
         return low + (high - low) * (work.layers - few) / (more - few)
 
-    figure = Figure(extend(at_few.seconds, at_more.seconds), extend(at_few.peak, at_more.peak))
+    samples = [extend(*pair) for pair in zip(at_few.samples, at_more.samples, strict=True)]
+    figure = Figure(samples, extend(at_few.peak, at_more.peak))
     return figure, f"extended from {few} and {more} layers ({at_few.seconds:.3g} and {at_more.seconds:.3g} s)"
 
 
@@ -245,6 +250,7 @@ def run(work: Work, device: torch.device, *, random_slices: bool) -> list[dict[s
             "MFU(4N)": work.flops / figure.seconds / rate if rate else "",
             "peak GB": figure.peak if gpu else "",
             "remark": remark,
+            "samples": {"step s": figure.samples},
         }
 
     def measure_ours() -> tuple[Figure, str]:
@@ -298,7 +304,9 @@ def main() -> int:
         f"micro-batches, r = {work.r}, S = {work.slices}, one process. {ratios(rows)}. MFU(4N) = (4 per weight and "
         f"token, head included, + causal attention) / time / the data sheet's dense bf16 rate."
     )
-    timing.write("whole_step_tiny" if args.tiny else "whole_step", rows, COLUMNS, note, folder=args.folder)
+    configuration = {**asdict(work), "random_slices": args.random_slices, **timing.ONE_RUN}
+    kept: dict[str, Any] = {"folder": args.folder, "identity": ("variant",), "configuration": configuration}
+    timing.write("whole_step_tiny" if args.tiny else "whole_step", rows, COLUMNS, note, **kept)
     print(ratios(rows))
     zero3.shut_down()
     return 1 if any("step s" not in r for r in rows) else 0

@@ -63,6 +63,12 @@ def vote(plan: SlicePlan, cluster: Cluster) -> Traffic:
     return Traffic(sent, sent / cluster.gather_rate(world))
 
 
+def norm(plan: SlicePlan, cluster: Cluster) -> Traffic:
+    """The gradient norm of the one element that DeepSpeed trains: a float64, all-reduced in its own step."""
+    sent = 2 * (plan.world_size - 1) * 8 // plan.world_size
+    return Traffic(sent, sent / cluster.gather_rate(plan.world_size))
+
+
 def update(shapes: Shapes, plan: SlicePlan, cluster: Cluster, itemsize: int) -> dict[str, Traffic]:
     """All traffic of an update, by kind; targets know theirs."""
 

@@ -28,10 +28,12 @@ Bytes on the wire, sent per GPU
   gathers: gathered weights · (K-1)/K; what stays gathered (stage3_param_persistence_threshold) once more per update
   factors: (K-1) parts of ΔA, and the rows of ΔB that each shard touches;
   dense: (K-1) shards. "auto" takes per weight what sends less. Shared slices: a ring all-reduce of their gradients
+  votes: float64 numbers, the engine's, and the gradient norm of the one element that DeepSpeed trains
 Time
   products: 4 per weight and token (forward, input gradient; {recompute}), attention 3.5 causal forwards
   element-wise: 36·hidden + 12·kv + 9·ff elements per layer and token, 3 per vocabulary entry; a third is forward
-  low-rank: x read twice per group of Linears that share it, dy once; no FLOP counted, it is bound by memory
+  low-rank: x read twice per group of Linears that share it, dy once; or
+    4·r·(in + out) FLOP per target and token, where these take longer
   apply: max(8 bytes per weight of the shard (split), 4·S·r FLOP), each product made of {products} of 16-bit numbers;
     weights on the host come and go over the host link; Adam {adam} bytes per factor element
   bound = max(compute, gathers) per micro-batch + exchange + apply + Adam + gathering what stays

@@ -124,7 +124,7 @@ class Work:
         attention: of one forward pass, causal; a sequence's mean position sees half of it.
         elementwise: bytes of everything that is no product (norms, activations, residuals, rotations, loss), both
             directions; a third of it belongs to the forward.
-        low_rank: bytes that the slices read on top.
+        low_rank, low_rank_flops: bytes that the slices read on top, and FLOP of their thin products.
     """
 
     forward: float
@@ -132,6 +132,7 @@ class Work:
     attention: float
     elementwise: float
     low_rank: float
+    low_rank_flops: float
 
     def floor_flops(self, *, recompute: bool) -> float:
         """Forward and input gradient: 4 per weight. Flash attention's backward costs 2.5 forwards."""
@@ -152,7 +153,8 @@ def work_per_token(model: Model, targets: list, length: int, *, inputs: int | No
     """The work of a token in a sequence of `length`.
 
     The element-wise traffic per layer is 36 hidden, 12 kv and 9 ff elements, plus 3 of the vocabulary. A slice reads
-    x twice (x Aᵀ, gradient of A), Linears with the same x together, and dy once.
+    x twice (x Aᵀ, gradient of A), Linears with the same x together, and dy once. Its products are x Aᵀ, dY B,
+    (dY B)ᵀ X and dYᵀ (X Aᵀ).
 
     Args:
         inputs: elements of the different inputs that the targets read; default: each its own.
@@ -169,4 +171,5 @@ def work_per_token(model: Model, targets: list, length: int, *, inputs: int | No
         attention=2.0 * length * model.heads_width * layers,
         elementwise=float(width * elements),
         low_rank=float(width * factors),
+        low_rank_flops=float(sum(4 * t.r * (t.rows + t.cols) * len(t.modules) for t in targets)),
     )

@@ -20,6 +20,7 @@ LAUNCH_S, COLLECTIVE_S = 4.5e-6, 25e-6
 ADAM_BYTES = 40
 GATHERS, COPY_GATHERS = "ZeRO-3 gathers", "gathers of second copies (hpZ)"
 AGAIN = "what stays gathered, after the update"
+NORM = "DeepSpeed's gradient norm"
 # Products of 16-bit parts that make up one of the update's: fp32 factors in two parts each, TF32's in one.
 PRODUCTS = {"fp32": 3, "tf32": 1}
 
@@ -114,21 +115,25 @@ def step(run: Run) -> Step:
     from_host = _host_bytes_gathers(run)
     staged = _host_bytes_update(run)
     traffic = plan_exchange.update(run.shapes, plan, run.cluster, run.itemsize)
+    norm = plan_exchange.norm(plan, run.cluster)
     own = sum(t.factor_numel(plan.slices_per_rank) for t in run.targets)
     return Step(
         tokens=tokens,
         products=tokens * work.floor_flops(recompute=batch.checkpointing) / gpu.bf16,
         elementwise=tokens * work.floor_bytes(recompute=batch.checkpointing) / gpu.hbm,
-        low_rank=tokens * work.low_rank / gpu.hbm,
+        low_rank=tokens * max(work.low_rank / gpu.hbm, work.low_rank_flops / gpu.bf16),
         link=link,
         host=from_host / gpu.host,
         again=again,
         launches=batch.accumulation * _launches(run),
-        exchange=sum(t.seconds for t in traffic.values()),
+        exchange=sum(t.seconds for t in traffic.values()) + norm.seconds,
         apply=apply_seconds(run, gpu.bf16 / PRODUCTS[run.section.delta.precision]),
         adam=ADAM_BYTES * own / gpu.hbm,
         staging=staged / gpu.host,
-        wire=wire | ({AGAIN: sum(anew.values())} if again else {}) | {kind: t.sent for kind, t in traffic.items()},
+        wire=wire
+        | ({AGAIN: sum(anew.values())} if again else {})
+        | {kind: t.sent for kind, t in traffic.items()}
+        | {NORM: norm.sent},
         host_bytes=from_host + staged,
         link_name=run.cluster.link_name(plan.world_size),
         gather_link=gather_link,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from tensors import DEVICE
 
-from hdpissa.benchmarks import aot_table, gpu, linear_layers, memcheck_run, shapes, timing
+from hdpissa.benchmarks import aot_table, apart, gpu, linear_layers, memcheck_run, shapes, timing
 
 BENCHMARKS = Path(gpu.__file__).parent
 SCRIPTS = sorted(p.stem for p in BENCHMARKS.glob("bench_*.py"))
@@ -58,7 +59,7 @@ def test_linear_layers():
     def clock(work):
         start = time.perf_counter()
         work()
-        return 1e3 * (time.perf_counter() - start)
+        return [1e3 * (time.perf_counter() - start)]
 
     rows = linear_layers.measure_model(tiny, tokens=16, device=torch.device("cpu"), time=clock)
     layers = ["tiny q,k,v", "tiny o", "tiny gate,up", "tiny down", "tiny decoder layer"]
@@ -77,6 +78,20 @@ def test_a_result_is_written_twice(tmp_path):
     stored = json.loads((tmp_path / "x.json").read_text())
     assert stored["rows"] == [{"a": 1.23456, "b": "c", "d": 1}]
     assert stored["environment"]["torch"] == torch.__version__
+
+
+# --- processes of their own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cuda", "hip", "way"), [("13.0", None, "spawn"), (None, "7.1", "spawn"), (None, None, None)])
+def test_no_process_is_forked_where_torch_knows_gpus(monkeypatch, cuda, hip, way):
+    """What the fork server imports asks whether there is a GPU, and CUDA cannot be used in a fork after that."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert apart.way_to_start().get_start_method() == (way or "forkserver")
+    if cuda:
+        loaded = "'hdpissa.engine.zero3' in __import__('sys').modules"
+        assert apart.call(eval, loaded) is False
 
 
 # --- the script that runs them all -----------------------------------------------------------------------------------
@@ -104,6 +119,55 @@ def test_every_phase_has_commands():
         for command, limit in gpu.commands(phase):
             assert limit
             assert all((gpu.ROOT / part).is_file() for part in command if part.endswith(".py"))
+
+
+def test_throughput_ends_a_run_before_it_is_ended_itself():
+    for command, limit in gpu.commands("throughput"):
+        assert 2 * int(command[command.index("--timeout") + 1]) < limit
+
+
+def imported(file: Path) -> set[str]:
+    """What a file of the package or of the tests imports when it is imported, with full names."""
+    found, todo = set(), list(ast.parse(file.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ("hdpissa", *file.relative_to(gpu.ROOT).parts[:-1])
+            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else ()), node.module or ""])
+            found |= {base.strip("."), *(f"{base}.{name.name}".replace("..", ".") for name in node.names)}
+        elif not isinstance(node, ast.FunctionDef) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
+
+
+def test_all_that_the_phases_import_is_asked_for():
+    """Else a machine that lacks it is found out by the first script, after minutes."""
+    commands = [command for phase in gpu.PHASES for command, _ in gpu.commands(phase)]
+    todo = [gpu.ROOT / part for command in commands for part in command if part.endswith(".py")]
+    todo += [BENCHMARKS / "throughput_worker.py", BENCHMARKS / "method_zero3.py", gpu.ROOT / "tests/conftest.py"]
+    seen, others = set(), set()
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imported(file):
+            first, *rest = name.split(".")
+            inside = gpu.ROOT.joinpath(*rest) if first == "hdpissa" else gpu.ROOT / "tests" / first
+            files = [path for path in (inside.with_suffix(".py"), inside / "__init__.py") if path.is_file()]
+            todo += files
+            if not files and first != "hdpissa" and first not in sys.stdlib_module_names:
+                others.add(first)
+    assert {"psutil", "yaml", "deepspeed"} <= others <= set(gpu.NEEDED)
+
+
+def test_an_import_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(gpu, "IMPORTS", "import nowhere_to_be_found")
+    assert gpu.broken(dict(os.environ)) == "imports fail: ModuleNotFoundError: No module named 'nowhere_to_be_found'"
+    monkeypatch.setattr(gpu, "IMPORTS", "import json")
+    assert gpu.broken(dict(os.environ)) == ""
 
 
 def test_results_are_collected(tmp_path, monkeypatch):

@@ -98,8 +98,49 @@ def test_rounds_are_what_is_drawn_again():
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
     fewer = (float(np.median(old[:30])), float(np.median(new[:30])))
     assert noise.compared(fewer, (old[:30], new[:30]), rounds=(3, 3)) == ": 3 and 3 rounds are too few"
-    assert noise.rounds_of({"configuration": {"rounds": 4}}) == 4
-    assert noise.rounds_of({"configuration": {}}) == noise.rounds_of({}) == 1
+
+
+def test_a_row_tells_its_rounds():
+    """One that failed part-way has fewer than its result: two rounds of ten steps are no four of five."""
+    asked = {"configuration": {"rounds": 4}}
+    assert noise.rounds_of(asked, {}) == 4
+    assert noise.rounds_of(asked, {"rounds": 2}) == 2
+    assert noise.rounds_of({"configuration": {}}, {}) is noise.rounds_of({}, {}) is None
+    steps = list(range(20))
+    assert noise.units_of(steps, noise.rounds_of(asked, {"rounds": 2})) == [steps[:10], steps[10:]]
+    assert noise.units_of([1.0, 2.0], 3) == [[1.0], [2.0]]  # ratios of two rounds of three
+
+
+def in_rounds(folder, name, values, asked, **row):
+    rows = [{"method": "ours", "time": float(np.median(values)), "samples": {"time": values}, **row}]
+    where = {"identity": ("method",), "configuration": {"rounds": asked}, "folder": folder / name}
+    timing.write("x", rows, ["time"], **where)
+    return str(folder / name / "x.json")
+
+
+def test_one_run_a_side_moves_nothing(tmp_path, capsys):
+    """Five steps each of two runs of the same code, on a machine that was 20 % slower the second time."""
+    old, new = in_rounds(tmp_path, "old", NOISY, 1), in_rounds(tmp_path, "new", [1.2 * value for value in NOISY], 1)
+    near = in_rounds(tmp_path, "near", [1.01 * value for value in NOISY], 1)
+    few = in_rounds(tmp_path, "few", [2 * value for value in NOISY[:3]], 1)
+    capsys.readouterr()
+    assert compare.main([old, new]) == 0
+    said = capsys.readouterr().out
+    assert f"| {compare.ONE_RUN} |" in said
+    assert "1 figures compared, 0 moved beyond noise" in said
+    assert compare.main([old, near, "--all"]) == 0
+    assert "| within noise |" in capsys.readouterr().out
+    assert compare.main([few, in_rounds(tmp_path, "more", NOISY[:3], 1)]) == 0
+    assert "| differs; noise unknown: one run each |" in capsys.readouterr().out
+    assert compare.main([old, in_rounds(tmp_path, "rounds", 4 * [1.5 * value for value in NOISY], 4)]) == 0
+    assert "1 and 4 rounds are too few" in capsys.readouterr().out
+
+
+def test_rounds_of_a_row_are_no_figure(tmp_path, capsys):
+    old, new = in_rounds(tmp_path, "old", NOISY, 4, rounds=4), in_rounds(tmp_path, "new", NOISY, 4, rounds=2)
+    capsys.readouterr()
+    assert compare.main([old, new, "--all"]) == 0
+    assert "1 figures compared" in capsys.readouterr().out
 
 
 def ranks_of(folder, name, values, weights):

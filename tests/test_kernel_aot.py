@@ -35,7 +35,13 @@ def compiled(tmp_path_factory, request):
         command, env={**quiet, "TRITON_CACHE_DIR": str(folder / "cache")}, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads((folder / "aot.json").read_text())["rows"]
+    content = json.loads((folder / "aot.json").read_text())
+    rows, told = content["rows"], content["configuration"]
+    assert told == {
+        "kernels": [*STEMS, CONTROL.name],
+        "targets": list(aot_table.TARGETS),
+        "sample": request.param == "sample",
+    }
     return [r for r in rows if r["module"] in STEMS], [r for r in rows if r["module"] == str(CONTROL)]
 
 

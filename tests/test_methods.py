@@ -7,6 +7,7 @@ import torch
 from method_runs import collectives, train
 from ranks import run_ranks
 
+from hdpissa.benchmarks import method_zero3
 from hdpissa.benchmarks.methods import METHODS, Setting, build
 from hdpissa.engine.errors import ConfigError
 
@@ -78,6 +79,14 @@ def test_phases_are_there(found):
         assert min(run["phases"].values()) >= 0
         assert run["phases"]["backward"] > 0
         assert run["phases"]["exchange"] > 0
+
+
+@pytest.mark.parametrize(("trained", "elements"), [(0, 10_000), (7_000, 10_000), (70_000, 70_000), (10**9, 50_000_000)])
+def test_the_reduce_bucket_is_as_large_as_what_is_trained(trained, elements):
+    """A frozen base has none of its own, and a full one not all of it."""
+    net = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    net.trained = torch.nn.Parameter(torch.empty(trained, device="meta"))
+    assert method_zero3.reduce_bucket(net) == elements
 
 
 def test_collectives_by_hand():

@@ -266,6 +266,22 @@ def test_mean_and_spread_are_over_the_seeds_of_the_best_rate():
     assert row["remark"] == "best of 2 rates is the least"
 
 
+def test_cpu_seconds_and_differences_by_seed_are_columns():
+    """Of the second seed only one arm came to its end."""
+    plan = Plan({"full": (1e-5,), "hd_pissa_s8_r16": (1e-4,)}, (0, 1, 2))
+    full = [record("full", 1e-5, seed, loss) for seed, loss in ((0, 2.0), (1, 1.0), (2, 2.4))]
+    ours = [record("hd_pissa_s8_r16", 1e-4, seed, loss) for seed, loss in ((0, 2.1), (1, None), (2, 2.7))]
+    for run in full:
+        run["hdpissa"]["cpu_time"] = {"start": 1.0, "build": 2.0, "train": 3.0, "test": 4.0}
+    rows = [quality_report.summary(arm, runs, plan) for arm, runs in (("full", full), ("hd_pissa_s8_r16", ours))]
+    quality_report.add_differences(rows)
+    assert rows[0]["CPU s"] == 10.0
+    assert "CPU s" not in rows[1]
+    assert rows[0]["HD-PiSSA − it"] == pytest.approx(0.2)
+    assert rows[0]["± paired"] == pytest.approx(statistics.stdev([0.1, 0.3]))
+    assert {"CPU s", "HD-PiSSA − it", "± paired"} <= set(quality_report.COLUMNS)
+
+
 def test_a_row_with_fewer_rates_or_seeds_than_planned_says_so():
     runs = [record("full", 1e-5, 0, 2.0), record("full", 1e-5, 1, 2.0)]
     row = quality_report.summary("full", runs, Plan({"full": (1e-5, 1e-4)}, (0, 1, 2), set_aside={"full": 4}))

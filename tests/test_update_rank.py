@@ -87,6 +87,7 @@ def test_ratios_are_of_equal_matrices_after_equal_steps():
     assert [row["/ LoRA"] for row in rows] == [1, 1, 4]
     assert rows[2]["samples"]["above 1e-3"] == [6, 8, 9]
     assert "4 times LoRA's 2" in update_rank.claim(rows)
+    assert "the bound of one step is" in update_rank.claim(rows)
 
 
 @pytest.mark.parametrize(
