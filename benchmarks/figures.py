@@ -69,7 +69,7 @@ def rows_per_slice(configuration: Mapping[str, Any]) -> str:
 DEMO = "smollm2-135m-instruct"
 THROUGHPUT = (
     f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --slices 8 --accumulation 4"
-    " --micro_batch 1 --max_length 256 --steps 3 --warmup 2 --rounds 3"
+    " --micro_batch 1 --max_length 256 --steps 2 --warmup 1 --rounds 3"
 )
 THROUGHPUT_IS = {
     "model": DEMO,
@@ -80,8 +80,8 @@ THROUGHPUT_IS = {
     "accumulation": 4,
     "micro_batch": 1,
     "max_length": 256,
-    "steps": 3,
-    "warmup": 2,
+    "steps": 2,
+    "warmup": 1,
     "rounds": 3,
     "dtype": "fp32",
     "layers": None,
@@ -90,9 +90,16 @@ THROUGHPUT_IS = {
 }
 FEW = ["hd_pissa", "frozen", "reference"]
 GATHERED = {"stage3_param_persistence_threshold": 10**12}  # as in ds_configs/zero3_gathered.json
-STAY_GATHERED = (
-    f"{THROUGHPUT} --methods {' '.join(FEW)} --zero stage3_param_persistence_threshold=1000000000000 --label gathered"
+FEW_GATHERED = f"--methods {' '.join(FEW)} --zero stage3_param_persistence_threshold=1000000000000 --label gathered"
+STAY_GATHERED = f"{THROUGHPUT} {FEW_GATHERED}"
+LONG_ROWS_ARE = {"micro_batch": 2, "max_length": 512, "steps": 1, "warmup": 1, "rounds": 1}
+LONG_ROWS = (
+    f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --slices 8 --accumulation 4"
+    " --micro_batch 2 --max_length 512 --steps 1 --warmup 1 --dtype bf16"
+    f" {FEW_GATHERED.removesuffix('gathered')}long_rows"
 )
+IN_BF16 = f"{THROUGHPUT.replace('--rounds 3', '--rounds 2')} --dtype bf16"
+IN_BF16_IS = THROUGHPUT_IS | {"dtype": "bf16", "rounds": 2}
 QUALITY_RATES = {
     "lora_r16": "2e-3,6e-3,2e-2",
     "lora_r128": "2e-3,6e-3,6.67e-4",
@@ -136,7 +143,7 @@ FIGURES = (
         {"dtype": "fp32", "layers": None, "rounds": 5},
     ),
     Figure(
-        "the same in {dtype}, which this CPU emulates",
+        "the same in {dtype}",
         "cpu_layers_bf16",
         "cpu_layers.py --dtype bf16 --rounds 3",
         figure_words.tell_cpu_layers,
@@ -229,27 +236,34 @@ FIGURES = (
         THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED},
     ),
     Figure(
-        "whole steps in {dtype}, which this CPU emulates, S = 2, one micro-batch, {rows}; the goal is 6",
+        "CPU time of the same step in {dtype}, frozen base = 1",
         "throughput_smollm2_135m_instruct_bf16",
-        f"throughput.py --model ~/.cache/hdpissa/{DEMO} --num_accelerators 2 --r 16 --max_length 256 --dtype bf16 "
-        f"--steps 1 --warmup 1 --methods {' '.join(FEW)}",
+        IN_BF16,
+        figure_words.tell_throughput,
+        IN_BF16_IS,
+    ),
+    Figure(
+        "the same runs in {dtype}: time of the published algorithm's step (fp32, as published), HD-PiSSA's = 1; the "
+        "goal is 6",
+        "throughput_smollm2_135m_instruct_bf16",
+        IN_BF16,
         figure_words.tell_published,
-        {
-            "model": DEMO,
-            "num_accelerators": [2],
-            "methods": FEW,
-            "r": 16,
-            "slices": None,
-            "accumulation": 1,
-            "micro_batch": 2,
-            "max_length": 256,
-            "dtype": "bf16",
-            "steps": 1,
-            "warmup": 1,
-            "rounds": 1,
-            "layers": None,
-            "zero": {},
-        },
+        IN_BF16_IS,
+    ),
+    Figure(
+        "whole steps in {dtype} with weights that stay gathered, {rows}; the goal is 6",
+        "throughput_smollm2_135m_instruct_bf16_gathered",
+        f"{THROUGHPUT} --dtype bf16 {FEW_GATHERED}",
+        figure_words.tell_published,
+        THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED, "dtype": "bf16"},
+    ),
+    Figure(
+        "the same with longer rows, {micro_batch} of up to {max_length} tokens in a micro-batch, as published, {rows}; "
+        "the goal is 6",
+        "throughput_smollm2_135m_instruct_bf16_long_rows",
+        LONG_ROWS,
+        figure_words.tell_published,
+        THROUGHPUT_IS | {"methods": FEW, "zero": GATHERED, "dtype": "bf16"} | LONG_ROWS_ARE,
     ),
     Figure(
         "the fp32 runs: peak memory of a rank",

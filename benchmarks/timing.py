@@ -125,12 +125,20 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The git revision of this file's checkout, with "+" when the tree differs from it; None where there is no git."""
+    """The git revision of this file's checkout, with "+" when the tree differs from it; None where there is no git.
+
+    Results do not count: a script that writes after every run would find its own.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results"]
     try:
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        told = [
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["describe", "--always", "--exclude=*"], changed)
+        ]
     except (OSError, subprocess.CalledProcessError):
         return None
+    return told[0] + ("+" if told[1] else "")
 
 
 # --- results --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "developer": "developer",  # OpenAI's name of a system turn
+    "ipython": "ipython",  # Llama 3's name of a tool's turn
 }
 
 

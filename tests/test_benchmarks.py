@@ -183,3 +183,19 @@ def test_results_are_collected(tmp_path, monkeypatch):
     assert list(stored["results"]) == ["new"]
     assert "tests: pytest: passed" in (tmp_path / "out" / "gpu.md").read_text()
     assert (tmp_path / "out" / "gpu.log").read_text() == "log"
+
+
+def test_a_new_result_does_not_make_another_revision(tmp_path, monkeypatch):
+    """Of code that has changed the revision says so; a script that writes after every run finds its own results."""
+    for name in ("README.md", "benchmarks/timing.py", "benchmarks/results/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    clean = timing._revision()
+    (tmp_path / "benchmarks" / "results" / "x.json").write_text("two")
+    assert timing._revision() == clean
+    (tmp_path / "README.md").write_text("two")
+    assert timing._revision() == f"{clean}+"

@@ -154,6 +154,8 @@ def test_roles_have_sharegpts_names_or_the_templates_own():
     assert texts(found) == ["[system]s</s>[user]q</s>[assistant]«a</s>»"]
     seen = [{"role": "observation", "content": "o"}, {"role": "gpt", "content": "a"}]
     assert texts(encode(table([{"messages": seen}]))) == ["[tool]o</s>[assistant]«a</s>»"]
+    told = [{"role": "Developer", "content": "d"}, QUESTION, ANSWER]
+    assert texts(encode(table([{"messages": told}])))[0].startswith("[developer]d</s>[user]")
     naming = "{{ 'gpt' if '' == 'observation' }}" + CHAT
     assert texts(encode(table([{"messages": seen}]), chat=naming)) == ["[observation]o</s>[assistant]«a</s>»"]
     good = {"messages": [QUESTION, ANSWER]}

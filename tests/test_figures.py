@@ -30,20 +30,12 @@ from hdpissa.engine.errors import ConfigError
 NOT_TOLD = {
     "aot",
     "checkpoint",
-    "cpu_layers_bf16",
     "cpu_layers_fp32",
     "export_memory",
     "load_memory",
     "plan_counted",
     "slice_cache_start",
     "svd_methods",
-}
-
-
-# Committed results that are of fewer rounds than README's command says; the row says "one run of each" of them.
-FEWER_ROUNDS = {
-    "throughput_smollm2_135m_instruct_fp32": {"rounds": 1},
-    "throughput_smollm2_135m_instruct_fp32_gathered": {"rounds": 1},
 }
 
 
@@ -82,7 +74,7 @@ def test_no_other_table_of_readme_has_measured_numbers():
 def test_results_are_of_the_configuration_that_readme_names(figure):
     if stored(figure) is None:
         pytest.skip("not measured yet")
-    assert figure.others(stored(figure)) in ({}, FEWER_ROUNDS.get(figure.result))
+    assert figure.others(stored(figure)) == {}
 
 
 def test_results_that_do_not_tell_their_configuration_are_these():
