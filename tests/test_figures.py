@@ -195,7 +195,7 @@ def test_what_is_beside_the_plan_does_not_count_as_exact():
 def test_rows_per_slice():
     asked = {figure.result: figure.asked for figure in figures.FIGURES if figure.say is figure_words.tell_published}
     assert "1 row per slice" in asked["throughput_smollm2_135m_instruct_fp32_gathered"]
-    assert "2 rows per slice" in asked["throughput_smollm2_135m_instruct_bf16"]
+    assert "2 rows per slice" in asked["throughput_smollm2_135m_instruct_bf16_long_rows"]
     assert figures.rows_per_slice({"micro_batch": 1}) == ""
 
 
