@@ -28,12 +28,10 @@ from hdpissa.engine.errors import ConfigError
 # Committed results of an older form, which do not tell all of their configuration. Whoever measures one again takes it
 # off this list.
 NOT_TOLD = {
-    "aot",
     "checkpoint",
     "cpu_layers_fp32",
     "export_memory",
     "load_memory",
-    "plan_counted",
     "slice_cache_start",
     "svd_methods",
 }
