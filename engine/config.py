@@ -250,7 +250,8 @@ class HDPissaConfig(_Section):
         if not isinstance(section, dict):
             fail([f'hd_pissa is {show(section)}: must be an object such as {{"r": 16}}'])
         try:
-            return cls.model_validate({k: v for k, v in section.items() if v != "auto"})
+            said = {k: v for k, v in section.items() if v != "auto" or k not in cls.model_fields}
+            return cls.model_validate(said)
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors(include_url=False)]
         fail(problems)

@@ -26,7 +26,7 @@ INSTEAD = {
     "lora_target_linear": "use --target_modules all-linear",
     "additional_target": "use --modules_to_save",
     "lora_modules_to_save": "use --modules_to_save",
-    "use_peft": _WHOLE,
+    "use_peft": "there is no adapter in training, W itself learns (--export_format peft writes one); leave it out",
     "do_train": _WHOLE,
     **dict.fromkeys(("stage", "finetuning_type", "init_lora_weights", "pissa_init", "pissa_iter"), _WHOLE),
     **dict.fromkeys(("model", "base_model"), "use --model_name_or_path"),

@@ -37,7 +37,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_folder(name: str) -> None:
-    """Refuses a folder that is an adapter, which transformers would look for the base of.
+    """Refuses an adapter, which transformers would look for the base of, and a folder without a config.json.
 
     Raises:
         ConfigError: with the file.
@@ -46,6 +46,11 @@ def check_folder(name: str) -> None:
         raise ConfigError(
             f"--model_name_or_path {name}: holds {ADAPTER}, so it is an adapter, not a whole model; merge it into its "
             f"base (PEFT's merge_and_unload, then save_pretrained) and give the folder with the merged model"
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"--model_name_or_path {name}: no usable model there (it holds no config.json); give a Hugging Face folder "
+            f"or name"
         )
 
 

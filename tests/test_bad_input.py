@@ -154,7 +154,9 @@ HD_PISSA = [
 ]
 MODEL = [
     argument("model folder that is not there", ("DIR/none", "no such folder"), model_name_or_path="DIR/none"),
-    argument("model folder without config.json", ("DIR/bare", "no usable model"), model_name_or_path="DIR/bare"),
+    argument(
+        "model folder without config.json", ("DIR/bare", "it holds no config.json"), model_name_or_path="DIR/bare"
+    ),
     argument("broken config.json", ("DIR/broken_model", "no usable model"), model_name_or_path="DIR/broken_model"),
     argument("no causal language model", ("DIR/t5", "cannot be built", "T5Config"), model_name_or_path="DIR/t5"),
     argument("model without tokenizer", ("DIR/mute", "no usable tokenizer"), model_name_or_path="DIR/mute"),

@@ -116,6 +116,7 @@ def test_the_config_is_frozen_and_owns_its_lists():
 BAD_SECTIONS = [
     # unknown keys: the nearest name, or the place where the key belongs; then bad values
     ({"target_module": []}, 'target_module: unknown key; did you mean "target_modules"? (valid keys: r,'),
+    ({"slice": "auto"}, 'slice: unknown key; did you mean "slices"?'),
     ({"alpha": 16}, 'alpha: unknown key; did you mean "lora_alpha"?'),
     ({"rank": 8}, 'rank: unknown key; did you mean "r"?'),
     ({"betas": [0.9, 0.99]}, "betas: unknown key; move it to hd_pissa.adam"),
