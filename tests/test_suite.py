@@ -76,9 +76,10 @@ def test_a_script_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, 
 
 
 STOPPED = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from hdpissa.benchmarks import suite
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who was started in a shell's background ignores it
 suite.HERE = Path(sys.argv[1])
 alone = sys.argv[2] == "alone"
 steps = [suite.Step(name, "sleep.py", (name,), alone=alone) for name in ("one", "two")]
