@@ -107,7 +107,8 @@ def test_found_as_deepspeed_finds_them(build, section):
     found = leaf_modules.find(model, {"leaf_module": section})
     apply_zero_leaf_module_config(model, DeepSpeedZeroLeafModuleConfig(**section))
     assert found == get_z3_leaf_modules(model)
-    assert found or (build is tiny_llama) == (not section) or "names" in section or "classes" in section
+    if build is tiny_llama:
+        assert bool(found) == bool(section)  # its layers are no leaves unless somebody says so
 
 
 def test_default_classes_are_deepspeeds():
