@@ -19,6 +19,7 @@ from . import pulse, zero3
 from .answers import extract, is_right
 from .batches import EvalBatches, count_target_tokens
 from .generation import Question, generate
+from .progress import Progress, untold
 from .recorder import Recorder
 
 PROMPT_LINES, PROMPT_WIDTH = 3, 110  # of a sample's prompt on the terminal
@@ -52,10 +53,10 @@ class Evaluator:
         if self.batches is None:
             return None
         engine.eval()
-        loss, tokens = mean_loss(engine, self.batches, zero3.device())
+        loss, tokens = mean_loss(engine, self.batches, zero3.device(), recorder.work("evaluation batches"))
         row: dict[str, Any] = {"step": step, **loss_figures(loss, tokens)}
         if self.graded:
-            answers = self._answer(engine, self.graded)
+            answers = self._answer(engine, self.graded, recorder)
             row |= match_figures(answers, self.graded)
         engine.train()
         recorder.evaluation(row)
@@ -71,7 +72,7 @@ class Evaluator:
         if not self.asked:
             return
         engine.eval()
-        answers = self._answer(engine, self.asked)
+        answers = self._answer(engine, self.asked, recorder)
         engine.train()
         rows: list[dict[str, Any]] = []
         for question, answer in zip(self.asked, answers, strict=True):
@@ -84,7 +85,7 @@ class Evaluator:
             recorder.save_json(f"sample_{title.replace(' ', '_')}.json", content)
         recorder.resume_clock()
 
-    def _answer(self, engine: Any, asked: Sequence[Question]) -> list[str]:
+    def _answer(self, engine: Any, asked: Sequence[Question], recorder: Recorder) -> list[str]:
         pulse.reach("eval.answers")
         rank, world_size = self._ranks
         prompts = [question.ids for question in asked]
@@ -97,6 +98,7 @@ class Evaluator:
             device=zero3.device(),
             rank=rank,
             world_size=world_size,
+            progress=recorder.work("answers"),
         )
 
 
@@ -134,19 +136,22 @@ def graded_rows(answers: Sequence[str], asked: Sequence[Question]) -> list[dict[
     ]
 
 
-def mean_loss(model: Any, batches: EvalBatches, device: torch.device) -> tuple[float, int]:
+def mean_loss(model: Any, batches: EvalBatches, device: torch.device, progress: Progress = untold) -> tuple[float, int]:
     """(loss per target token over all ranks' batches, number of target tokens); collective where there are several.
 
     Args:
         model: in eval mode; an engine, or a plain model in one process.
+        progress: called with how many of this rank's batches are done, and of how many.
     """
+    progress(0, len(batches))
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for batch, real in batches:
+        for done, (batch, real) in enumerate(batches, 1):
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             tokens = count_target_tokens(batch["labels"])
             if real and tokens:
                 total += torch.stack([loss.double() * tokens, torch.full_like(loss, tokens, dtype=torch.float64)])
+            progress(done, len(batches))
     if dist.is_initialized():
         dist.all_reduce(total)
     loss_sum, tokens = total.tolist()

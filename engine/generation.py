@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .data import IGNORE
+from .progress import Progress, untold
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ def generate(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    progress: Progress = untold,
 ) -> list[str]:
     """Greedy answers in the order of the prompts, on every rank; collective where there are several.
 
     Args:
         model: in eval mode; has `generate` and `generation_config`, or a `module` that has the latter.
+        progress: called with how many of this rank's prompts are answered, and of how many.
     """
     if not prompts:
         return []
@@ -79,6 +82,7 @@ def generate(
     mine, longest_share = order[rank::world_size], -(-len(order) // world_size)
     stops = _stop_tokens(model, tokenizer)
     answers: dict[int, str] = {}
+    progress(0, longest_share)
     for start in range(0, longest_share, batch_size):
         chosen = mine[start : start + batch_size]
         inputs = _pad_left([prompts[i] for i in chosen or order[:1]], tokenizer.pad_token_id)
@@ -92,6 +96,7 @@ def generate(
         if chosen:
             new = ids[:, inputs["input_ids"].shape[1] :]
             answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
+        progress(min(start + batch_size, longest_share), longest_share)
     if world_size > 1:
         told: list[Any] = [None] * world_size
         dist.all_gather_object(told, answers)

@@ -17,6 +17,7 @@ from . import pulse
 from .display import Display
 from .errors import StopError
 from .metrics import finite_row, peak_flops, write_json
+from .progress import Work
 from .reporters import Reporters
 
 WARNING = "warning: "
@@ -57,7 +58,6 @@ class Recorder:
         self._best: dict[str, Any] = {}
         self._file: IO[str] | None = None if self.quiet else (folder / "metrics.jsonl").open("a", buffering=1)
         self._display = Display(total_steps=total_steps, quiet=self.quiet, bar=bar)
-        self.slices = self._display.slices
         self.warnings: list[str] = []  # what was said that begins so; the report of the run has them
         self._reporters = reporters or Reporters([])
         self._reporters.start(self.say)
@@ -67,6 +67,14 @@ class Recorder:
         if text.startswith(WARNING):
             self.warnings.append(text.removeprefix(WARNING))
         self._display.say(text)
+
+    def work(self, title: str) -> Work:
+        """Shows how far a long piece of work is that is no step; see there."""
+        return self._display.work(title)
+
+    def slices(self, name: str, done: int, total: int) -> None:
+        """How far the decomposition is."""
+        self.work("slices of weights")(done, total, name)
 
     def start(self) -> None:
         """Starts the clock of the first step and the bar."""

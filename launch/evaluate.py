@@ -24,7 +24,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,79 +286,11 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
     return [sys.executable, "-P", "-m", "lm_eval", *words, *more]
 
 
-# --- a dataset -------------------------------------------------------------------------------------
-
-
-def read(args: EvaluateArguments, request: Request, tokenizer: Any, *, seed: int) -> Any:
-    """What was read (`Rows`): the datasets, tokenised, as a run without evaluation rows would read them.
-
-    Args:
-        seed: draws rows, where a share of a set is asked for.
-    """
-    from hdpissa.launch.train_data import read_rows
-
-    alone = SimpleNamespace(**asdict(DataOptions()) | vars(args), seed=seed)
-    rows = read_rows(alone, request.given, tokenizer, request.sets)
-    return replace(rows, sources=[source | {"use": "evaluation"} for source in rows.sources])
-
-
-def evaluate_dataset(
-    args: EvaluateArguments, request: Request, folder: str, base: str | None, *, seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(figures of a model on a dataset, under the names of a run's evaluation rows; answers, graded)."""
-    import torch
-
-    from hdpissa.engine.batches import EvalBatches
-    from hdpissa.engine.evaluate import graded_rows, loss_figures, match_figures, mean_loss
-    from hdpissa.engine.generation import generate, questions
-    from hdpissa.launch import evaluate_model
-    from hdpissa.launch.position_checks import check_positions
-    from hdpissa.launch.train_checks import check_vocabulary
-    from hdpissa.launch.train_data import tell_sources
-    from hdpissa.launch.train_questions import stop_at_turns
-
-    config = evaluate_model.read_config(args.model, base or folder, args.trust_remote_code)
-    if base:
-        evaluate_model.check_adapter(args.model, folder)
-    tokenizer = evaluate_model.read_tokenizer(folder, args.trust_remote_code)
-    found = read(args, request, tokenizer, seed=seed)
-    print("\n".join(tell_sources(found.sources)))
-    if config is not None:
-        check_vocabulary(found, None, config)
-    rows = found.train
-    asked = []
-    if args.eval_exact_match:
-        shown = found.ask("train").dataset
-        there = questions(shown, tokenizer, limit=args.eval_max_samples, max_length=args.max_length)
-        asked = [question for question in there if question.reference]
-        if not asked:
-            raise ConfigError("--eval_exact_match: no row has a prompt and a whole answer; leave it out")
-    place = {"device": args.device, "trust_remote_code": args.trust_remote_code}
-    model = evaluate_model.load(args.model, folder, base, **place)  # type: ignore[arg-type]
-    if config is None:
-        check_vocabulary(found, None, model.config)
-    for line in stop_at_turns(model, tokenizer, found):
-        print(line)
-    if note := check_positions(args, model, found, asked):
-        print(f"note: {note}", file=sys.stderr)
-    device = torch.device(model.device)
-    size = int(args.batch_size)
-    batches = EvalBatches(rows.dataset, rank=0, world_size=1, batch_size=size, pad_token_id=tokenizer.pad_token_id)
-    figures, graded = loss_figures(*mean_loss(model, batches, device)), []
-    if asked:
-        ids, limits = [q.ids for q in asked], {"batch_size": size, "max_new_tokens": args.max_new_tokens}
-        with torch.no_grad():
-            answers = generate(model, tokenizer, ids, device=device, **limits)  # type: ignore[arg-type]
-        figures |= match_figures(answers, asked)
-        graded = graded_rows(answers, asked)
-    return figures, graded
-
-
 # --- wiring ----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    from hdpissa.launch import evaluate_model, evaluate_results
+    from hdpissa.launch import evaluate_dataset, evaluate_model, evaluate_results
 
     args, found, request = parse(list(sys.argv[1:] if argv is None else argv))
     if args.tasks:
@@ -383,8 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(f"model: {found}", flush=True)
             seed = found.run.get("seed", TrainingOptions.seed)
-            figures, answers = evaluate_dataset(args, request, folder, found.base, seed=seed)
-            print("  ".join(f"{k.removeprefix('eval_')} {v:.6g}" for k, v in figures.items()))
+            figures, answers = evaluate_dataset.evaluate(args, request, folder, found.base, seed=seed)
             if args.output_path:
                 known = {"model": args.model, "evaluated": str(found), "dataset": args.dataset_name}
                 evaluate_results.write(args.output_path, known | figures, answers)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hdpissa.engine import ConfigError
 from hdpissa.engine.data import IGNORE
-from hdpissa.launch import evaluate, train_arguments
+from hdpissa.launch import evaluate, evaluate_dataset, train_arguments
 from hdpissa.launch.train_data import read_rows
 
 COUNT = 6
@@ -59,7 +59,7 @@ def trained(files, folder: Path, **options):
 def evaluated(files, folder: Path, *words: str):
     """The rows that evaluate.py reads for such a run."""
     args, found, request = evaluate.parse(["--model", str(folder), *words])
-    return evaluate.read(
+    return evaluate_dataset.read(
         args, request, AutoTokenizer.from_pretrained(files["model"]), seed=found.run["seed"]
     ).train.dataset
 
