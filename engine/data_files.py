@@ -60,10 +60,15 @@ def split_parts(split: str) -> list[tuple[str, str | None]]:
 
 def ask_for_file(path: Path) -> dict[str, Any]:
     """The arguments that read one file, which is the split "train". Raises ConfigError for one of no known kind."""
+    return _ask(check_kind(path), {"train": [path]})
+
+
+def check_kind(path: Path) -> str:
+    """The reader of a file; ConfigError for one of no known kind."""
     reader = reader_of(path)
     if reader is None:
         raise ConfigError(f"dataset file {str(path)!r} is none of {suffixes()}; convert it to one of these")
-    return _ask(reader, {"train": [path]})
+    return reader
 
 
 def ask_for_folder(path: Path, split: str, config_name: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from .data_files import ask_for_file, ask_for_folder, is_file_name
+from .data_files import ask_for_file, ask_for_folder, check_kind, is_file_name
 from .errors import ConfigError
 from .hub_errors import explain
 
@@ -126,6 +126,15 @@ def load_rows(
     return rows
 
 
+def check_there(name: str) -> None:
+    """Refuses what can only be a path and is not there, and a file of no known kind; reads nothing."""
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        check_kind(path)
+    elif not path.is_dir() and _looks_like_path(name):
+        raise ConfigError(f"dataset {name!r}: no such file or folder; check the path")
+
+
 def _load(path: Path, name: str, split: str, config_name: str | None, revision: str | None, streaming: bool) -> Any:
     arguments: dict[str, Any] = {"split": split, "streaming": streaming}
     if path.is_file():
@@ -135,9 +144,8 @@ def _load(path: Path, name: str, split: str, config_name: str | None, revision: 
         return rows.to_iterable_dataset() if streaming else rows
     elif path.is_dir():
         arguments |= ask_for_folder(path, split, config_name)
-    elif _looks_like_path(name):
-        raise ConfigError(f"dataset {name!r}: no such file or folder; check the path")
     else:
+        check_there(name)
         arguments |= {"path": name, "name": config_name, "revision": revision}
     return datasets.load_dataset(**arguments)
 

@@ -245,6 +245,33 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
     Raises ConfigError: one line with all values that are invalid, and all that the JSON and an
     argument given by the user set differently.
     """
+    out, values, fixed, problems, differ = _fill(ds, args, differ)
+    if not problems:
+        values = _fit_batch(out, values, "gradient_accumulation_steps" not in fixed | args.given, differ)
+    problems += second_copy_problems(_at(out, "zero_optimization.zero_hpz_partition_size"), args.world_size)
+    _fail_if(problems, differ)
+    _fill_off_and_sizes(out, args.hidden_size)
+    return out, values
+
+
+def check_values(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ()) -> None:
+    """As much of `fill_auto` as does not depend on how many processes there are; raises the same."""
+    *_, problems, differ = _fill(ds, args, differ)
+    _fail_if(problems, differ)
+
+
+def _fail_if(problems: list[str], differ: list[str]) -> None:
+    if differ:
+        remedy = 'set these config values to "auto" or drop the arguments'
+        problems = [*problems, f"config and command line must agree: {', '.join(differ)}; {remedy}"]
+    if problems:
+        fail(["DeepSpeed config: " + problems[0], *problems[1:]])
+
+
+def _fill(
+    ds: dict[str, Any], args: TrainValues, differ: Sequence[str]
+) -> tuple[dict[str, Any], TrainValues, set[str], list[str], list[str]]:
+    """(config, values both agree on, those that the config fixes, invalid ones, those said differently)."""
     if problems := _malformed(ds):
         fail(problems)
     out, values, differ = copy.deepcopy(ds), args, list(differ)
@@ -263,16 +290,7 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
             differ.append(f"{path} is {show(said)} but --{field} is {show(ours)}")
         _put(out, path, value)
         values = dataclasses.replace(values, **{field: value})
-    if not problems:
-        values = _fit_batch(out, values, "gradient_accumulation_steps" not in fixed | args.given, differ)
-    problems += second_copy_problems(_at(out, "zero_optimization.zero_hpz_partition_size"), args.world_size)
-    if differ:
-        remedy = 'set these config values to "auto" or drop the arguments'
-        problems.append(f"config and command line must agree: {', '.join(differ)}; {remedy}")
-    if problems:
-        fail(["DeepSpeed config: " + problems[0], *problems[1:]])
-    _fill_off_and_sizes(out, args.hidden_size)
-    return out, values
+    return out, values, fixed, problems, differ
 
 
 def second_copy_problems(size: Any, world_size: int) -> list[str]:

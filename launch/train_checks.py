@@ -78,10 +78,17 @@ def check(args: Any, given: frozenset[str]) -> Job:
 
 
 def check_files(args: Any, given: frozenset[str]) -> None:
-    """As much of `check` as takes neither torch nor knowing how many processes there are: folders, and the JSON."""
+    """As much of `check` as takes neither torch nor knowing how many processes there are: folders, files, the JSON."""
+    from hdpissa.engine import data_sources, ds_config
+
     check_output_dir(args)
     check_model_folder(args.model_name_or_path)
-    read_section(args, given)
+    raw, _, differ = read_section(args, given)
+    ds_config.check_values(raw, train_values(args, given, world_size=1), differ)  # 1: any number will do
+    for option in ("dataset_name", "eval_dataset_name"):
+        if name := getattr(args, option):
+            for source in data_sources.parse_sources(name, f"--{option}"):
+                data_sources.check_there(source.name)
 
 
 def check_output_dir(args: Any) -> None:
@@ -167,19 +174,26 @@ def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tu
 
     raw, hd, differ = read_section(args, given)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    values = ds_config.TrainValues(
+    hidden_size = getattr(text_config, "hidden_size", None)
+    asked = train_values(args, given, world_size=zero3.read_launcher()[1], hidden_size=hidden_size)
+    filled, values = ds_config.fill_auto(raw, asked, differ)
+    zero3.check_zero_section(ds_config.engine_ds_config(filled)["zero_optimization"])
+    return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
+
+
+def train_values(args: Any, given: frozenset[str], **known: Any) -> Any:
+    """What the command line says of values that the JSON may have, too."""
+    from hdpissa.engine.ds_config import TrainValues
+
+    return TrainValues(
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        world_size=zero3.read_launcher()[1],
         max_grad_norm=args.max_grad_norm,
         learning_rate=args.learning_rate,
         bf16=args.bf16,
-        hidden_size=getattr(text_config, "hidden_size", None),
         given=given,
+        **known,
     )
-    filled, values = ds_config.fill_auto(raw, values, differ)
-    zero3.check_zero_section(ds_config.engine_ds_config(filled)["zero_optimization"])
-    return {**filled, "hd_pissa": hd.model_dump(mode="json")}, hd, values
 
 
 def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> Any:

@@ -121,12 +121,21 @@ def test_what_files_say_is_refused_before_a_launcher_starts(capsys, tmp_path, mo
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
     (tmp_path / "bad.json").write_text('{"hd_pissa": {"rank": 4}, "zero_optimization": {"stage": 3}}')
+    (tmp_path / "two.json").write_text(
+        '{"hd_pissa": {"r": 4}, "zero_optimization": {"stage": 3}, "optimizer": {"params": {"lr": 0.001}}}'
+    )
+    (tmp_path / "rows.xlsx").touch()
     (tmp_path / "model").mkdir()
     for options, said in {
         ("--output_dir", str(tmp_path / "run")): "holds another run (run.json)",
         ("--ds_config", str(tmp_path / "bad.json")): "rank",
         ("--ds_config", str(tmp_path / "none.json")): "none.json",
         ("--model_name_or_path", str(tmp_path / "none")): "no such folder",
+        ("--dataset_name", str(tmp_path / "none.jsonl")): "none.jsonl': no such file or folder; check the path",
+        ("--dataset_name", f"org/set:5 {tmp_path}/rows.xlsx"): "rows.xlsx' is none of .jsonl, .json",
+        ("--eval_dataset_name", str(tmp_path / "none.csv")): "none.csv': no such file or folder",
+        ("--ds_config", str(tmp_path / "two.json"), "--learning_rate", "1e-4"): "lr is 0.001 but --learning_rate is",
+        ("--ds_config", str(tmp_path / "two.json"), "--r", "2"): "hd_pissa.r is 4 but --r is 2",
     }.items():
         words = ["train", "--num_accelerators", "2", *NEEDED, *options]
         code, out, err = call(capsys, *words)
