@@ -191,7 +191,7 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
     run = record.run
     args = {name: value for name, value in record.arguments.items() if name not in OF_THE_LAUNCHER}
     given = {k: v for k, v in args.items() if k not in defaults or v != defaults[k]}
-    rest = {k: v for k, v in args.items() if k not in given}
+    rest = {k: "not given" if v is None else v for k, v in args.items() if k not in given}
     if given:
         yield Table("Arguments" + (" that differ from the defaults" if rest else ""), _rows(given))
     if rest:

@@ -6,8 +6,10 @@ Unknown names are refused with the nearest valid one. Imports neither torch nor 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
@@ -61,11 +63,16 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
     found, unknown = parser.parse_known_args(argv)
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     if unknown:
-        name = unknown[0].split("=")[0]
-        said = hint(name.lstrip("-"), [known.lstrip("-") for known in options])
-        raise ConfigError(f"unknown argument {name}; {said.replace('did you mean ', 'did you mean --')}")
+        names = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]
+        told = [f"{name}; {_hint(name, options)}" for name in dict.fromkeys(names)]
+        raise ConfigError(f"unknown argument{'s' if len(told) > 1 else ''} {', and '.join(told)}")
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}
+
+
+def _hint(name: str, options: Iterable[str]) -> str:
+    said = hint(name.lstrip("-"), [known.lstrip("-") for known in options])
+    return said.replace("did you mean ", "did you mean --")
 
 
 def at_least(args: Any, limit: int, *names: str) -> None:
@@ -146,5 +153,19 @@ def exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] | 
         return 2
 
 
+# What argparse says of a value: (option, what is wrong); and what a value of a type must be.
+_VALUE = re.compile(r"argument (?P<option>--\w+)[^:]*: invalid (?P<type>\w+) value: (?P<value>.*)", re.DOTALL)
+_TRUTH = re.compile(r"argument (?P<option>--\w+)[^:]*: Truthy value expected: got (?P<value>.*?) but", re.DOTALL)
+_MISSING = re.compile(r"argument (?P<option>--\w+)[^:]*: expected (one|at least one) argument")
+_RULES = {"int": "a whole number", "float": "a number, such as 1e-4"}
+
+
 def _refuse(message: str) -> NoReturn:
+    """argparse's own words in ours."""
+    if (found := _VALUE.match(message)) and (rule := _RULES.get(found["type"])):
+        raise ConfigError(f"{found['option']} is {ast.literal_eval(found['value'])}: must be {rule}")
+    if found := _TRUTH.match(message):
+        raise ConfigError(f"{found['option']} is {found['value']}: must be true or false")
+    if found := _MISSING.match(message):
+        raise ConfigError(f"{found['option']} has no value; give one, or leave it out; see --help")
     raise ConfigError(f"command line: {message.rstrip('.')}; see --help")

@@ -53,11 +53,19 @@ def open_checkpoint(path: str) -> CheckpointReader:
     if not (folder / MANIFEST).is_file():
         found = folders.candidates(folder) if folder.is_dir() else []
         if not found:
+            if (folder / "run.json").is_file():
+                raise ConfigError(f"--checkpoint {path}: that run kept no checkpoint; {_its_export(folder)}")
             raise ConfigError(f"--checkpoint {path}: no {MANIFEST} there; give a folder checkpoint-N, or its parent")
         folder = found[0]
     reader = CheckpointReader(folder)
     reader.check()
     return reader
+
+
+def _its_export(run: Path) -> str:
+    """What else there is of a run without checkpoints."""
+    there = [f"{run / name}/" for name in ("model", "adapter") if (run / name).is_dir()]
+    return f"its own export is {' and '.join(there)}" if there else "train with --save_steps, or --export_format"
 
 
 def export(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch.foreign_names import instead
 
@@ -54,7 +55,7 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
     if not topic and len(sections) > 1:
         _first_page(sections, page, console)
     elif not chosen:
-        console.print(_unknown(topic, sections), markup=False)
+        _unknown(topic, sections, console)
     else:
         if not topic:
             _head(page, console)
@@ -62,12 +63,14 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
             console.print(_table(name, options, page, several=len(sections) > 1))
 
 
-def _unknown(topic: str, sections: Mapping[str, type]) -> str:
+def _unknown(topic: str, sections: Mapping[str, type], console: Any) -> None:
+    """What is there in place of another program's option; ConfigError for a word that nobody knows."""
     name = topic.lstrip("-").replace("-", "_")
     if advice := instead(name, [option.name for section in sections.values() for option in fields(section)]):
-        return f"there is no --{name} here: {advice}"
+        console.print(f"there is no --{name} here: {advice}", markup=False)
+        return
     choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
-    return f"no option has the word {topic}; {choice}"
+    raise ConfigError(f"--help {topic}: no option has that word; {choice}")
 
 
 def _chosen(sections: Mapping[str, type], topic: str) -> dict[str, list[Field[Any]]]:

@@ -68,6 +68,10 @@ def _key(name: str) -> str:
     return "".join(word for word in words if word not in ignored)
 
 
+def _letters(key: str) -> str:
+    return key.rstrip("0123456789")
+
+
 def read_gpu(text: str) -> Hardware:
     """The GPU of a name, or of a JSON file.
 
@@ -79,7 +83,8 @@ def read_gpu(text: str) -> Hardware:
     names = {_key(name): name for name in GPUS} | _ALIASES
     found = names.get(_key(text))
     if found is None:
-        near = difflib.get_close_matches(_key(text), names, n=1)
+        alike = [name for name in names if _letters(name) == _letters(_key(text))]  # V100 is no misspelt H100
+        near = difflib.get_close_matches(_key(text), alike, n=1)
         hint = f"did you mean {names[near[0]]}? " if near else ""
         raise ConfigError(f"--gpu {text}: {hint}known are {', '.join(GPUS)}; or give a JSON file with your numbers")
     return GPUS[found]

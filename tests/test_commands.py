@@ -58,6 +58,13 @@ def test_unknown_word_and_version(capsys):
 
 def test_mistakes_are_one_line_and_exit_code_2(capsys):
     for words, said in {
+        ("train", "--learning_rate", "1e-4x"): "--learning_rate is 1e-4x: must be a number, such as 1e-4",
+        ("train", "--max_steps", "1.5"): "--max_steps is 1.5: must be a whole number",
+        ("train", "--bf16", "maybe"): "--bf16 is maybe: must be true or false",
+        ("train", "--max_steps", "--bf16"): "--max_steps has no value; give one",
+        ("plan", "--modl=x", "--gpus", "8", "--gpu_count", "8"): (
+            "unknown arguments --modl; did you mean --model?, and --gpu_count; see --help"
+        ),
         ("plan", "--modl", "x"): "unknown argument --modl; did you mean --model?",
         ("train", "--learning_rte", "1", *NEEDED): "unknown argument --learning_rte; did you mean --learning_rate?",
         ("train", "--num_accelerators", "2"): "missing --ds_config, --model_name_or_path",
@@ -271,7 +278,9 @@ def test_help_finds_words(capsys):
     assert call(capsys, "train", "--help", "max_length")[1].count("\n  ") <= 3  # that option alone
     assert "--learning_rate" in call(capsys, "train", "--help", "--lr")[1]  # the reference's name
     assert "there is no --lora_dropout here: slices have no" in call(capsys, "train", "--help", "--lora-dropout")[1]
-    assert "no option has the word frobnicate; sections: run, data" in call(capsys, "train", "--help", "frobnicate")[1]
+    code, out, err = call(capsys, "train", "--help", "frobnicate")
+    assert (code, out) == (2, "")
+    assert "error: --help frobnicate: no option has that word; sections: run, data" in err
 
 
 def test_only_one_rank_answers(capsys, monkeypatch):

@@ -139,6 +139,7 @@ BAD = {
     "too long": (["--model", "x" * 300], "the name is too long"),
     "GPU too long": (["--gpu", "x" * 300], "give a shorter one"),
     "GPU": (["--gpu", "H10"], "did you mean H100?"),
+    "older GPU": (["--gpu", "V100"], "--gpu V100: known are A100-40"),
     "GPU file": (["--gpu", "none.json"], "no such file"),
     "no GPUs": (["--gpus", "0"], "--gpus is 0: must be at least 1"),
     "half a node": (["--gpus", "12"], "must be whole nodes; use 8"),

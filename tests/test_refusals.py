@@ -128,7 +128,7 @@ FLAGS = [
     argument("epochs beyond counting", ("--num_train_epochs is 1e+308",), max_steps=-1, num_train_epochs=1e308),
     argument("a huge seed", (f"--seed is {HUGE}", "at most"), seed=HUGE),
     argument("a huge length", (f"--max_length is {HUGE}", "at most"), max_length=HUGE),
-    argument("no option's value", ("expected one argument", "see --help"), config="--bf16"),
+    argument("no option's value", ("--config has no value", "see --help"), config="--bf16"),
     argument("an output folder without a name", ("missing --output_dir",), output_dir=""),
     argument("negative evaluation steps", ("--eval_steps is -1", "must not be negative"), eval_steps=-1),
     argument("no logging", ("--logging_steps is 0", "at least 1"), logging_steps=0),
