@@ -7,7 +7,7 @@ parameter are none, and are left as they are. Which slices the targets then hold
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,6 +49,7 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
             f'name some of its Linears ({_linear_suffixes(model)}), or say "{ALL_LINEAR}" for all of them'
         )
     _refuse_idle_entries(model, config)
+    _refuse_too_thin(found.values(), plan.slices)
     return list(found.values())
 
 
@@ -196,16 +197,22 @@ def _named(name: str, wanted: Sequence[str] | str) -> bool:
 def _describe(name: str, module: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> Target:
     rows, cols = zero3.full_shape(module.weight)
     r = next((r for key, r in config.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config.r)
-    if plan.slices * r > min(rows, cols):
-        slices = f"{plan.slices} slice{'s' * (plan.slices > 1)} of rank {r}"
-        raise ConfigError(
-            f"{name} is {rows} x {cols} and has {min(rows, cols)} singular vectors, {slices} "
-            f"need {plan.slices * r}: use a smaller hd_pissa.r or hd_pissa.slices, a smaller rank for this module "
-            f"in hd_pissa.rank_pattern, or name it in hd_pissa.exclude_modules"
-        )
     ranges = [ShardRange.of(k, plan.world_size, rows, cols) for k in range(plan.world_size)]
     scale, transposed = config.scale_for(r), is_conv1d(module)
     return Target(name, module.weight, [module], rows, cols, r, scale, ranges, transposed=transposed)
+
+
+def _refuse_too_thin(targets: Iterable[Target], slices: int) -> None:
+    """Slices must not overlap. Told of the tightest target: with a rank that suits it the others are fine, too."""
+    tightest = max(targets, key=lambda t: t.r / min(t.rows, t.cols))
+    there, needed = min(tightest.rows, tightest.cols), slices * tightest.r
+    if needed > there:
+        raise ConfigError(
+            f"{tightest.name} is {tightest.rows} x {tightest.cols} and has {there} singular vectors, {slices} "
+            f"slice{'s' * (slices > 1)} of rank {tightest.r} need {needed}: use a smaller hd_pissa.r or "
+            f"hd_pissa.slices, a smaller rank for this module in hd_pissa.rank_pattern, or name it in "
+            f"hd_pissa.exclude_modules"
+        )
 
 
 def freeze(model: nn.Module) -> None:

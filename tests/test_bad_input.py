@@ -32,7 +32,7 @@ COMMAND_LINE = [
     argument("misspelt argument", ("--learning_rte", "did you mean --learning_rate?"), learning_rte="1e-4"),
     argument("unknown argument", ("--frobnicate", "see --help"), frobnicate="1"),
     argument("required arguments left out", ("--ds_config, --dataset_name",), ds_config=None, dataset_name=None),
-    argument("a word where a number belongs", ("--max_steps", "'many'", "int"), max_steps="many"),
+    argument("a word where a number belongs", ("--max_steps is many", "must be a whole number"), max_steps="many"),
     argument("a word where a switch belongs", ("--bf16", "maybe"), bf16="maybe"),
     argument("no steps", ("--max_steps is 0", "make one of them positive"), max_steps=0),
     argument("no epochs", ("--num_train_epochs 0.0", "make one of them positive"), max_steps=-1, num_train_epochs=0),

@@ -148,7 +148,7 @@ BAD = {
     "accumulation": (["--slices", "8", "--gpus", "2", "--gradient_accumulation_steps", "6"], "use 8"),
     "master": (["--master_format", "bf16"], "must be split or fp32"),
     "misspelt": (["--gpu_count", "8"], "unknown argument --gpu_count"),
-    "too many slices": (["--gpus", "16"], "has 192 singular vectors, 16 slices of rank 16 need 256"),
+    "too many slices": (["--gpus", "16"], "k_proj is 192 x 576 and has 192 singular vectors, 16 slices"),
     "ds_config": (["--ds_config", "none.json"], "cannot be read"),
 }  # fmt: skip
 
