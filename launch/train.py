@@ -258,7 +258,8 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     recorder.state("finished", last)
     drawn = train_report.write(args, engine, recorder, spectra=True)
     zero3.part()
-    outputs = ["metrics.jsonl, run.json, run_state.json", *exported, *drawn]
+    also = [name for name in ("samples.jsonl", "report.json") if (Path(args.output_dir) / name).exists()]
+    outputs = ["metrics.jsonl, run.json, run_state.json", *also, *exported, *drawn]
     recorder.say(f"outputs: {args.output_dir}/ ({', '.join(outputs)})")
     return True
 

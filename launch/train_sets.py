@@ -117,9 +117,27 @@ def overlaps(
 
 
 def shares(split: str, other: str) -> bool:
-    """Whether two parts of a set surely have rows in common: one of them is whole, or they are the same."""
+    """Whether two parts of a set surely have rows in common, by what is said of them alone."""
     pairs = itertools.product(split_parts(split), split_parts(other))
-    return any(a == b and (x == y or None in (x, y)) for (a, x), (b, y) in pairs)
+    return any(a == b and _meet(x, y) for (a, x), (b, y) in pairs)
+
+
+def _meet(part: str | None, other: str | None) -> bool:
+    """Of [:80%] and [70%:], say; None is all of it. Rows against per cent: nobody knows without counting."""
+    if part is None or other is None or part == other:
+        return True
+    if ("%" in part) != ("%" in other):
+        return False
+    (start, end), (other_start, other_end) = map(_rows, (part, other))
+    return max(start, other_start) < min(end, other_end)
+
+
+def _rows(part: str) -> tuple[int, int]:
+    """Those that a part has of a set that is large."""
+    from datasets import ReadInstruction
+
+    [found] = ReadInstruction.from_spec(f"train{part}").to_absolute({"train": 10**9})
+    return found.from_, found.to
 
 
 def common_options(options: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
