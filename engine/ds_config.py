@@ -39,6 +39,12 @@ class TrainValues:
     given: frozenset[str] = frozenset()  # the fields that the user set, as opposed to our defaults
 
 
+# The fields that are agreed on.
+AGREED = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "learning_rate", "bf16"
+)  # fmt: skip
+
+
 def _at(ds: Any, path: str) -> Any:
     """The value at a dotted path, None if any part of it is absent or no object."""
     for key in path.split("."):

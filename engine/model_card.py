@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .base_files import local_folder
+from .data_files import is_file_name
 from .prompts import PLACEHOLDER
 from .report import duration, short_name, text
 from .run_record import RunRecord, counted, finite
@@ -24,7 +25,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # Not a row of the data: a card is made to be published, and data may not be.
 QUESTION = "Write here an instruction of the kind that it was trained on."
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 # What a reader of a card wants to know of a run; the rest is in run.json.
 HYPER_PARAMETERS = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_length",
@@ -42,6 +42,7 @@ class Trained:
         template: how an instruction becomes the prompt: a text with {instruction}, or the tokenizer's chat template
             (any other text); None where it is not known.
         figures: name → value, for people. versions: of packages.
+        local: those of its names that were paths where it was trained, and so are nobody else's.
     """
 
     base: str
@@ -53,6 +54,12 @@ class Trained:
     template: str | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    local: Collection[str] = ()
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base's name on the hub, if it has one."""
+        return hub_name(self.base, self.local)
 
 
 def from_record(record: RunRecord, *, step: int, template: str | None) -> Trained:
@@ -69,6 +76,7 @@ def from_record(record: RunRecord, *, step: int, template: str | None) -> Traine
         template=template,
         figures=figures(record, step),
         versions={k: str(v) for k, v in run.get("versions", {}).items()},
+        local=run.get("local", ()),
     )
 
 
@@ -120,11 +128,11 @@ def metadata(trained: Trained, report: Mapping[str, Any]) -> Any:
     from huggingface_hub import ModelCardData
 
     adapter = report.get("format") == "peft"
-    base = hub_name(trained.base)
+    base = trained.hub_base
     known: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": ("adapter" if adapter else "finetune") if base else None,
-        "datasets": dataset_names(trained.arguments) or None,
+        "datasets": dataset_names(trained.arguments, trained.local) or None,
         **_licence(trained.base),
     }
     return ModelCardData(
@@ -135,22 +143,26 @@ def metadata(trained: Trained, report: Mapping[str, Any]) -> Any:
     )
 
 
-def hub_name(name: str) -> str | None:
-    """A hub name, also of a folder in the hub's cache; None for any other folder."""
+def hub_name(name: str, local: Collection[str] = ()) -> str | None:
+    """A hub name, also of a folder in the hub's cache; None for any other folder.
+
+    Args:
+        local: names that are known to be paths, be they here or not.
+    """
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", name)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    if not name or os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name):
+    if not name or name in local or os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name):
         return None
     return name
 
 
-def dataset_names(arguments: Mapping[str, Any]) -> list[str]:
+def dataset_names(arguments: Mapping[str, Any], local: Collection[str] = ()) -> list[str]:
     """The hub names among the training data; files and folders are nobody else's."""
     given = arguments.get("dataset_name") or ""
     words = given if isinstance(given, list) else re.split(r"[\s,]+", str(given))
     names = [str(word).rsplit(":", 1)[0] if re.search(r":[\d.]+%?$", str(word)) else str(word) for word in words]
-    return [n for n in names if hub_name(n) and not n.endswith(_FILES)]
+    return [n for n in names if hub_name(n, local) and not is_file_name(n)]
 
 
 def _licence(base: str) -> dict[str, Any]:
@@ -175,8 +187,8 @@ def content(trained: Trained, report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"{short_name(trained.base) or 'A model'} fine-tuned with HD-PiSSA",
         "adapter": report.get("format") == "peft",
-        "base": hub_name(trained.base) or short_name(trained.base),
-        "base_is_local": hub_name(trained.base) is None,
+        "base": trained.hub_base or short_name(trained.base),
+        "base_is_local": trained.hub_base is None,
         "data": ", ".join(short_name(n) for n in str(args.get("dataset_name", "")).split()),
         "r": r,
         "slices": counted(trained.slices, "slice"),

@@ -36,6 +36,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
             step=manifest.step,
             template=template,
             versions=manifest.versions,
+            local=manifest.client_state.get("local", ()),
         )
     return model_card.write_card(folder, replace(trained, base=base_model or trained.base), report.as_dict())
 
@@ -53,11 +54,15 @@ def _section(manifest: Manifest) -> dict[str, Any]:
 
 
 def _template(state: dict[str, Any], folder: Path) -> str | None:
-    """The prompt's text, where it can still be read; the chat template where that was asked for and is there."""
+    """How a question was put to the model; None where a checkpoint of 0.1 leaves that open."""
+    if isinstance(state.get("template"), str):
+        return str(state["template"])
     arguments = state["arguments"] if isinstance(state.get("arguments"), dict) else {}
     if arguments.get("chat_template"):
         file = folder / TEMPLATE
         return None if lost_template(state) or not file.is_file() else file.read_text(encoding="utf-8")
+    if "stop_token_ids" in state:  # rows were chats, by the base's own template
+        return None
     try:
         return resolve_template(arguments["prompt_template"]).text
     except (ConfigError, KeyError, TypeError, AttributeError):

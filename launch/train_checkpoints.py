@@ -18,6 +18,7 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.options_evaluation import needs_best
 from hdpissa.launch.train_checks import AUTO, Job
+from hdpissa.launch.train_description import local_names
 from hdpissa.launch.train_evaluation import best_home, make_best
 
 PREEMPTED = 143  # 128 + SIGTERM: what schedulers take for "ended because it was asked to"
@@ -191,6 +192,8 @@ class Checkpoints:
         arguments = {k: _plain(v) for k, v in asdict(args).items()}
         data = describe_data(args, job)
         self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
+        # for the card of an export: how a question was put, and which names mean nothing elsewhere
+        self._client_state |= {"template": _plain(job.rows.template.text), "local": local_names(args)}
         if args.chat_template is not None:  # its text: an export has neither the run's tokenizer nor its Jinja file
             self._client_state["chat_template"] = _plain(job.tokenizer.chat_template)
         if job.rows.stops:  # for an export, which runs no template

@@ -41,7 +41,12 @@ class Job:
 
 
 def check(args: Any, given: frozenset[str]) -> Job:
-    """Reads everything but weights, on every rank alike; writes nothing and starts no process group."""
+    """Reads everything but weights, on every rank alike; writes nothing and starts no process group.
+
+    Args:
+        args: get what the JSON says instead of a default, and whole numbers for shares of all steps.
+    """
+    from hdpissa.engine import ds_config
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.model_work import active_weights
     from hdpissa.launch.position_checks import check_positions
@@ -53,7 +58,9 @@ def check(args: Any, given: frozenset[str]) -> Job:
     check_output_dir(args)
     model_config = read_model_config(args)
     ds, hd, values = resolve_ds_config(args, given, model_config)
-    plan = make_plan(hd, values.gradient_accumulation_steps)
+    for name in ds_config.AGREED:  # so that run.json, checkpoints, callbacks and the card say what is run
+        setattr(args, name, getattr(values, name))
+    plan = make_plan(hd, args.gradient_accumulation_steps)
     check_kernels(hd)
     model = check_targets(model_config, hd, plan, args)
     callbacks = load(args.callbacks or [])
@@ -64,12 +71,12 @@ def check(args: Any, given: frozenset[str]) -> Job:
         rows,
         tokenizer,
         slices=plan.slices,
-        micro_batches=plan.micro_batches_per_slice(values.gradient_accumulation_steps),
-        size=values.per_device_train_batch_size,
+        micro_batches=plan.micro_batches_per_slice(args.gradient_accumulation_steps),
+        size=args.per_device_train_batch_size,
     )
     total_steps = count_steps(args, data.steps_per_epoch)
     resolve_shares(args, total_steps)
-    check_schedule(args, values.learning_rate, total_steps)
+    check_schedule(args, args.learning_rate, total_steps)
     check_vocabulary(rows, data, model_config)
     graded, asked = read_questions(args, tokenizer, rows)
     beyond = check_positions(args, model, rows, [*graded, *asked])
@@ -183,17 +190,9 @@ def resolve_ds_config(args: Any, given: frozenset[str], model_config: Any) -> tu
 
 def train_values(args: Any, given: frozenset[str], **known: Any) -> Any:
     """What the command line says of values that the JSON may have, too."""
-    from hdpissa.engine.ds_config import TrainValues
+    from hdpissa.engine.ds_config import AGREED, TrainValues
 
-    return TrainValues(
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
-        learning_rate=args.learning_rate,
-        bf16=args.bf16,
-        given=given,
-        **known,
-    )
+    return TrainValues(**{name: getattr(args, name) for name in AGREED}, given=given, **known)
 
 
 def check_targets(model_config: Any, hd: Any, plan: Any, args: Any) -> Any:

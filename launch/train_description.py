@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
     plan = engine.plan
     return {
         "arguments": asdict(args),
+        "local": local_names(args),
         "ds_config": job.ds,
         "world_size": plan.world_size,
         "slices": plan.slices,
@@ -35,6 +37,15 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers", "datasets")},
         "git_revision": git_revision(),
     }
+
+
+def local_names(args: Any) -> list[str]:
+    """Of the model and the data those names that are paths here: a card must not take them for names on the hub."""
+    from hdpissa.engine.data_sources import parse_sources
+
+    texts = [text for text in (args.dataset_name, args.eval_dataset_name) if text]
+    names = {args.model_name_or_path, *(source.name for text in texts for source in parse_sources(text))}
+    return sorted(name for name in names if os.path.exists(os.path.expanduser(name)))
 
 
 def git_revision() -> str | None:

@@ -27,6 +27,7 @@ def look(cases: dict[str, list[str]], cache: str) -> dict[str, dict[str, Any]]:
 
 def _look(argv: list[str], workers: list[Any]) -> dict[str, Any]:
     from hdpissa.engine import ConfigError
+    from hdpissa.engine.ds_config import AGREED
     from hdpissa.launch import train, train_arguments, train_checks
 
     workers.clear()
@@ -52,6 +53,7 @@ def _look(argv: list[str], workers: list[Any]) -> dict[str, Any]:
         "max_new_tokens": evaluator.max_new_tokens,
         "workers": workers[0] if workers else None,
         "model": train_checks.model_options(args),
+        "agreed": {name: getattr(args, name) for name in AGREED},
     }
 
 

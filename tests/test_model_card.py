@@ -183,16 +183,16 @@ def test_the_code_of_an_adapter_runs(record, base, tmp_path, monkeypatch, capsys
 # --- from a checkpoint -----------------------------------------------------------------------------
 
 
-def test_a_checkpoint_alone(tmp_path):
-    """Without the run's folder around it, launch/export.py says what the checkpoint knows."""
+def card_of_a_checkpoint(tmp_path, **state) -> ModelCard:
     from types import SimpleNamespace
 
     from hdpissa.launch import export_card
 
     targets = [SimpleNamespace(name=f"model.layers.{i}.q_proj", r=2) for i in range(2)]
+    arguments = {"learning_rate": 1e-4, "prompt_template": "alpaca", "dataset_name": "org/data:9 data/mine"}
     manifest = SimpleNamespace(
         base=SimpleNamespace(name_or_path="org/base"),
-        client_state={"arguments": {"learning_rate": 1e-4, "prompt_template": "alpaca", "dataset_name": "org/data"}},
+        client_state={"arguments": arguments} | state,
         targets=targets,
         slices=4,
         world_size=2,
@@ -201,9 +201,35 @@ def test_a_checkpoint_alone(tmp_path):
     )
     reader = SimpleNamespace(manifest=manifest, folder=tmp_path / "run" / "checkpoint-7")
     report = SimpleNamespace(as_dict=lambda: HF)
-    found = ModelCard.load(export_card.write_card(reader, tmp_path, report, None))
+    return ModelCard.load(export_card.write_card(reader, tmp_path, report, None))
+
+
+def test_a_checkpoint_alone(tmp_path):
+    """Without the run's folder around it, launch/export.py says what the checkpoint knows."""
+    found = card_of_a_checkpoint(tmp_path, local=["data/mine"])
     assert (found.data.base_model, found.data.datasets) == ("org/base", ["org/data"])
     assert "4 slices of rank 2" in found.text
     assert "| optimizer steps | 7 |" in found.text
     assert json.dumps(["q_proj"]) in found.text
     assert "### Response:" in found.text
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"template": "Q: {instruction} A:"}, "Q: "),
+        ({"template": "{{ messages }}", "stop_token_ids": [7]}, "apply_chat_template"),
+        ({"stop_token_ids": [7]}, "hd_pissa.r"),  # of a checkpoint of 0.1: chats, by the base's template
+    ],
+)
+def test_a_checkpoint_s_card_asks_as_the_run_did(tmp_path, state, words):
+    found = card_of_a_checkpoint(tmp_path, **state).text
+    assert words in found
+    assert "### Response:" not in found
+
+
+def test_paths_of_the_machine_that_trained_are_no_names_on_the_hub(tmp_path):
+    """Though they are not there any more, and look like some."""
+    found = card_of_a_checkpoint(tmp_path, local=["org/base", "data/mine", "org/data"])
+    assert (found.data.base_model, found.data.datasets) == (None, None)
+    assert model_card.dataset_names({"dataset_name": "a/b data/rows.tsv mine/rows.jsonl.gz"}) == ["a/b"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ from safetensors.torch import load_file
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import demo_model, plan
+
+# A DeepSpeed config that says all that the command line could say, too, and what it comes to.
+BY_JSON = {
+    "train_micro_batch_size_per_gpu": 3, "train_batch_size": 12, "gradient_clipping": 0.5, "bf16": {"enabled": True},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.125}},
+}  # fmt: skip
+AGREED = {
+    "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_grad_norm": 0.5, "learning_rate": 0.125,
+    "bf16": True,
+}  # fmt: skip
 
 # A model whose class comes with the checkpoint: what --trust_remote_code is for.
 CODE = """
@@ -70,6 +81,8 @@ def seen(folder, inputs):
     own_code = with_own_code(folder / "own_code", inputs["model_name_or_path"])
     two = with_two_configurations(folder / "two", rows)
     without = {"eval_dataset_name": None}
+    by_json = folder / "all.json"
+    by_json.write_text(json.dumps(json.loads(Path(inputs["ds_config"]).read_text()) | BY_JSON))
     cases = {
         "plain": {},
         "renamed": {"dataset_name": renamed, "prompt_field": "q", "response_field": "a", **without},
@@ -87,6 +100,7 @@ def seen(folder, inputs):
         "epochs": {"max_steps": -1, "num_train_epochs": 0.5},
         "eval batch": {"per_device_eval_batch_size": 3},
         "clipping": {"max_grad_norm": 0.5, "learning_rate": 0.25, "bf16": True},
+        "by the json": {"ds_config": str(by_json)},
         "distrusted": {"model_name_or_path": own_code},
         "trusted": {"model_name_or_path": own_code, "trust_remote_code": True},
         "attention": {"attn_implementation": "eager"},
@@ -132,6 +146,12 @@ def test_what_goes_into_the_json(seen):
     assert (ds["gradient_clipping"], ds["bf16"]["enabled"]) == (0.5, True)
     assert (seen["plain"]["ds"]["gradient_clipping"], seen["plain"]["ds"]["bf16"]["enabled"]) == (0.0, False)
     assert ds["optimizer"]["params"]["lr"] == 0.25
+
+
+def test_what_the_json_says_is_what_is_recorded(seen):
+    """run.json, checkpoints, callbacks and the model card have the values of the run, not defaults of the command."""
+    assert seen["by the json"]["agreed"] == AGREED
+    assert seen["plain"]["agreed"]["bf16"] is False
 
 
 def test_code_of_the_model(seen):
