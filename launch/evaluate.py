@@ -24,6 +24,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     inherited = _as_in_the_run(found.run, given)
     args = EvaluateArguments(**(values | inherited))
     options_data.check_reading(args)
+    check_use(args, given)
     check_batch_size(args)
     at_least(args, 1, "max_new_tokens", "eval_max_samples")
     at_least(args, 0, "num_fewshot", "limit")
@@ -185,6 +187,26 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
         raise ConfigError(f"--model {args.model}: its run had no evaluation set; give --tasks, or --dataset_name")
     sets = [] if args.tasks else options_of_sets(args, given, found.run)
     return args, found, Request(frozenset(given), sets, more)
+
+
+# Options that only one of the two ways to evaluate reads; reading data is of the second.
+OF_LM_EVAL = ("num_fewshot", "limit")
+OF_ANSWERS = ("eval_max_samples", "max_new_tokens")
+
+
+def check_use(args: EvaluateArguments, given: Collection[str]) -> None:
+    """Raises ConfigError for an option that would count for nothing."""
+    of_data = (*OF_ANSWERS, "eval_exact_match", *(f.name for f in fields(ReadingOptions)))
+    unread = next((name for name in (of_data if args.tasks else OF_LM_EVAL) if name in given), None)
+    if unread and args.tasks:
+        raise ConfigError(f"--{unread} is of a dataset, and with --tasks lm-eval reads its own; leave one of them out")
+    if unread:
+        raise ConfigError(
+            f"--{unread} is lm-eval's, with --tasks; of a dataset take a part, as in --dataset_split 'test[:100]'"
+        )
+    unread = next((name for name in OF_ANSWERS if name in given), None)
+    if unread and not args.eval_exact_match:
+        raise ConfigError(f"--{unread} without --eval_exact_match: nothing is asked; give that, too, or leave it out")
 
 
 def check_batch_size(args: EvaluateArguments) -> None:
@@ -239,6 +261,8 @@ def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
 
     known = {f.name for f in fields(ReadingOptions)}
     values = {name: value for name, value in run.items() if name in known and name not in given}
+    if values.get("chat_template"):  # whose file may be gone; the tokenizer beside the model has it
+        values["chat_template"] = "tokenizer"
     if "dataset_name" in given:
         return {name: value for name, value in values.items() if name not in OF_ONE_SET}
     held_out = bool(run.get("eval_dataset_name") or run.get("eval_split"))
@@ -268,6 +292,8 @@ def lm_eval_command(args: EvaluateArguments, folder: str, base: str | None, more
     """lm-eval's command line, as its users would type it."""
     model = {"pretrained": base or folder, "dtype": "auto"}
     model |= {"peft": folder} if base else {}
+    if base and (Path(folder) / "tokenizer_config.json").is_file():  # which has the template that was trained with
+        model["tokenizer"] = folder
     model |= {"trust_remote_code": "True"} if args.trust_remote_code else {}
     if any("," in value for value in model.values()):
         raise ConfigError(f"--model {args.model}: lm-eval takes no comma in a name; rename the folder")

@@ -14,7 +14,7 @@ from typing import Any
 from hdpissa.engine import data, data_sources
 from hdpissa.engine.batches import Batches, SliceBatches
 from hdpissa.engine.chat_template import OR_EVERYTHING, ChatTemplate, resolve_chat_template
-from hdpissa.engine.data_encode import LOSS_ON, Encoding, choose_learn
+from hdpissa.engine.data_encode import LOSS_ON, Encoding, Learn, choose_learn
 from hdpissa.engine.data_formats import Fields, RowFormat
 from hdpissa.engine.data_packing import PackedRows
 from hdpissa.engine.data_sources import Source
@@ -32,6 +32,8 @@ OF_ONE_KIND = {
     "dataset_text_field": "rows of text",
     **dict.fromkeys(("prompt_field", "response_field", "eval_prompt_field", "eval_response_field"), "alpaca rows"),
 }
+
+LOSS_OF = ("completion_only_loss", "assistant_only_loss")  # of rows with a completion, or with turns
 
 
 @dataclass
@@ -212,18 +214,26 @@ class _Reader:
             format=format,
             template=self.template.text,
             chat_template=self.chat_template if format.chat else None,
-            learn=choose_learn(
-                format,
-                train_on_prompt=args.train_on_prompt,
-                completion_only_loss=args.completion_only_loss,
-                assistant_only_loss=args.assistant_only_loss,
-            ),
+            learn=self._learn(format),
             max_length=args.max_length,
             truncation=args.truncation,
         )
 
+    def _learn(self, format: RowFormat) -> Learn:
+        """Which part carries loss: of a mix, or for rows that a run did not have, by what is said of such rows."""
+        args = self.args
+        fits = {name for name in LOSS_OF if getattr(args, name) is False or name in _read_by(format)}
+        return choose_learn(
+            format,
+            train_on_prompt=args.train_on_prompt,
+            **{name: getattr(args, name) for name in fits},
+        )
+
     def _refuse_unread(self, trained: Sequence[RowFormat], held_out: Sequence[RowFormat]) -> None:
         """Refuses what was said of rows that no set has. Of a mix one set is enough."""
+        for name in LOSS_OF:
+            if name in self.given and getattr(self.args, name) and name not in self.used:
+                choose_learn(trained[0], **{name: True})  # says what such rows lack
         for name, kind in OF_ONE_KIND.items():
             value, usual = getattr(self.args, name), getattr(DataOptions, name)
             if name in self.given and value not in (None, usual) and name not in self.used:
@@ -255,13 +265,15 @@ class _Reader:
         return ConfigError(f"dataset {source}: {error}")
 
 
-def _read_by(format: RowFormat, prefix: str) -> set[str]:
-    """Those of OF_ONE_KIND by which rows of this format are read.
+def _read_by(format: RowFormat, prefix: str = "") -> set[str]:
+    """Those of OF_ONE_KIND and LOSS_OF by which rows of this format are read.
 
     Args:
         prefix: "eval_" for evaluation rows, which may have the training set's columns, too.
     """
-    used = {"chat_template"} if format.chat else set()
+    used = {"chat_template", "assistant_only_loss"} if format.chat else set()
+    if format.name in ("alpaca", "prompt_completion"):
+        used.add("completion_only_loss")
     if format.name == "alpaca":
         used |= {*FIELDS, *(prefix + name for name in FIELDS)} | (set() if format.chat else {"prompt_template"})
     return used | ({"dataset_text_field"} if format.name == "text" else set())

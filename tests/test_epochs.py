@@ -88,7 +88,7 @@ def test_when_it_evaluates_and_saves(tmp_path, offset, steps):
     args = train_arguments.TrainArguments(output_dir=str(tmp_path), eval_strategy="epoch", save_strategy="epoch")
     data = SimpleNamespace(steps_per_epoch=LENGTH, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
     job = SimpleNamespace(data=data, total_steps=TOTAL, plan=SimpleNamespace(rank=0, slices=1))
-    job.rows = SimpleNamespace(stops=[])
+    job.rows = SimpleNamespace(stops=[], template=SimpleNamespace(text="{instruction}"))
     checkpoints = Checkpoints(args, job, None, None)
     checkpoints.data_offset = offset
     found = SimpleNamespace(best=make_best(args, None))

@@ -122,3 +122,6 @@ def test_a_comma_would_be_two_arguments(tmp_path):
         evaluate.lm_eval_command(args, "a,b", None, [])
     adapter = evaluate.lm_eval_command(args, "adapter", "base", [])
     assert "pretrained=base,dtype=auto,peft=adapter" in adapter
+    (tmp_path / "tokenizer_config.json").touch()
+    adapter = evaluate.lm_eval_command(args, str(tmp_path), "base", [])
+    assert f"pretrained=base,dtype=auto,peft={tmp_path},tokenizer={tmp_path}" in adapter

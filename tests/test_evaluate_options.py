@@ -53,7 +53,8 @@ def inputs(tmp_path_factory):
 def figures(capsys, inputs, *words: str, data: str = "rows") -> dict[str, float]:
     """What evaluate.py prints."""
     evaluate.main(["--model", inputs["model"], "--dataset_name", inputs[data], *words])
-    told = capsys.readouterr().out.splitlines()[-1].split()
+    lines = capsys.readouterr().out.splitlines()
+    told = " ".join(lines[next(i for i, line in enumerate(lines) if line.startswith("loss ")) :]).split()
     return dict(zip(told[::2], map(float, told[1::2]), strict=True))
 
 
@@ -158,6 +159,11 @@ def make_wrong_models(right: Path, folder: Path) -> None:
 
 WRONG = [
     (["--device", "foo"], "--device foo: cannot be used here"),
+    (["--limit", "10"], "--limit is lm-eval's, with --tasks; of a dataset take a part, as in --dataset_split"),
+    (["--num_fewshot", "5"], "--num_fewshot is lm-eval's"),
+    (["--eval_max_samples", "5"], "--eval_max_samples without --eval_exact_match: nothing is asked"),
+    (["--max_new_tokens", "5"], "--max_new_tokens without --eval_exact_match: nothing is asked"),
+    (["--tasks", "gsm8k"], "--dataset_name is of a dataset, and with --tasks lm-eval reads its own"),
     (["--device", "meta"], "--device meta: cannot be used here"),
     (["--output_path", "DIR/file"], "--output_path DIR/file: DIR/file is a file; give a folder"),
     (["--output_path", "DIR/file/under"], "DIR/file is a file; give a folder"),
@@ -250,7 +256,7 @@ def test_saving_the_best_only(tmp_path):
     assert options_evaluation.needs_best(args)
     data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
     job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1))
-    job.rows = SimpleNamespace(stops=[])
+    job.rows = SimpleNamespace(stops=[], template=SimpleNamespace(text="{instruction}"))
     checkpoints = train_checkpoints.Checkpoints(args, job, None, None)
     checkpoints.best.see(2, 1.0)
     assert [step for step in range(1, 9) if checkpoints.due(step)] == [2]
