@@ -214,3 +214,16 @@ def test_why_rows_cannot_be_asked(tmp_path):
         found = read_rows(args, given, tokenizer)
         with pytest.raises(ConfigError, match=message):
             read_questions(args, tokenizer, found)
+
+
+def test_loss_on_turns_is_of_those_sets_of_a_mix_that_have_some(tmp_path):
+    """And completions of those that have some; of a mix with neither each is refused."""
+    chats = jsonl(tmp_path, "chats", ROWS["messages"][0])
+    math, plain = jsonl(tmp_path, "math", MATH), jsonl(tmp_path, "plain", [{"text": "t"}])
+    columns = {"prompt_field": "- query", "response_field": "- response", "prompt_template": "none"}
+    found = read(f"{chats} {math}", **columns, assistant_only_loss="true")
+    assert [source["loss_on"] for source in found.sources] == ["the assistant's turns", "the answer"]
+    found = read(f"{plain} {math}", **columns, completion_only_loss="true")
+    assert [source["loss_on"] for source in found.sources] == ["everything", "the answer"]
+    with pytest.raises(ConfigError, match=r"--completion_only_loss: rows of .* have no completion"):
+        read(f"{plain} {chats}", completion_only_loss="true")

@@ -50,18 +50,19 @@ def trained(files, folder: Path, **options):
     """(the folder of a run with this data, what the run itself read), as train.py's own command line has it."""
     sets = f"{files['math']}:4 {files['code']} {files['plain']}:0.5"
     required = {"ds_config": "zero3", "model_name_or_path": files["model"], "output_dir": str(folder)}
-    args, given = train_arguments.parse(flags(required | {"dataset_name": sets} | MIX | options))
+    said = required | {"dataset_name": sets} | MIX | options
+    args, given = train_arguments.parse(flags({name: value for name, value in said.items() if value is not None}))
     (folder / "model").symlink_to(files["model"])
     (folder / "run.json").write_text(json.dumps({"arguments": asdict(args)}))
     return read_rows(args, given, AutoTokenizer.from_pretrained(files["model"]))
 
 
-def evaluated(files, folder: Path, *words: str):
-    """The rows that evaluate.py reads for such a run."""
+def evaluated(files, folder: Path, *words: str, chat_template: str | None = None):
+    """The rows that evaluate.py reads for such a run, whose export has that template."""
     args, found, request = evaluate.parse(["--model", str(folder), *words])
-    return evaluate_dataset.read(
-        args, request, AutoTokenizer.from_pretrained(files["model"]), seed=found.run["seed"]
-    ).train.dataset
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    tokenizer.chat_template = chat_template
+    return evaluate_dataset.read(args, request, tokenizer, seed=found.run["seed"]).train.dataset
 
 
 def same(found, wanted) -> bool:
@@ -175,3 +176,19 @@ def test_what_the_run_said_of_other_rows_is_no_mistake_here(files, tmp_path):
     assert len(evaluated(files, tmp_path, *words)) == COUNT
     with pytest.raises(ConfigError, match="--prompt_template 'none' is for alpaca rows, and there are none"):
         evaluated(files, tmp_path, *words, "--prompt_template", "none")
+
+
+def test_what_the_run_said_of_turns_is_not_asked_of_rows_without(files, tmp_path):
+    """Though --assistant_only_loss was the run's own; on the command line it is refused. So is a file that is gone."""
+    jinja, chats = tmp_path / "gone.jinja", tmp_path / "chats.jsonl"
+    jinja.write_text(text := "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    chats.write_text(json.dumps({"messages": turns}))
+    none = {"prompt_field": None, "response_field": None, "dataset_format": None}
+    own = {"dataset_name": str(chats), "assistant_only_loss": "true", "chat_template": str(jinja)}
+    trained(files, tmp_path, **none, **own)
+    jinja.unlink()
+    words = ["--dataset_name", files["plain"]]
+    assert len(evaluated(files, tmp_path, *words, chat_template=text)) == COUNT
+    with pytest.raises(ConfigError, match=r"--assistant_only_loss: rows of text .* have no turns"):
+        evaluated(files, tmp_path, *words, "--assistant_only_loss", "true", chat_template=text)
