@@ -91,7 +91,9 @@ def check_files(args: Any, given: frozenset[str]) -> None:
     check_output_dir(args)
     check_model_folder(args.model_name_or_path)
     raw, _, differ = read_section(args, given)
-    ds_config.check_values(raw, train_values(args, given, world_size=1), differ)  # 1: any number will do
+    # Of the reference's --accumulation_steps each process has a share, and nobody knows yet how many there are.
+    known = given - {"gradient_accumulation_steps"}
+    ds_config.check_values(raw, train_values(args, known, world_size=1), differ)  # 1: any number will do
     for option in ("dataset_name", "eval_dataset_name"):
         if name := getattr(args, option):
             for source in data_sources.parse_sources(name, f"--{option}"):
@@ -110,12 +112,16 @@ def check_output_dir(args: Any) -> None:
         raise ConfigError(f"--output_dir {folder}: {there} must be writable; give another folder")
     used = next((name for name in ("run.json", "checkpoint-*/checkpoint.json") if any(folder.glob(name))), None)
     if used and not args.overwrite_output_dir and not goes_on(args, folder):
-        raise ConfigError(
-            f"--output_dir {folder} holds another run ({used}); give another folder, --overwrite_output_dir, or "
-            f"--resume_from_checkpoint auto to go on with it"
-        )
+        raise ConfigError(f"--output_dir {folder} holds another run ({used}); {_instead(args)}")
     for name in export_folders(args.export_format).values():
         model_checks.check_export(folder / name, f"--output_dir {folder}", base=args.model_name_or_path)
+
+
+def _instead(args: Any) -> str:
+    """Of a folder with another run."""
+    if args.resume_from_checkpoint in AUTO:  # which only a finished run without checkpoints does not allow
+        return "it is finished and kept no checkpoint to go on from: give another folder, or --overwrite_output_dir"
+    return "give another folder, --overwrite_output_dir, or --resume_from_checkpoint auto to go on with it"
 
 
 def export_folders(formats: str) -> dict[str, str]:

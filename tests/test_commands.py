@@ -127,14 +127,22 @@ def test_what_files_say_is_refused_before_a_launcher_starts(capsys, tmp_path, mo
     monkeypatch.setattr(train_launcher.os, "execv", lambda *words: 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "run.json").touch()
+    (tmp_path / "done" / "run_state.json").write_text('{"state": "finished"}')
     (tmp_path / "bad.json").write_text('{"hd_pissa": {"rank": 4}, "zero_optimization": {"stage": 3}}')
     (tmp_path / "two.json").write_text(
         '{"hd_pissa": {"r": 4}, "zero_optimization": {"stage": 3}, "optimizer": {"params": {"lr": 0.001}}}'
     )
     (tmp_path / "rows.xlsx").touch()
     (tmp_path / "model").mkdir()
+    fixed = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 8}
+    (tmp_path / "eight.json").write_text(json.dumps(fixed))
+    reference = ("--world_size", "8", "--accumulation_steps", "64", "--ds_config", str(tmp_path / "eight.json"))
+    assert call(capsys, "train", *NEEDED, *reference)[0] == 0
     for options, said in {
         ("--output_dir", str(tmp_path / "run")): "holds another run (run.json)",
+        ("--output_dir", str(tmp_path / "done"), "--resume_from_checkpoint", "auto"): "kept no checkpoint to go on from",
         ("--ds_config", str(tmp_path / "bad.json")): "rank",
         ("--ds_config", str(tmp_path / "none.json")): "none.json",
         ("--model_name_or_path", str(tmp_path / "none")): "no such folder",
