@@ -7,6 +7,7 @@ wraps the model; the exact values are in place before anything is decomposed. Ow
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,4 +199,4 @@ def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> Sli
         told[0] = identity(base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values())
     dist.broadcast_object_list(told, 0)
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
-    return SliceCache(hd.init.cache_dir, store.targets, origin=told[0], how=how)
+    return SliceCache(os.path.expanduser(hd.init.cache_dir), store.targets, origin=told[0], how=how)

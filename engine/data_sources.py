@@ -128,10 +128,10 @@ def load_rows(
 
 def check_there(name: str) -> None:
     """Refuses what can only be a path and is not there, and a file of no known kind; reads nothing."""
-    path = Path(os.path.expanduser(name))
-    if path.is_file():
-        check_kind(path)
-    elif not path.is_dir() and _looks_like_path(name):
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        check_kind(Path(path))
+    elif not os.path.isdir(path) and _looks_like_path(name):
         raise ConfigError(f"dataset {name!r}: no such file or folder; check the path")
 
 

@@ -120,16 +120,36 @@ def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
         raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
 
 
-def possible_paths(args: Any, *names: str) -> None:
-    """Raises ConfigError for an option that no file can be named by, on which every look at the disk would end."""
+def check_paths(args: Any, *names: str) -> None:
+    """Expands ~, which a shell leaves in --name=~/x, and YAML everywhere.
+
+    Raises:
+        ConfigError: an option that no file can be named by, on which every look at the disk would end; a path that
+            this user may not look at.
+    """
     for name in names:
         value = getattr(args, name)
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+        _refuse_hidden(name, getattr(args, name))
         longest = max((len(part) for part in os.fsencode(value or "").split(b"/")), default=0)
         if longest > NAME_MAX or len(os.fsencode(value or "")) > PATH_MAX:
             raise ConfigError(
                 f"--{name} {value[:40]}…: the name is too long, at most {NAME_MAX} bytes between two slashes and "
                 f"{PATH_MAX} in all are possible; give a shorter one"
             )
+
+
+def _refuse_hidden(name: str, value: str | None) -> None:
+    """A path below a folder that may not be searched: pathlib raises PermissionError at every look at it."""
+    try:
+        os.stat(value or ".")
+    except PermissionError:
+        raise ConfigError(
+            f"--{name} {value}: permission denied; give another path, or a user who may go there"
+        ) from None
+    except (OSError, ValueError):  # not there, or no path at all: whoever reads it says so
+        pass
 
 
 def json_object(args: Any, name: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import command_line, help_pages, options_data
-from hdpissa.launch.command_line import at_least, option, possible_paths
+from hdpissa.launch.command_line import at_least, check_paths, option
 from hdpissa.launch.options_data import DataOptions, ReadingOptions
 from hdpissa.launch.options_training import TrainingOptions
 
@@ -171,7 +171,8 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     values, given = command_line.read(parser, argv[:cut])
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
-    possible_paths(SimpleNamespace(**values), "model", "output_path")
+    check_paths(known := SimpleNamespace(**values), "model", "output_path")
+    values = vars(known)
     found = locate(values["model"])
     inherited = _as_in_the_run(found.run, given)
     args = EvaluateArguments(**(values | inherited))

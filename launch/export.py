@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="cuts an adapter to this rank; default all of it, 2·r·S")
     parser.add_argument("--base_model", help="folder or hub name of the base; default the checkpoint's")
     args = parser.parse_args(argv)
-    command_line.possible_paths(args, "checkpoint", "output_dir", "base_model")
+    command_line.check_paths(args, "checkpoint", "output_dir", "base_model")
     if args.rank is not None and args.format != "peft":
         raise ConfigError(
             f"--rank is {args.rank} with --format {args.format}: only an adapter has a rank; leave it out"

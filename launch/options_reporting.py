@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import above_0, at_least, option, possible_paths, whole_or_share
+from hdpissa.launch.command_line import above_0, at_least, check_paths, option, whole_or_share
 
 
 @dataclass
@@ -34,7 +34,7 @@ REPORTERS = ("tensorboard", "wandb")
 
 def check(args: ReportingOptions) -> None:
     """Raises ConfigError for values out of range."""
-    possible_paths(args, "logging_dir")
+    check_paths(args, "logging_dir")
     above_0(args, "logging_steps")
     whole_or_share(args, "logging_steps")
     at_least(args, 1, "silent_slice_steps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import at_least, option, possible_paths
+from hdpissa.launch.command_line import at_least, check_paths, option
 
 LONGEST_TIMEOUT_S = 10**7  # four months
 
@@ -40,7 +40,7 @@ class RunningOptions:
 
 def check(args: RunningOptions) -> None:
     """Raises ConfigError for values out of range."""
-    possible_paths(args, "model_name_or_path", "output_dir")
+    check_paths(args, "model_name_or_path", "output_dir")
     at_least(args, 1, "ddp_timeout")
     at_least(args, 0, "max_skipped_steps", "integrity_steps")
     if not 1 <= args.hang_s <= args.ddp_timeout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.command_line import above_0, one_of, option, possible_paths, whole_or_share
+from hdpissa.launch.command_line import above_0, check_paths, one_of, option, whole_or_share
 
 
 @dataclass
@@ -34,7 +34,7 @@ EXPORT_FORMATS = ("hf", "peft", "both", "none")
 
 def check(args: SavingOptions) -> None:
     """Raises ConfigError for values out of range."""
-    possible_paths(args, "resume_from_checkpoint")
+    check_paths(args, "resume_from_checkpoint")
     one_of(args, "save_strategy", SAVE_STRATEGIES)
     one_of(args, "checkpoint_kind", CHECKPOINT_KINDS)
     above_0(args, "save_steps")

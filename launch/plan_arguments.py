@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, frozenset[str]]
 def _check(args: PlanArguments) -> None:
     if not args.model_name_or_path:
         raise ConfigError("missing --model_name_or_path; see --help")
-    command_line.possible_paths(args, "model_name_or_path", "gpu")
+    command_line.check_paths(args, "model_name_or_path", "gpu")
     counts = ("gpus", "gpus_per_node", "r", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
     for name in counts:
         if getattr(args, name) < 1:

@@ -22,7 +22,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.PlainParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="output folder of launch/train.py")
     args = parser.parse_args(argv)
-    command_line.possible_paths(args, "output_dir")
+    command_line.check_paths(args, "output_dir")
     folder = Path(args.output_dir)
     if not folder.is_dir():
         raise ConfigError(f"--output_dir {folder}: no such folder; give the output folder of a run")

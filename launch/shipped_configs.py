@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def locate(given: str) -> str:
     """The path of a shipped config for its name; what is a file, or no such name, stays as it is."""
     if given in names() and not Path(given).exists():
         return str(FOLDER / f"{given}.json")
-    return given
+    return os.path.expanduser(given) if given else given
 
 
 def read(located: str | Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class _OnceLoader(yaml.SafeLoader):
 def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[str]]:
     """(keys of a YAML file with the types that the dataclass declares, notes on the reference's names)."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_OnceLoader)
+        content = yaml.load(Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig"), Loader=_OnceLoader)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file") from None
     except UnicodeDecodeError:

@@ -142,7 +142,12 @@ def test_what_files_say_is_refused_before_a_launcher_starts(capsys, tmp_path, mo
     assert call(capsys, "train", *NEEDED, *reference)[0] == 0
     for options, said in {
         ("--output_dir", str(tmp_path / "run")): "holds another run (run.json)",
-        ("--output_dir", str(tmp_path / "done"), "--resume_from_checkpoint", "auto"): "kept no checkpoint to go on from",
+        (
+            "--output_dir",
+            str(tmp_path / "done"),
+            "--resume_from_checkpoint",
+            "auto",
+        ): "kept no checkpoint to go on",
         ("--ds_config", str(tmp_path / "bad.json")): "rank",
         ("--ds_config", str(tmp_path / "none.json")): "none.json",
         ("--model_name_or_path", str(tmp_path / "none")): "no such folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, fields
 from types import SimpleNamespace
@@ -163,3 +164,33 @@ def test_help_does_not_show_empty_defaults():
     assert "(default: instruction)" in text
     assert "(default: )" not in text
     assert "(default: None)" not in text
+
+
+def test_home_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    """Which a shell leaves as it is in --output_dir=~/run, and YAML everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text("{}")
+    file = tmp_path / "run.yaml"
+    names = ("output_dir", "model_name_or_path", "ds_config", "logging_dir", "resume_from_checkpoint")
+    paths = {name: "~/ds.json" if name == "ds_config" else f"~/{name}" for name in names}
+    file.write_text(yaml.safe_dump(paths | {"dataset_name": "D"}))
+    args, _ = train_arguments.parse(["--config", "~/run.yaml"])
+    assert {name: getattr(args, name) for name in names} == {
+        name: f"{tmp_path}/{'ds.json' if name == 'ds_config' else name}" for name in names
+    }
+
+
+def test_a_folder_that_may_not_be_searched_is_told(tmp_path):
+    """As another user, in a process of its own: root may search all."""
+    (tmp_path / "closed").mkdir(mode=0)
+    pid = os.fork()
+    if not pid:
+        said = ""
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            command_line.check_paths(SimpleNamespace(output_dir=f"{tmp_path}/closed/run"), "output_dir")
+        except ConfigError as error:
+            said = str(error)
+        os._exit(0 if said.startswith(f"--output_dir {tmp_path}/closed/run: permission denied; give a path") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
