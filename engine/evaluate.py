@@ -77,7 +77,8 @@ class Evaluator:
         rows: list[dict[str, Any]] = []
         for question, answer in zip(self.asked, answers, strict=True):
             known = {} if question.reference is None else {"reference": question.reference}
-            rows.append({"step": step, "prompt": question.text, "answer": answer, **known})
+            when = {"when": title} if title else {}
+            rows.append({"step": step, **when, "prompt": question.text, "answer": answer, **known})
         recorder.samples(rows)
         recorder.say(first_sample(rows, title or f"after step {step}"))
         if title and self.asked[0].reference is None:

@@ -147,13 +147,19 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _samples(folder: Path) -> list[Sample]:
-    rows = [
-        (f"after step {row['step']}" if row["step"] else "before training", row) for row in _lines(folder / SAMPLES[0])
-    ]
+    rows = [(_when(row), row) for row in _lines(folder / SAMPLES[0])]
     if not rows:
         rows = [(" ".join(name.removesuffix(".json").split("_")[1:]), _json(folder / name)) for name in SAMPLES[1:]]
     whole = [(when, row) for when, row in rows if "prompt" in row and "answer" in row]
     return [Sample(when, str(r["prompt"]), str(r["answer"]), str(r.get("reference") or "")) for when, r in whole]
+
+
+def _when(row: Mapping[str, Any]) -> str:
+    """The best weights may be those of a step that was asked before; what 0.1 has written says the step alone."""
+    step = row["step"]
+    if row.get("when") == "after training":
+        return f"after training (the weights of step {step})"
+    return f"after step {step}" if step else "before training"
 
 
 def _mapping(value: Any) -> dict[str, Any]:

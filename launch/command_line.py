@@ -145,9 +145,7 @@ def _refuse_hidden(name: str, value: str | None) -> None:
     try:
         os.stat(value or ".")
     except PermissionError:
-        raise ConfigError(
-            f"--{name} {value}: permission denied; give a path that you may read"
-        ) from None
+        raise ConfigError(f"--{name} {value}: permission denied; give a path that you may read") from None
     except (OSError, ValueError):  # not there, or no path at all: whoever reads it says so
         pass
 

@@ -76,6 +76,10 @@ INSTEAD = {
     "dataloader_num_workers": "rows are tokenised before training (--preprocessing_num_workers); leave it out",
     "dataloader_drop_last": "every step has whole micro-batches; leave it out",
     "packing_strategy": "--packing is best-fit decreasing (bfd) always; leave it out",
+    "eval_accumulation_steps": "predictions are not kept, so there is nothing to move; leave it out",
+    "eval_max_length": "evaluation rows have --max_length, too",
+    "tokenizer_name_or_path": "the tokenizer is the one beside --model_name_or_path",
+    "tokenizer_name": "the tokenizer is the one beside --model_name_or_path",
     "eos_token": "an answer ends with the tokenizer's own; set it there",
     "evaluation_strategy": "use --eval_strategy",
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "use --max_length"),
@@ -86,8 +90,9 @@ INSTEAD = {
     "hub_model_id": "upload the export afterwards (hf upload); leave it out",
 }
 
-NEGATIONS = ("no_", "disable_")  # a name that begins so means the opposite of what is called the rest of it
-LAUNCHERS = ("num_accelerators", "nproc_per_node")  # options that train.py hands on
+# A name that begins so means the opposite of what is called the rest of it, or the same of other rows.
+PREFIXES = ("no_", "disable_", "eval_")
+LAUNCHERS = ("num_accelerators", "nproc_per_node", "num_gpus", "num_nodes", "hostfile", "nnodes")  # handed on
 
 
 def hint(name: str, valid: Iterable[str]) -> str:
@@ -95,8 +100,8 @@ def hint(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     if advice := instead(name, valid):
         return advice
-    alike = [tuple(map(known.startswith, NEGATIONS)) for known in (name, *valid)]
-    shown = [known for known, negated in zip(valid, alike[1:], strict=True) if negated == alike[0]]
+    alike = [tuple(map(known.startswith, PREFIXES)) for known in (name, *valid)]
+    shown = [known for known, begins in zip(valid, alike[1:], strict=True) if begins == alike[0]]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else "see --help"
 

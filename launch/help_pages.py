@@ -12,7 +12,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import speaking_rank
-from hdpissa.launch.foreign_names import instead
+from hdpissa.launch.foreign_names import LAUNCHERS, instead
 
 HELP = ("-h", "--help")
 WIDTH = 100  # of what is written into a file or a pipe
@@ -68,6 +68,9 @@ def _unknown(topic: str, sections: Mapping[str, type], console: Any) -> None:
     name = topic.lstrip("-").replace("-", "_")
     if advice := instead(name, [option.name for section in sections.values() for option in fields(section)]):
         console.print(f"there is no --{name} here: {advice}", markup=False)
+        return
+    if name in LAUNCHERS and "run" in sections:
+        console.print(f"--{name} is the launcher's: see deepspeed --help, or torchrun --help", markup=False)
         return
     choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
     raise ConfigError(f"--help {topic}: no option has that word; {choice}")

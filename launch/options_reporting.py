@@ -17,7 +17,7 @@ class ReportingOptions:
     logging_first_step: bool = option(False, "log the first step, too")
     disable_tqdm: bool = option(False, "plain lines on a terminal, too, in place of the bar")
     report_to: list[str] | None = option(
-        None, "who gets the rows of metrics.jsonl, too: tensorboard, wandb, both, all (those installed) or none"
+        None, "who gets the rows of metrics.jsonl, too: tensorboard and wandb, or all (those installed); default: none"
     )
     run_name: str | None = option(None, "name of the W&B run; default: WANDB_NAME, or the output folder's name")
     logging_dir: str | None = option(None, "folder of TensorBoard's file; default: runs/… in --output_dir")

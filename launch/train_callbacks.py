@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.errors import ConfigError, StopError
 from hdpissa.launch.options_evaluation import METRICS, is_greater_better, metric_name, strategy
 
 CALLED: tuple[str, ...] = ("init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end")
@@ -57,10 +58,12 @@ def _load(name: str) -> Any:
 def _import(where: str) -> Any:
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    name = f"hdpissa_callbacks_{Path(where).stem}"
+    spec = importlib.util.spec_from_file_location(name, where)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses, and pickle, look for what is defined in it
     spec.loader.exec_module(module)
     return module
 
@@ -213,7 +216,7 @@ class Callbacks:
         for name, value in zip(FLAGS, flags.tolist(), strict=True):
             setattr(self.control, name, value > 0)
         if self.control.should_epoch_stop:
-            raise ConfigError(
+            raise StopError(
                 "a callback has set should_epoch_stop: an epoch cannot be left here, because what a step trains on "
                 "follows from its number; set should_training_stop"
             )

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.errors import StopError
 from hdpissa.launch.options_evaluation import needs_best
 from hdpissa.launch.train_checks import AUTO, Job
 from hdpissa.launch.train_description import local_names
@@ -285,7 +285,7 @@ class Checkpoints:
     def failed(self, message: str) -> None:
         """A checkpoint could not be saved."""
         if self._args.stop_on_save_error:
-            raise ConfigError(f"{message}; the run stops (--stop_on_save_error)")
+            raise StopError(f"{message}; the run stops (--stop_on_save_error)")
         self._recorder.say(f"warning: {message}; training goes on")
 
 

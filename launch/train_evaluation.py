@@ -127,8 +127,8 @@ class Evaluation:
         return self._evaluate(engine, done)
 
     def ask(self, engine: Any, done: int, total: int) -> None:
-        """Keeps answers, where it is time to."""
-        if self._args.sample_steps and done % self._args.sample_steps == 0 and done < total:
+        """Keeps answers, where it is time to; those of the last step are asked after training."""
+        if self._args.sample_steps and done % self._args.sample_steps == 0 and done < total and not self.stops:
             self._evaluator.sample(engine, self._recorder, step=done)
 
     @property

@@ -162,3 +162,17 @@ def test_what_is_wanted_after_an_evaluation(folder, inputs):
     assert losses[0] > max(losses[1:])
     assert len(losses) == 3  # the best one, and two without improvement
     assert {path.name for path in (folder / "late").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_file_may_have_dataclasses_with_postponed_annotations(tmp_path):
+    """`dataclasses` looks the module up in sys.modules."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from transformers import TrainerCallback\n"
+        "@dataclass\nclass Counts:\n    steps: int = 0\n"
+        "class Mine(TrainerCallback):\n    counts = Counts()\n"
+    )
+    [found] = train_callbacks.load([f"{file}:Mine"])
+    assert found.counts.steps == 0

@@ -291,6 +291,7 @@ def test_help_finds_words(capsys):
     assert call(capsys, "train", "--help", "max_length")[1].count("\n  ") <= 3  # that option alone
     assert "--learning_rate" in call(capsys, "train", "--help", "--lr")[1]  # the reference's name
     assert "there is no --lora_dropout here: slices have no" in call(capsys, "train", "--help", "--lora-dropout")[1]
+    assert "--hostfile is the launcher's: see deepspeed --help" in call(capsys, "train", "--help", "--hostfile")[1]
     code, out, err = call(capsys, "train", "--help", "frobnicate")
     assert (code, out) == (2, "")
     assert "error: --help frobnicate: no option has that word; sections: run, data" in err

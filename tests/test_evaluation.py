@@ -64,7 +64,7 @@ def test_the_run_ends_early_and_exports_the_best(whole, capsys):
     assert steps[-1]["step"] == max(losses)
     # the exported model is that of the best evaluation, by launch/evaluate.py, which reads the data as the run did
     evaluate.main(["--model", str(whole), "--eval_exact_match", "--eval_max_samples", "3", "--max_new_tokens", "3"])
-    told = capsys.readouterr().out.splitlines()[-1].split()
+    told = " ".join(capsys.readouterr().out.splitlines()[-2:]).split()
     figures = dict(zip(told[::2], map(float, told[1::2]), strict=True))
     assert figures["loss"] == pytest.approx(losses[best], rel=1e-5)
     row = next(row for row in evaluations if row["step"] == best)
@@ -88,8 +88,11 @@ def test_rows_of_all_kinds(whole):
     samples = rows_of(whole, "samples.jsonl")
     best = read_json(whole / "run_state.json")["best_global_step"]
     asked = [row["step"] for row in samples]
-    assert asked == sorted([*range(0, steps[-1] + 1, 3)] * 2) + [best] * 2
-    assert all(set(row) == {"step", "prompt", "answer", "reference"} for row in samples)
+    assert asked == sorted([*range(0, steps[-1], 3)] * 2) + [best] * 2  # the last step's are those after training
+    assert [row.get("when") for row in samples] == [
+        *["before training"] * 2, *[None] * (len(samples) - 4), *["after training"] * 2
+    ]  # fmt: skip
+    assert all({*row} - {"when"} == {"step", "prompt", "answer", "reference"} for row in samples)
     assert "#### " in samples[0]["reference"]
 
 

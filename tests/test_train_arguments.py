@@ -96,6 +96,8 @@ def test_what_another_command_has_not_is_not_advised():
     assert "--model_name_or_path" in foreign_names.hint("model", ["model_name_or_path"])
     assert foreign_names.hint("model", ["checkpoint", "mode"]) == "did you mean mode?"
     assert foreign_names.hint("dataset", ["checkpoint"]) == "see --help"
+    assert foreign_names.hint("eval_max_lengths", ["max_length"]) == "see --help"  # which is of other rows
+    assert "leave it out" in foreign_names.hint("eval_accumulation_steps", ["gradient_accumulation_steps"])
 
 
 def test_command_line_wins_over_yaml(inputs, tmp_path):
