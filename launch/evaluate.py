@@ -328,7 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
         folder = found.folder
         if found.checkpoint is not None:
-            from hdpissa.launch.export_checkpoint import export, lost_template, open_checkpoint
+            from hdpissa.launch.export_checkpoint import export, open_checkpoint
+            from hdpissa.launch.export_template import lost_template
 
             folder = f"{scratch}/model"
             reader = open_checkpoint(str(found.checkpoint))

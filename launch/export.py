@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from hdpissa.engine.base_files import local_folder
     from hdpissa.launch.export_card import write_card
-    from hdpissa.launch.export_checkpoint import export, lost_template, open_checkpoint
+    from hdpissa.launch.export_checkpoint import export, open_checkpoint
+    from hdpissa.launch.export_template import lost_template
     from hdpissa.launch.model_checks import check_export
 
     reader = open_checkpoint(args.checkpoint)

@@ -11,7 +11,7 @@ from hdpissa.engine.checkpoint_format import Manifest
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import resolve_template
 from hdpissa.engine.run_record import RunRecord
-from hdpissa.launch.export_checkpoint import TEMPLATE, lost_template
+from hdpissa.launch.export_template import TEMPLATE, lost_template
 
 
 def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -> Path:

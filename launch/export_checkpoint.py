@@ -16,7 +16,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,10 @@ from hdpissa.engine.slicing import ShardRange, SlicePlan
 from hdpissa.engine.stacks import AdapterFile, Stack
 from hdpissa.engine.streams import DTYPES, REPORT, Block, Entry, Outbox, World
 from hdpissa.kernels.reference import split_fp32
+from hdpissa.launch.export_template import GENERATION, read_config, write_stops, write_template
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of the base: configuration, tokenizer, code
-TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"  # in transformers
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OF_MODEL = {"config.json", GENERATION, REPORT}
 MAX_COPIED_BYTES = 100 * 2**20
 BLOCK_ELEMENTS = 2 * 2**20  # of W, when sums are applied
@@ -53,19 +51,19 @@ def open_checkpoint(path: str) -> CheckpointReader:
     if not (folder / MANIFEST).is_file():
         found = folders.candidates(folder) if folder.is_dir() else []
         if not found:
-            if (folder / "run.json").is_file():
-                raise ConfigError(f"--checkpoint {path}: that run kept no checkpoint; {_its_export(folder)}")
-            raise ConfigError(f"--checkpoint {path}: no {MANIFEST} there; give a folder checkpoint-N, or its parent")
+            raise ConfigError(f"--checkpoint {path}: {_instead(folder)}")
         folder = found[0]
     reader = CheckpointReader(folder)
     reader.check()
     return reader
 
 
-def _its_export(run: Path) -> str:
-    """What else there is of a run without checkpoints."""
-    there = [f"{run / name}/" for name in ("model", "adapter") if (run / name).is_dir()]
-    return f"its own export is {' and '.join(there)}" if there else "train with --save_steps, or --export_format"
+def _instead(folder: Path) -> str:
+    """Of a folder without checkpoints: a run may have kept none."""
+    if not (folder / "run.json").is_file():
+        return f"no {MANIFEST} there; give a folder checkpoint-N, or its parent"
+    there = " and ".join(f"{folder / name}/" for name in ("model", "adapter") if (folder / name).is_dir())
+    return f"that run kept no checkpoint; {f'its own export is {there}' if there else 'train with --save_steps'}"
 
 
 def export(
@@ -150,7 +148,7 @@ class CheckedBase(BaseFiles):
 
 def _refuse_tied(reader: CheckpointReader, base: Path | None) -> None:
     """A trained output layer that is the embedding, too, can be told from the configuration only."""
-    config = _config(base)
+    config = read_config(base)
     text = config.get("text_config") or config
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings")):
         for t in reader.manifest.targets:
@@ -159,19 +157,6 @@ def _refuse_tied(reader: CheckpointReader, base: Path | None) -> None:
                     f"{t.name} shares its weight with the embedding, which this export does not write: export from the "
                     f"run itself (--export_format hf of launch/train.py)"
                 )
-
-
-def _config(base: Path | None) -> dict[str, Any]:
-    return _json_object(base / "config.json") if base else {}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """A file's; empty where it has none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 # --- a Hugging Face folder -------------------------------------------------------------------------
@@ -214,8 +199,8 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
     for file, some in files.items():
         outbox.write(file, some)
     outbox.guard(lambda: _copy_small_files(base.folder, outbox.partial, out))  # type: ignore[arg-type]
-    outbox.guard(lambda: _write_template(reader.manifest.client_state, outbox.partial))
-    outbox.guard(lambda: _write_stops(reader.manifest.client_state, base.folder, outbox.partial))
+    outbox.guard(lambda: write_template(reader.manifest.client_state, outbox.partial))
+    outbox.guard(lambda: write_stops(reader.manifest.client_state, base.folder, outbox.partial))
     outbox.agree()
     return publish_hf(outbox, files, out, reader.manifest.step)
 
@@ -271,7 +256,7 @@ def _copy_small_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
         known = path.suffix in COPIED and not path.name.endswith(".index.json") and path.name != REPORT
         if known and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
             shutil.copyfile(path, folder / path.name)
-    config = _config(base)
+    config = read_config(base)
     if config:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).split(".")[1]}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -283,54 +268,6 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
         of_model = path.name.endswith(".index.json") or path.name in OF_MODEL or path.suffix == ".py"
         if path.suffix in COPIED and not of_model and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
             shutil.copyfile(path, folder / path.name)
-
-
-# --- the chat template ------------------------------------------------------------------------------
-
-
-def trained_template(state: dict[str, Any]) -> str | None:
-    """The template that --chat_template gave the run, by a checkpoint's state; None: the base's, or unknown."""
-    if isinstance(kept := state.get("chat_template"), str):
-        return kept
-    given = _given_template(state)  # checkpoints of 0.1 have what the command line said, which may be a file's name
-    return given if "{{" in given or "{%" in given else None
-
-
-def lost_template(state: dict[str, Any]) -> str:
-    """What to tell of a template that an export cannot have, "" where it has the one that was trained with."""
-    given = _given_template(state)
-    if given in ("", "tokenizer") or trained_template(state) is not None:
-        return ""
-    return (
-        f"the run was trained with --chat_template {given[:80]}, whose text is not in the checkpoint: the export's "
-        f"tokenizer has the base's; save yours beside it as {TEMPLATE}"
-    )
-
-
-def _given_template(state: dict[str, Any]) -> str:
-    arguments = state.get("arguments")
-    given = arguments.get("chat_template") if isinstance(arguments, dict) else None
-    return given if isinstance(given, str) else ""
-
-
-def _write_template(state: dict[str, Any], folder: Path) -> None:
-    """In place of the base's; `AutoTokenizer` takes this file before what tokenizer_config.json says."""
-    if (text := trained_template(state)) is not None:
-        (folder / TEMPLATE).write_text(text, encoding="utf-8")
-
-
-def _write_stops(state: dict[str, Any], base: Path | None, folder: Path) -> None:
-    """The end of a chat's turn beside the base's own ends, as the run's export has it."""
-    stops = state.get("stop_token_ids")
-    if not isinstance(stops, list):  # rows that are no chats, and checkpoints of 0.1
-        return
-    config = _config(base)
-    made = {name: config[name] for name in SPECIAL if config.get(name) is not None}  # as transformers makes one
-    found = _json_object(folder / GENERATION) or made
-    own = found.get("eos_token_id")
-    ends = list(own) if isinstance(own, list) else [own] if own is not None else []
-    found["eos_token_id"] = list(dict.fromkeys([*ends, *stops]))
-    (folder / GENERATION).write_text(json.dumps(found, indent=2) + "\n")
 
 
 # --- an adapter ------------------------------------------------------------------------------------
@@ -353,7 +290,7 @@ def _export_peft(
     residual, unknown = _measure(reader, base, file)
     if base.folder is not None:
         file.outbox.guard(lambda: _copy_tokenizer(base.folder, file.outbox.partial))  # type: ignore[arg-type]
-        file.outbox.guard(lambda: _write_template(reader.manifest.client_state, file.outbox.partial))
+        file.outbox.guard(lambda: write_template(reader.manifest.client_state, file.outbox.partial))
     modules = {name.rsplit(".", n)[0] for name in reader.manifest.base.checksums for n in range(1, name.count(".") + 1)}
     return file.publish(modules, base.name, reader.manifest.step, residual, unknown)
 

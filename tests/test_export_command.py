@@ -314,6 +314,16 @@ def test_arguments(copy, capsys, arguments, words):
     assert not (copy / "out").exists()
 
 
+def test_a_run_that_kept_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "run.json").touch()
+    (tmp_path / "model").mkdir()
+    assert run_export(tmp_path, tmp_path / "out") == 2
+    assert f"that run kept no checkpoint; its own export is {tmp_path}/model/" in capsys.readouterr().err
+    (tmp_path / "model").rmdir()
+    assert run_export(tmp_path, tmp_path / "out") == 2
+    assert "that run kept no checkpoint; train with --save_steps" in capsys.readouterr().err
+
+
 def test_a_trained_output_layer_that_is_the_embedding(copy, capsys):
     """The base has one tensor for both, which cannot be told from an untied one without its configuration."""
     config = json.loads((copy / "base" / "config.json").read_text())

@@ -28,7 +28,7 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 100
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
 errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
-    buckets prompts tensor_file results leaf_modules families data_formats hub_errors data_files
+    buckets prompts progress tensor_file results leaf_modules families data_formats hub_errors data_files
     data_sources
 launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record pictures
     run_pictures

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_its_report(run):
     assert all((run / name).stat().st_size > 5000 for name in (*PICTURES, "report.html"))
     page = Page((run / "report.html").read_text())
-    for text in ("finished", "4 of 4", "before training", "after step 4", "Export adapter/", "How many?"):
+    for text in ("finished", "4 of 4", "before training", "the weights of step 4", "Export adapter/", "How many?"):
         assert text in page.text, text
     extra = read_json(run / "report.json")
     assert extra["warnings"] == []

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from hdpissa.engine.chat_template import ChatTemplate
 from hdpissa.engine.generation import generate
 from hdpissa.launch import train_arguments
-from hdpissa.launch.export_checkpoint import _write_stops
+from hdpissa.launch.export_template import write_stops
 from hdpissa.launch.train_checkpoints import Checkpoints
 from hdpissa.launch.train_data import read_rows
 from hdpissa.launch.train_questions import stop_at_turns
@@ -113,8 +113,8 @@ def test_an_export_from_a_checkpoint_ends_there_too(tmp_path, base, expected):
     """Its generation_config.json, a copy of the base's, or one of the base's configuration where it has none."""
     for name, content in base.items():
         (tmp_path / name).write_text(json.dumps(content))
-    _write_stops({"stop_token_ids": [7]}, tmp_path, tmp_path)
+    write_stops({"stop_token_ids": [7]}, tmp_path, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == expected
     (tmp_path / "generation_config.json").unlink()
-    _write_stops({}, tmp_path, tmp_path)
+    write_stops({}, tmp_path, tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
