@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from hdpissa.engine.data import IGNORE, encode_rows, find_format
 from hdpissa.engine.data_encode import Encoding, choose_learn
 from hdpissa.engine.data_formats import Fields
+from hdpissa.launch import train_arguments
+from hdpissa.launch.train_data import read_rows
 
 BOS, EOS, PAD = 0, 1, 2
 # no BOS and no special token but the end of turn: what a template may do at its simplest
@@ -127,3 +129,26 @@ def write(rows: list[dict[str, Any]], folder: Path, source: str) -> Path:
                 return folder / "saved"
             next((folder / "saved").glob("*.arrow")).rename(path)
     return path
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def jsonl(folder: Path, name: str, rows: Any) -> Path:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parse(source: Any = "d", **options: Any) -> tuple[Any, frozenset[str]]:
+    """train.py's own command line for a dataset."""
+    from launch_runs import flags
+
+    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
+    return train_arguments.parse(flags(required | options))
+
+
+def read(source: Any, **options: Any) -> Any:
+    """What it reads."""
+    args, given = parse(source, **options)
+    return read_rows(args, given, character_tokenizer(chat_template=CHAT))

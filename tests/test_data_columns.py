@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import datasets
 import pytest
-from data_cases import ANSWER, CHAT, CONVERSATION, QUESTION, TURNS, character_tokenizer, encode, texts, write
-from launch_runs import flags
+from data_cases import ANSWER, CONVERSATION, QUESTION, TURNS, encode, read, texts, write
 
 from hdpissa.engine.data_formats import Fields, recognise
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import train_arguments
-from hdpissa.launch.train_data import read_rows, tell_sources
+from hdpissa.launch.train_data import tell_sources
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +18,6 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def table(*rows) -> datasets.Dataset:
     return datasets.Dataset.from_list(list(rows))
-
-
-def read(source, **options):
-    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
-    args, given = train_arguments.parse(flags(required | options))
-    return read_rows(args, given, character_tokenizer(chat_template=CHAT))
 
 
 # LLaMA-Factory's alpaca; the first row has nothing but what every row must have

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from data_cases import CHAT, ROWS, TURNS, character_tokenizer, texts, write
+from data_cases import CHAT, ROWS, TURNS, character_tokenizer, jsonl, parse, read, texts, write
 from launch_runs import flags, make_inputs, read_json, read_metrics, train_here
 from mistakes import Case, argument, assert_told, collect, make_broken_files
 from ranks import run_ranks
@@ -25,22 +25,6 @@ from hdpissa.launch.train_data import describe_rows, make_batches, read_rows, te
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
-
-
-def parse(source, **options):
-    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
-    return train_arguments.parse(flags(required | options))
-
-
-def read(source, **options):
-    args, given = parse(source, **options)
-    return read_rows(args, given, character_tokenizer(chat_template=CHAT))
-
-
-def jsonl(folder: Path, name: str, rows) -> Path:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # --- what is read ----------------------------------------------------------------------------------

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
-from data_cases import CHAT, ROWS, character_tokenizer, texts
-from launch_runs import flags
+from data_cases import CHAT, ROWS, character_tokenizer, jsonl, parse, read, texts
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import train_arguments
 from hdpissa.launch.train_data import read_rows, tell_rows, tell_sources
 from hdpissa.launch.train_questions import read_questions
 
@@ -24,23 +20,6 @@ COLUMNS = {"prompt_field": "query", "response_field": "response", "prompt_templa
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
-
-
-def read(source, **options):
-    """What train.py's own command line reads."""
-    args, given = parse(source, **options)
-    return read_rows(args, given, character_tokenizer(chat_template=CHAT))
-
-
-def parse(source, **options):
-    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
-    return train_arguments.parse(flags(required | options))
-
-
-def jsonl(folder: Path, name: str, rows) -> Path:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_evaluation_rows_have_columns_and_a_format_of_their_own(tmp_path):

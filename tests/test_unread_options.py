@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
-from data_cases import CHAT, ROWS, character_tokenizer, texts
+from data_cases import CHAT, ROWS, character_tokenizer, jsonl, parse, texts
 from launch_runs import flags, make_inputs, train_here
 from mistakes import argument, assert_told, collect
 from ranks import run_ranks
@@ -22,17 +20,6 @@ from hdpissa.launch.train_notes import notes
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
-
-
-def jsonl(folder: Path, name: str, rows) -> Path:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def parse(source="d", **options):
-    required = {"ds_config": "a.json", "model_name_or_path": "m", "output_dir": "o", "dataset_name": str(source)}
-    return train_arguments.parse(flags(required | options))
 
 
 # --- refused ---------------------------------------------------------------------------------------
