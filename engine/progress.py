@@ -54,7 +54,7 @@ class Work:
 
     def _begin(self, done: int, total: int) -> None:
         self._task = self._bars.add_task(self._title, total=total, figures="")
-        self._alone = not self._bars.live.is_started
+        self._alone = not self._bars.disable and not self._bars.live.is_started
         self._bars.start()
         self._first, self._since = done, time.perf_counter()
         self._told = self._since

@@ -21,6 +21,7 @@ if __name__ == "evaluate":
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -262,7 +263,7 @@ def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
 
     known = {f.name for f in fields(ReadingOptions)}
     values = {name: value for name, value in run.items() if name in known and name not in given}
-    if values.get("chat_template"):  # whose file may be gone; the tokenizer beside the model has it
+    if is_gone(values.get("chat_template")):  # the tokenizer beside the model has it
         values["chat_template"] = "tokenizer"
     if "dataset_name" in given:
         return {name: value for name, value in values.items() if name not in OF_ONE_SET}
@@ -271,6 +272,12 @@ def _as_in_the_run(run: dict[str, Any], given: set[str]) -> dict[str, Any]:
     if "dataset_split" not in given:
         values["dataset_split"] = run.get("eval_split") or "train"
     return values
+
+
+def is_gone(chat_template: str | None) -> bool:
+    """Whether it is the name of a file that is not there any more."""
+    is_text = chat_template in (None, "", "tokenizer") or "{{" in str(chat_template) or "{%" in str(chat_template)
+    return not is_text and not os.path.isfile(os.path.expanduser(str(chat_template)))
 
 
 def _names(sets: str | None) -> str:

@@ -5,7 +5,9 @@ Heavy imports stay inside the functions, for what a person got wrong is told in 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -105,7 +107,8 @@ def _loss(ready: Ready, batch_size: int) -> dict[str, Any]:
 
     pad = ready.tokenizer.pad_token_id
     batches = EvalBatches(ready.rows, rank=0, world_size=1, batch_size=batch_size, pad_token_id=pad)
-    return loss_figures(*mean_loss(ready.model, batches, torch.device(ready.model.device), _progress("batches")))
+    with _progress("batches") as progress:
+        return loss_figures(*mean_loss(ready.model, batches, torch.device(ready.model.device), progress))
 
 
 def _answers(ready: Ready, batch_size: int, max_new_tokens: int) -> list[str]:
@@ -113,7 +116,7 @@ def _answers(ready: Ready, batch_size: int, max_new_tokens: int) -> list[str]:
 
     from hdpissa.engine.generation import generate
 
-    with torch.no_grad():
+    with torch.no_grad(), _progress("answers") as progress:
         return generate(
             ready.model,
             ready.tokenizer,
@@ -121,18 +124,23 @@ def _answers(ready: Ready, batch_size: int, max_new_tokens: int) -> list[str]:
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             device=torch.device(ready.model.device),
-            progress=_progress("answers"),
+            progress=progress,
         )
 
 
-def _progress(title: str) -> Work:
-    """On stderr, that stdout has results alone."""
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Work]:
+    """On stderr, that stdout has results alone; whatever ends the work, the terminal has its cursor again."""
     from rich.console import Console
 
     from hdpissa.engine.progress import Work, make_bars
 
     console = Console(stderr=True)
-    return Work(title, console, make_bars(console, off=not console.is_terminal))
+    work = Work(title, console, make_bars(console, off=not console.is_terminal))
+    try:
+        yield work
+    finally:
+        work.stop()
 
 
 def _told(figures: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
     manifest = reader.manifest
     record = RunRecord.read(reader.folder.absolute().parent)
     arguments = _arguments(manifest)
-    template = _template(manifest.client_state if arguments else {"arguments": record.arguments}, folder)
+    template = _template(manifest.client_state if arguments else {"arguments": record.arguments}, record.run, folder)
     if record.run:
         trained = model_card.from_record(record, step=manifest.step, template=template)
     else:
@@ -53,17 +53,21 @@ def _section(manifest: Manifest) -> dict[str, Any]:
     return {"r": max(set(ranks), key=ranks.count), "target_modules": list(kinds)} if ranks else {}
 
 
-def _template(state: dict[str, Any], folder: Path) -> str | None:
-    """How a question was put to the model; None where a checkpoint of 0.1 leaves that open."""
+def _template(state: dict[str, Any], run: dict[str, Any], folder: Path) -> str | None:
+    """How a question was put to the model; None where a checkpoint of 0.1, and the run.json beside it, leave that open.
+
+    Such a checkpoint has the option alone, and that may be a default which rows of another kind did not read.
+    """
     if isinstance(state.get("template"), str):
         return str(state["template"])
     arguments = state["arguments"] if isinstance(state.get("arguments"), dict) else {}
     if arguments.get("chat_template"):
         file = folder / TEMPLATE
         return None if lost_template(state) or not file.is_file() else file.read_text(encoding="utf-8")
-    if "stop_token_ids" in state:  # rows were chats, by the base's own template
-        return None
     try:
+        prompts = run["rows"]["sources"][0]["prompts"]
+        if not prompts.startswith("template "):
+            return None
         return resolve_template(arguments["prompt_template"]).text
-    except (ConfigError, KeyError, TypeError, AttributeError):
+    except (ConfigError, LookupError, TypeError, AttributeError):
         return None

@@ -90,8 +90,7 @@ INSTEAD = {
     "hub_model_id": "upload the export afterwards (hf upload); leave it out",
 }
 
-# A name that begins so means the opposite of what is called the rest of it, or the same of other rows.
-PREFIXES = ("no_", "disable_", "eval_")
+NEGATIONS = ("no_", "disable_")  # a name that begins so means the opposite of what is called the rest of it
 LAUNCHERS = ("num_accelerators", "nproc_per_node", "num_gpus", "num_nodes", "hostfile", "nnodes")  # handed on
 
 
@@ -100,8 +99,10 @@ def hint(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     if advice := instead(name, valid):
         return advice
-    alike = [tuple(map(known.startswith, PREFIXES)) for known in (name, *valid)]
-    shown = [known for known, begins in zip(valid, alike[1:], strict=True) if begins == alike[0]]
+    alike = [tuple(map(known.startswith, NEGATIONS)) for known in (name, *valid)]
+    shown = [known for known, negated in zip(valid, alike[1:], strict=True) if negated == alike[0]]
+    if name.startswith("eval_"):  # which is of other rows than what is called the rest of it
+        shown = [known for known in shown if "eval" in known]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else "see --help"
 

@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError, StopError
@@ -58,7 +58,8 @@ def _load(name: str) -> Any:
 def _import(where: str) -> Any:
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    name = f"hdpissa_callbacks_{Path(where).stem}"
+    where = os.path.abspath(os.path.expanduser(where))
+    name = f"hdpissa_callbacks_{zlib.crc32(os.fsencode(where)):08x}"
     spec = importlib.util.spec_from_file_location(name, where)
     assert spec is not None
     assert spec.loader is not None

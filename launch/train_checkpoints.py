@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hdpissa.engine.ds_config import AGREED
 from hdpissa.engine.errors import StopError
 from hdpissa.launch.options_evaluation import needs_best
 from hdpissa.launch.train_checks import AUTO, Job
@@ -119,8 +120,11 @@ SCHEDULE |= {"lr_scheduler_kwargs"}
 
 def changed_arguments(reader: Any, args: Any) -> dict[str, str]:
     """The arguments that are not the checkpoint's → how they changed, for people."""
-    there, here = reader.manifest.client_state.get("arguments", {}), asdict(args)
+    state, here = reader.manifest.client_state, asdict(args)
+    there = state.get("arguments", {})
     quiet = {"resume_from_checkpoint", "overwrite_output_dir", "local_rank", "output_dir", "ds_config"}
+    if "local" not in state:  # of 0.1, which kept the command line's defaults of what the JSON had said
+        quiet |= {*AGREED}
     return {k: f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v}
 
 
@@ -193,7 +197,8 @@ class Checkpoints:
         data = describe_data(args, job)
         self._client_state = {"arguments": arguments, "data": data, "data_offset": self.data_offset}
         # for the card of an export: how a question was put, and which names mean nothing elsewhere
-        self._client_state |= {"template": _plain(job.rows.template.text), "local": local_names(args)}
+        local = [_plain(name) for name in local_names(args)]
+        self._client_state |= {"template": _plain(job.rows.template.text), "local": local}
         if args.chat_template is not None:  # its text: an export has neither the run's tokenizer nor its Jinja file
             self._client_state["chat_template"] = _plain(job.tokenizer.chat_template)
         if job.rows.stops:  # for an export, which runs no template

@@ -230,9 +230,10 @@ class _Reader:
         )
 
     def _refuse_unread(self, trained: Sequence[RowFormat], held_out: Sequence[RowFormat]) -> None:
-        """Refuses what was said of rows that no set has. Of a mix one set is enough."""
+        """Refuses what was said of rows that no set has. Of a mix one set is enough; loss is of what is trained on."""
         for name in LOSS_OF:
-            if name in self.given and getattr(self.args, name) and name not in self.used:
+            fits = any(name in _read_by(format) for format in trained)
+            if name in self.given and getattr(self.args, name) and not fits:
                 choose_learn(trained[0], **{name: True})  # says what such rows lack
         for name, kind in OF_ONE_KIND.items():
             value, usual = getattr(self.args, name), getattr(DataOptions, name)

@@ -127,8 +127,9 @@ class Evaluation:
         return self._evaluate(engine, done)
 
     def ask(self, engine: Any, done: int, total: int) -> None:
-        """Keeps answers, where it is time to; those of the last step are asked after training."""
-        if self._args.sample_steps and done % self._args.sample_steps == 0 and done < total and not self.stops:
+        """Keeps answers, where it is time to; not of weights that will be asked after training."""
+        last = done == total or (self.stops and not self._args.load_best_model_at_end)
+        if self._args.sample_steps and done % self._args.sample_steps == 0 and not last:
             self._evaluator.sample(engine, self._recorder, step=done)
 
     @property

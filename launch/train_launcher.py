@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = command(words, os.environ)
     theirs, ours = split(words)
     args, given = train_arguments.parse(ours, launched=False)  # a misspelt option before DeepSpeed is loaded
-    if not OTHER_HOSTS & set(map(_name, theirs)):
+    alone = read_launch(os.environ).launcher == "no launcher"  # else rank 0 of train.py speaks for all
+    if alone and not OTHER_HOSTS & set(map(_name, theirs)):
         train_checks.check_files(args, given)
     print("+", shlex.join(wanted), file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -126,6 +126,20 @@ def test_checkpoints_keep_the_text_of_the_chat_template(tmp_path):
         assert Checkpoints(args, job, None, None)._save(engine, background=False).get("chat_template") == kept
 
 
+def test_a_path_that_is_no_text_is_kept_in_a_checkpoint(tmp_path):
+    """Its bytes are no UTF-8, which no JSON can hold; what is kept of the template and of local names can be read."""
+    path = jsonl(tmp_path, "r\udce9", [{"instruction": "q", "response": "a"}])
+    args, given = parse(path, max_steps=1)
+    rows = read_rows(args, given, character_tokenizer())
+    data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
+    job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1), rows=rows)
+    engine = SimpleNamespace(save_checkpoint=lambda folder, **how: how["client_state"], global_steps=1)
+    kept = Checkpoints(args, job, None, None)._save(engine, background=False)
+    json.dumps(kept, ensure_ascii=False, default=str).encode()
+    assert kept["template"].count("{instruction}") == 1
+    assert kept["local"] == [kept["arguments"]["dataset_name"]]
+
+
 @pytest.mark.parametrize(
     ("format", "options", "expected"),
     [

@@ -206,3 +206,6 @@ def test_loss_on_turns_is_of_those_sets_of_a_mix_that_have_some(tmp_path):
     assert [source["loss_on"] for source in found.sources] == ["everything", "the answer"]
     with pytest.raises(ConfigError, match=r"--completion_only_loss: rows of .* have no completion"):
         read(f"{plain} {chats}", completion_only_loss="true")
+    rows = jsonl(tmp_path, "rows", [{"instruction": "q", "response": "a"}])
+    with pytest.raises(ConfigError, match=r"--completion_only_loss: rows of text .* have no completion"):
+        read(plain, eval_dataset_name=str(rows), completion_only_loss="true")  # which no row that is trained on has

@@ -116,6 +116,14 @@ def test_lm_eval_finds_its_batch_size(tmp_path, size):
     assert command[command.index("--batch_size") + 1] == size
 
 
+def test_a_chat_template_that_is_gone(tmp_path):
+    """Its file may have been the machine's that trained; a text, and a file that is there, are the run's own."""
+    (tmp_path / "own.jinja").touch()
+    gone = ["own.jinja", f"{tmp_path}/other.jinja"]
+    there = [None, "tokenizer", "{{ messages }}", "{% if x %}{% endif %}", f"{tmp_path}/own.jinja"]
+    assert [evaluate.is_gone(given) for given in gone + there] == [True] * 2 + [False] * 5
+
+
 def test_a_comma_would_be_two_arguments(tmp_path):
     args = evaluate.EvaluateArguments(model="a,b", tasks="x")
     with pytest.raises(ConfigError, match="no comma"):

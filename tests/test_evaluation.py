@@ -88,7 +88,7 @@ def test_rows_of_all_kinds(whole):
     samples = rows_of(whole, "samples.jsonl")
     best = read_json(whole / "run_state.json")["best_global_step"]
     asked = [row["step"] for row in samples]
-    assert asked == sorted([*range(0, steps[-1], 3)] * 2) + [best] * 2  # the last step's are those after training
+    assert asked == sorted([*range(0, steps[-1] + 1, 3)] * 2) + [best] * 2
     assert [row.get("when") for row in samples] == [
         *["before training"] * 2, *[None] * (len(samples) - 4), *["after training"] * 2
     ]  # fmt: skip

@@ -206,7 +206,7 @@ def card_of_a_checkpoint(tmp_path, **state) -> ModelCard:
 
 def test_a_checkpoint_alone(tmp_path):
     """Without the run's folder around it, launch/export.py says what the checkpoint knows."""
-    found = card_of_a_checkpoint(tmp_path, local=["data/mine"])
+    found = card_of_a_checkpoint(tmp_path, local=["data/mine"], template=ALPACA)
     assert (found.data.base_model, found.data.datasets) == ("org/base", ["org/data"])
     assert "4 slices of rank 2" in found.text
     assert "| optimizer steps | 7 |" in found.text
@@ -219,13 +219,21 @@ def test_a_checkpoint_alone(tmp_path):
     [
         ({"template": "Q: {instruction} A:"}, "Q: "),
         ({"template": "{{ messages }}", "stop_token_ids": [7]}, "apply_chat_template"),
-        ({"stop_token_ids": [7]}, "hd_pissa.r"),  # of a checkpoint of 0.1: chats, by the base's template
+        ({}, "hd_pissa.r"),  # of a checkpoint of 0.1, which may be of chats
     ],
 )
 def test_a_checkpoint_s_card_asks_as_the_run_did(tmp_path, state, words):
     found = card_of_a_checkpoint(tmp_path, **state).text
     assert words in found
     assert "### Response:" not in found
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [("template alpaca", True), ("chat template", False)])
+def test_a_card_of_a_checkpoint_of_0_1_asks_as_run_json_says(tmp_path, prompts, shown):
+    (tmp_path / "run").mkdir()
+    run = {"arguments": {"prompt_template": "alpaca"}, "rows": {"sources": [{"prompts": prompts}]}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    assert ("### Response:" in card_of_a_checkpoint(tmp_path).text) is shown
 
 
 def test_paths_of_the_machine_that_trained_are_no_names_on_the_hub(tmp_path):

@@ -97,6 +97,12 @@ def test_what_another_command_has_not_is_not_advised():
     assert foreign_names.hint("model", ["checkpoint", "mode"]) == "did you mean mode?"
     assert foreign_names.hint("dataset", ["checkpoint"]) == "see --help"
     assert foreign_names.hint("eval_max_lengths", ["max_length"]) == "see --help"  # which is of other rows
+    for misspelt, meant in (
+        ("evl_steps", "eval_steps"),
+        ("evalstrategy", "eval_strategy"),
+        ("evl_strategy", "eval_strategy"),
+    ):
+        assert foreign_names.hint(misspelt, ["max_steps", "save_strategy", meant]) == f"did you mean {meant}?"
     assert "leave it out" in foreign_names.hint("eval_accumulation_steps", ["gradient_accumulation_steps"])
 
 
@@ -161,6 +167,16 @@ def test_resuming_tells_what_changed_and_a_new_schedule(inputs, tmp_path, change
     assert ("a new one, of 12 steps" in text) == anew
 
 
+def test_a_checkpoint_of_0_1_has_not_what_the_json_said(inputs, tmp_path):
+    """But the command line's defaults, so that nothing can be told of what the two may both say."""
+    args = train_arguments.parse(flags(arguments(inputs, tmp_path / "out")))[0]
+    for state, told in (({}, set()), ({"local": []}, {"learning_rate", "bf16"})):
+        manifest = SimpleNamespace(
+            client_state={"arguments": asdict(args) | {"learning_rate": 0.5, "bf16": True}} | state
+        )
+        assert train_checkpoints.changed_arguments(SimpleNamespace(manifest=manifest), args).keys() == told
+
+
 def test_help_does_not_show_empty_defaults():
     text = command_line.make_parser({n: s for n, (s, _) in train_arguments.OPTIONS.items()}).format_help()
     assert "(default: instruction)" in text
@@ -188,11 +204,12 @@ def test_a_folder_that_may_not_be_searched_is_told(tmp_path):
     pid = os.fork()
     if not pid:
         said = ""
-        if os.geteuid() == 0:
-            os.setuid(65534)
         try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
             command_line.check_paths(SimpleNamespace(output_dir=f"{tmp_path}/closed/run"), "output_dir")
         except ConfigError as error:
             said = str(error)
-        os._exit(0 if said.startswith(f"--output_dir {tmp_path}/closed/run: permission denied; give a path") else 1)
+        finally:
+            os._exit(0 if said.startswith(f"--output_dir {tmp_path}/closed/run: permission denied; give a path") else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
