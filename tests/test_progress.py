@@ -111,8 +111,16 @@ def test_whatever_ends_an_evaluation_the_bar_is_gone(monkeypatch):
     from hdpissa.launch import evaluate_dataset
 
     monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
-    with pytest.raises(KeyboardInterrupt), evaluate_dataset._progress("answers") as work:
-        work(0, 3)
-        assert work._bars.live.is_started
-        raise KeyboardInterrupt
-    assert not work._bars.live.is_started
+    shown = []
+
+    def work():
+        with evaluate_dataset._progress("answers") as progress:
+            shown.append(progress._bars.live)
+            progress(0, 3)
+            shown.append(progress._bars.live.is_started)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert shown[1]
+    assert not shown[0].is_started

