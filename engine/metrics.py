@@ -31,8 +31,12 @@ def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None
 
 
 def keep_rows(path: Path, steps: int) -> None:
-    """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again."""
-    kept = [line + "\n" for line, row in _whole_lines(path) if row["step"] <= steps] if steps else []
+    """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again.
+
+    So it does those that are of the end of the run (samples `when` "after training"), whatever their step.
+    """
+    rows = _whole_lines(path) if steps else ()
+    kept = [line + "\n" for line, row in rows if row["step"] <= steps and row.get("when") != "after training"]
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Trained:
             (any other text); None where it is not known.
         figures: name → value, for people. versions: of packages.
         local: those of its names that were paths where it was trained, and so are nobody else's.
+        resumed: after which `step` it went on with other arguments, and what `changed`; `arguments` are the last ones.
     """
 
     base: str
@@ -55,6 +56,7 @@ class Trained:
     figures: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     local: Collection[str] = ()
+    resumed: Sequence[Mapping[str, Any]] = ()
 
     @property
     def hub_base(self) -> str | None:
@@ -77,6 +79,7 @@ def from_record(record: RunRecord, *, step: int, template: str | None) -> Traine
         figures=figures(record, step),
         versions={k: str(v) for k, v in run.get("versions", {}).items()},
         local=run.get("local", ()),
+        resumed=run.get("resumed", ()),
     )
 
 
@@ -216,6 +219,7 @@ def hyper_parameters(trained: Trained, batch: list[Any]) -> dict[str, str]:
         found.pop("num_train_epochs", None)
     if "warmup_steps" in found:
         found.pop("warmup_ratio", None)
+    found |= {f"changed after step {went_on['step']}": ", ".join(went_on["changed"]) for went_on in trained.resumed}
     if all(isinstance(n, int) for n in batch):
         unit = "packed samples" if args.get("packing") else "rows"
         found[f"{unit} of an optimizer step"] = (

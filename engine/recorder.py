@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from . import pulse
 from .display import Display
-from .errors import StopError
+from .errors import ConfigError, StopError
 from .metrics import finite_row, peak_flops, write_json
 from .progress import Work
 from .reporters import Reporters
@@ -33,6 +33,7 @@ class Recorder:
         device_name, devices: for `mfu`.
         rank: whose it is.
         reporters: who else gets the rows; None: nobody.
+        earlier: run_state.json of the run that is in the folder, if one is: until `begin` nothing of it is lost.
         bar: whether a terminal shows a bar.
     """
 
@@ -47,6 +48,7 @@ class Recorder:
         rank: int,
         reporters: Reporters | None = None,
         bar: bool = True,
+        earlier: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.rank, self.quiet = folder, rank, rank != 0
         self._flops_per_token = 4 * weights
@@ -56,7 +58,8 @@ class Recorder:
         self.steps_done = 0
         self._failed = False
         self._best: dict[str, Any] = {}
-        self._file: IO[str] | None = None if self.quiet else (folder / "metrics.jsonl").open("a", buffering=1)
+        self._file: IO[str] | None = None
+        self._earlier = earlier
         self._display = Display(total_steps=total_steps, quiet=self.quiet, bar=bar)
         self.warnings: list[str] = []  # what was said that begins so; the report of the run has them
         self._reporters = reporters or Reporters([])
@@ -143,10 +146,15 @@ class Recorder:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        if self._file is not None:
+        if not self.quiet:
             with pulse.alone("metrics"):
+                self._file = self._file or (self.folder / "metrics.jsonl").open("a", buffering=1)
                 self._file.write(json.dumps(row) + "\n")
             self._reporters.row(row)
+
+    def begin(self) -> None:
+        """From here on the folder is this run's."""
+        self._earlier = None
 
     # --- files ---------------------------------------------------------------------------------------
 
@@ -182,6 +190,9 @@ class Recorder:
         """
         self._failed = True
         path = self.folder / "run_state.json"
+        if isinstance(error, ConfigError) and self._earlier is not None:  # what does not fit changes nothing there
+            write_json(path, self._earlier, rank=self.rank)
+            return
         if (self.rank or lost) and _says_failed(path):
             return
         text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -70,7 +70,10 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
     return vars(found), {options[name] for name in named if name in options}
 
 
-def _hint(name: str, options: Iterable[str]) -> str:
+def _hint(name: str, options: Collection[str]) -> str:
+    if not name.startswith("-"):
+        several = ", several in quotes: --dataset_name 'a.jsonl b.jsonl'" if "--dataset_name" in options else ""
+        return f"a value stands behind its option{several}"
     said = hint(name.lstrip("-"), [known.lstrip("-") for known in options])
     return said.replace("did you mean ", "did you mean --")
 

@@ -53,11 +53,14 @@ def evaluate(
     from hdpissa.engine.evaluate import graded_rows, match_figures
 
     ready = prepare(args, request, folder, base, seed=seed)
-    figures = _told(_loss(ready, int(args.batch_size)))
+    how = {"dtype": str(ready.model.dtype).removeprefix("torch."), "device": str(ready.model.device)}
+    print(f"computes in {how['dtype']} on {how['device']}", flush=True)
+    figures = how | _told(_loss(ready, int(args.batch_size)))
     if not ready.asked:
         return figures, []
     answers = _answers(ready, int(args.batch_size), args.max_new_tokens)
-    return figures | _told(match_figures(answers, ready.asked)), graded_rows(answers, ready.asked)
+    figures |= {"max_new_tokens": args.max_new_tokens} | _told(match_figures(answers, ready.asked))
+    return figures, graded_rows(answers, ready.asked)
 
 
 def prepare(args: Any, request: Any, folder: str, base: str | None, *, seed: int) -> Ready:

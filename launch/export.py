@@ -44,6 +44,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--rank is {args.rank}: must be at least 1; leave it out for the whole adapter")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ConfigError(f"--output_dir {args.output_dir}: is a file; give a folder")
+    if (Path(args.output_dir) / "run.json").exists():
+        raise ConfigError(
+            f"--output_dir {args.output_dir}: is a run's own; give a folder of its own, as {args.output_dir}/best"
+        )
     return args
 
 

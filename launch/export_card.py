@@ -26,6 +26,8 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
     template = _template(manifest.client_state if arguments else {"arguments": record.arguments}, record.run, folder)
     if record.run:
         trained = model_card.from_record(record, step=manifest.step, template=template)
+        if "local" in manifest.client_state:  # what the run had been until then; it may have gone on otherwise
+            trained = replace(trained, arguments=arguments, world_size=manifest.world_size, **_kept(manifest))
     else:
         trained = model_card.Trained(
             base=manifest.base.name_or_path,
@@ -36,7 +38,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
             step=manifest.step,
             template=template,
             versions=manifest.versions,
-            local=manifest.client_state.get("local", ()),
+            **_kept(manifest),
         )
     return model_card.write_card(folder, replace(trained, base=base_model or trained.base), report.as_dict())
 
@@ -44,6 +46,10 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
 def _arguments(manifest: Manifest) -> dict[str, Any]:
     found = manifest.client_state.get("arguments")
     return found if isinstance(found, dict) else {}
+
+
+def _kept(manifest: Manifest) -> dict[str, Any]:
+    return {name: manifest.client_state.get(name, ()) for name in ("local", "resumed")}
 
 
 def _section(manifest: Manifest) -> dict[str, Any]:

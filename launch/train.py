@@ -20,7 +20,6 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.launcher import speaking_rank
 from hdpissa.launch import train_arguments
-from hdpissa.launch.options_reporting import reporters
 from hdpissa.launch.train_callbacks import Callbacks
 from hdpissa.launch.train_checkpoints import (
     PREEMPTED,
@@ -28,6 +27,7 @@ from hdpissa.launch.train_checkpoints import (
     count_from_the_data,
     describe_start,
     find_checkpoint,
+    resumptions,
     stopping_on_signals,
 )
 from hdpissa.launch.train_checks import Job, check, export_folders
@@ -38,6 +38,7 @@ from hdpissa.launch.train_lock import lock_folder
 from hdpissa.launch.train_model import load_model
 from hdpissa.launch.train_preview import show_rows
 from hdpissa.launch.train_questions import stop_at_turns
+from hdpissa.launch.train_record import make_recorder, take_over
 from hdpissa.launch.train_schedule import make_scheduler
 
 # ---------------------------------------------------------------------------------------------------
@@ -159,45 +160,6 @@ def meet(args: Any, job: Job) -> Any:
         ) from error
 
 
-def make_recorder(args: Any, job: Job, reader: Any) -> Any:
-    """Makes the output folder, where of an earlier run only the steps before the checkpoint count any more."""
-    from hdpissa.engine import folders, pulse, zero3
-    from hdpissa.engine.metrics import keep_rows
-    from hdpissa.engine.recorder import Recorder
-    from hdpissa.engine.report import clear as clear_report
-    from hdpissa.engine.reporters import make_reporters
-
-    folder, start = Path(args.output_dir), reader.manifest.step if reader else 0
-    lock_folder(folder, job.plan.rank)
-    goes_on = reader is not None and reader.folder.parent.resolve() == folder.resolve()
-    if job.plan.rank:  # where hosts do not share the folder nobody else does this
-        (folder / "run_state.json").unlink(missing_ok=True)
-    zero3.barrier()  # rank 0 writes after it
-    if job.plan.rank == 0:
-        with pulse.alone("folder"):
-            (folder / "run.json").unlink(missing_ok=True)
-            keep_rows(folder / "metrics.jsonl", start)
-            if (folder / "samples.jsonl").exists():
-                keep_rows(folder / "samples.jsonl", start)
-            if start == 0:
-                clear_report(folder)
-            if args.overwrite_output_dir and not goes_on:  # also when the run goes on from another folder
-                folders.discard(folder)
-    names = reporters(args) if job.plan.rank == 0 else []
-    recorder = Recorder(
-        folder,
-        total_steps=job.total_steps,
-        weights=job.weights,
-        device_name=zero3.accelerator_name(),
-        devices=job.plan.world_size,
-        rank=job.plan.rank,
-        reporters=make_reporters(names, folder, logging_dir=args.logging_dir, run_name=args.run_name),
-        bar=not args.disable_tqdm,
-    )
-    recorder.state("running", start)
-    return recorder
-
-
 # ---------------------------------------------------------------------------------------------------
 # wiring
 
@@ -217,13 +179,14 @@ def train(args: Any, job: Job, recorder: Any, reader: Any) -> bool:
     start = engine.global_steps
     if args.packing:
         refuse_leaks(engine, job)
+    take_over(args, job, recorder, reader)
     for line in [*tell_rows(job.rows, job.data), *stop_at_turns(model, job.tokenizer, job.rows)]:
         recorder.say(line)
     recorder.say(describe_start(args, engine, reader, job.total_steps))
     recorder.say(str(engine.exchange_plan()))
     if engine.optimizer.beside:
         recorder.say(str(engine.optimizer.beside))
-    described = describe_run(args, engine, job)
+    described = describe_run(args, engine, job, resumptions(reader, args))
     recorder.describe(described)
     scheduler = make_scheduler(args, engine.optimizer, job.total_steps, start)
     checkpoints = Checkpoints(args, job, recorder, reader)

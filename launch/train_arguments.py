@@ -159,6 +159,12 @@ def _read_yaml(path: str, processes: int | None) -> tuple[dict[str, Any], list[s
     return content, notes
 
 
+TYPES = {
+    type(None): "null", list[str]: "a list of texts", str: "a text", float: "a number", int: "a whole number",
+    bool: "true or false",
+}  # fmt: skip
+
+
 def _convert(name: str, value: Any, declared: Any) -> Any:
     """YAML reads 2e-5 as text and 3 as an integer; a wrong type is refused."""
     kinds = get_args(declared) or (declared,)  # of `int | None` both
@@ -171,6 +177,8 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
             return json.dumps(value)
     if list[str] in kinds and isinstance(value, list | str):
         return [str(part) for part in value] if isinstance(value, list) else [value]
+    if isinstance(value, list) and name.endswith("dataset_name"):  # several sets, which the command line has in quotes
+        return " ".join(map(str, value))
     if type(value) in kinds:  # type(): a bool is an int to isinstance
         return value
     if str in kinds and type(value) in (int, float):  # slices: 8, where there may also stand auto
@@ -180,8 +188,7 @@ def _convert(name: str, value: Any, declared: Any) -> Any:
     if float in kinds and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             return float(value)
-    names = {type(None): "null", list[str]: "list of str"}
-    words = " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+    words = " or ".join(TYPES.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
     raise ConfigError(f"--config: {name} is {value!r}, must be {words}; correct it")
 
 

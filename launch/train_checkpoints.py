@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.ds_config import AGREED
-from hdpissa.engine.errors import StopError
+from hdpissa.engine.errors import ConfigError, StopError
 from hdpissa.launch.options_evaluation import needs_best
 from hdpissa.launch.train_checks import AUTO, Job
 from hdpissa.launch.train_description import local_names
@@ -128,6 +128,15 @@ def changed_arguments(reader: Any, args: Any) -> dict[str, str]:
     return {k: f"{k} {there[k]} → {v}" for k, v in here.items() if k not in quiet and k in there and there[k] != v}
 
 
+def resumptions(reader: Any, args: Any) -> list[dict[str, Any]]:
+    """When the run went on with other arguments: after which step, and what changed; the earliest first."""
+    if reader is None:
+        return []
+    earlier, changed = reader.manifest.client_state.get("resumed", []), changed_arguments(reader, args)
+    now = {"step": reader.manifest.step, "changed": [_plain(text) for text in changed.values()]}
+    return [*earlier, now] if changed else [*earlier]
+
+
 def describe_start(args: Any, engine: Any, reader: Any, total_steps: int) -> str:
     """Where the slices came from, and where the run goes on."""
     residual = f"residual {engine.init_report.residual:.1e}"
@@ -170,10 +179,20 @@ def data_offset(args: Any, job: Job, reader: Any) -> int:
 
 
 def count_from_the_data(args: Any, job: Job, reader: Any) -> Job:
-    """The job, whose --num_train_epochs are those of the data that begin anew; --max_steps counts all steps."""
-    if args.max_steps > 0:
-        return job
-    return replace(job, total_steps=data_offset(args, job, reader) + job.total_steps)
+    """The job, whose --num_train_epochs are those of the data that begin anew; --max_steps counts all steps.
+
+    Raises:
+        ConfigError: the checkpoint is further than that.
+    """
+    option = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    if option == "num_train_epochs":
+        job = replace(job, total_steps=data_offset(args, job, reader) + job.total_steps)
+    if reader is not None and reader.manifest.step > job.total_steps:
+        raise ConfigError(
+            f"--{option} is {getattr(args, option)}, that is {job.total_steps} steps in all, and {reader.folder} is "
+            f"after step {reader.manifest.step}: nothing is left to train; raise it, or go on from an earlier one"
+        )
+    return job
 
 
 class Checkpoints:
@@ -199,6 +218,7 @@ class Checkpoints:
         # for the card of an export: how a question was put, and which names mean nothing elsewhere
         local = [_plain(name) for name in local_names(args)]
         self._client_state |= {"template": _plain(job.rows.template.text), "local": local}
+        self._client_state["resumed"] = resumptions(reader, args)
         if args.chat_template is not None:  # its text: an export has neither the run's tokenizer nor its Jinja file
             self._client_state["chat_template"] = _plain(job.tokenizer.chat_template)
         if job.rows.stops:  # for an export, which runs no template

@@ -10,8 +10,12 @@ from typing import Any
 from hdpissa.launch.train_checks import Job
 
 
-def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
-    """Everything that is needed to know, and to repeat, what was run."""
+def describe_run(args: Any, engine: Any, job: Job, resumed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that is needed to know, and to repeat, what was run.
+
+    Args:
+        resumed: after which steps it went on with other arguments.
+    """
     from importlib.metadata import version
 
     from hdpissa.engine import zero3
@@ -21,6 +25,7 @@ def describe_run(args: Any, engine: Any, job: Job) -> dict[str, Any]:
     return {
         "arguments": asdict(args),
         "local": local_names(args),
+        "resumed": resumed,
         "ds_config": job.ds,
         "world_size": plan.world_size,
         "slices": plan.slices,

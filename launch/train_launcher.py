@@ -37,6 +37,7 @@ TORCHRUN = (
     | {"redirects", "tee", "local_addr", "node_rank", "master_addr", "master_port"},
     {"standalone"},
 )
+NUMBERS = {"num_gpus", "num_accelerators", "num_nodes", "master_port"}
 # Where one of these is given, it says how many processes there are.
 COUNTS = {"hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "nnodes", "nproc_per_node"}
 
@@ -58,6 +59,8 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"command line: {word} has no value; see --help")
+            if name in NUMBERS and not value.isdecimal():
+                raise ConfigError(f"{word} is {value}: must be a whole number")
             theirs += [word, value]
         else:
             ours.append(word)

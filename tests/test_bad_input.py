@@ -58,7 +58,7 @@ COMMAND_LINE = [
 ]
 YAML = [
     argument("misspelt key in the YAML file", ("learning_rat", "did you mean learning_rate?"), config="DIR/key.yaml"),
-    argument("wrong type in the YAML file", ("max_steps is 'many'", "must be int"), config="DIR/type.yaml"),
+    argument("wrong type in the YAML file", ("max_steps is 'many'", "must be a whole number"), config="DIR/type.yaml"),
     argument("YAML file that is not there", ("DIR/none.yaml", "give a YAML file"), config="DIR/none.yaml"),
     argument("YAML file that is a list", ("DIR/list.yaml", "must hold keys and values"), config="DIR/list.yaml"),
     argument("broken YAML file", ("DIR/broken.yaml is not YAML", "line 2"), config="DIR/broken.yaml"),

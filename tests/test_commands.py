@@ -62,6 +62,10 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys):
         ("train", "--max_steps", "1.5"): "--max_steps is 1.5: must be a whole number",
         ("train", "--bf16", "maybe"): "--bf16 is maybe: must be true or false",
         ("train", "--max_steps", "--bf16"): "--max_steps has no value; give one",
+        ("train", "--num_accelerators", "two", *NEEDED): "--num_accelerators is two: must be a whole number",
+        ("train", *NEEDED, "--dataset_name", "a.jsonl", "b.csv"): (
+            "unknown argument b.csv; a value stands behind its option, several in quotes: --dataset_name 'a.jsonl"
+        ),
         ("plan", "--modl=x", "--gpus", "8", "--gpu_count", "8"): (
             "unknown arguments --modl; did you mean --model?, and --gpu_count; see --help"
         ),

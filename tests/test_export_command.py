@@ -314,6 +314,13 @@ def test_arguments(copy, capsys, arguments, words):
     assert not (copy / "out").exists()
 
 
+def test_an_export_among_the_files_of_a_run(copy, capsys):
+    """Others would take the run's folder for a model then."""
+    (copy / "run.json").touch()
+    assert run_export(copy / "full", copy) == 2
+    assert f"--output_dir {copy}: is a run's own; give a folder of its own" in capsys.readouterr().err
+
+
 def test_a_run_that_kept_no_checkpoint(tmp_path, capsys):
     (tmp_path / "run.json").touch()
     (tmp_path / "model").mkdir()

@@ -241,3 +241,15 @@ def test_paths_of_the_machine_that_trained_are_no_names_on_the_hub(tmp_path):
     found = card_of_a_checkpoint(tmp_path, local=["org/base", "data/mine", "org/data"])
     assert (found.data.base_model, found.data.datasets) == (None, None)
     assert model_card.dataset_names({"dataset_name": "a/b data/rows.tsv mine/rows.jsonl.gz"}) == ["a/b"]
+
+
+def test_what_changed_on_the_way_is_told(record, tmp_path):
+    """The arguments are those that it ended with."""
+    went_on = {"step": 4, "changed": ["learning_rate 0.0003 → 1e-05", "max_steps 4 → 5"]}
+    text = card_of_a_checkpoint(tmp_path, resumed=[went_on]).text
+    assert "| changed after step 4 | learning_rate 0.0003 → 1e-05, max_steps 4 → 5 |" in text
+    (tmp_path / "run").mkdir()
+    run = {"arguments": {"learning_rate": 0.5}, "slices": 4}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    assert "| learning_rate | 0.5 |" in card_of_a_checkpoint(tmp_path).text  # of 0.1
+    assert "| learning_rate | 0.0001 |" in card_of_a_checkpoint(tmp_path, local=[]).text

@@ -149,7 +149,10 @@ FLAGS = [
         "null where a name belongs", ("dataset_name is None, must be str",), config="DIR/null.yaml", dataset_name=None
     ),
     argument(
-        "a list where a number belongs", ("max_steps is [1, 2], must be int",), config="DIR/many.yaml", max_steps=None
+        "a list where a number belongs",
+        ("max_steps is [1, 2], must be a whole number",),
+        config="DIR/many.yaml",
+        max_steps=None,
     ),
     argument("a YAML file in Latin-1", ("latin.yaml", "not UTF-8 text"), config="DIR/latin.yaml"),
     argument("a folder for the YAML", ("DIR/bare", "Is a directory"), config="DIR/bare"),

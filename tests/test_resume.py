@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -168,6 +169,27 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(folder, inputs, cache
     assert [r["code"] for r in results] == [2, 2], results
     assert message in results[0]["stderr"]
     assert listing(str(whole)) == before
+
+
+def test_a_refused_resume_costs_a_finished_run_nothing(folder, inputs, cache, whole, tmp_path):
+    """In its own folder: what only shows when the model is there, and fewer steps than are done."""
+    from launch_runs import write_ds_config
+
+    def contents():
+        return {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    before = contents()
+    other = str(write_ds_config(tmp_path / "ds.json", hd_pissa={"r": 3}))
+    for changes, message in (
+        ({"ds_config": other}, "is 4 in the checkpoint, 3 here"),
+        ({"max_steps": 4}, "--max_steps is 4, that is 4 steps in all, and"),
+    ):
+        results = run_here(arguments(inputs, output, resume_from_checkpoint="auto", **changes), cache)
+        assert [r["code"] for r in results] == [2, 2], results
+        assert message in results[0]["stderr"]
+        assert contents() == before
 
 
 EPOCHS = """

@@ -139,6 +139,13 @@ def test_unknown_yaml_key_is_refused(inputs, tmp_path):
         train_arguments.parse(["--config", str(tmp_path / "run.yaml")])
 
 
+def test_several_datasets_in_yaml_are_a_list_or_a_text(inputs, tmp_path):
+    path = tmp_path / "run.yaml"
+    for sets in (["a.jsonl:9", "b.csv"], "a.jsonl:9 b.csv"):
+        path.write_text(yaml.safe_dump({**inputs, "output_dir": "out", "dataset_name": sets}))
+        assert train_arguments.parse(["--config", str(path)])[0].dataset_name == "a.jsonl:9 b.csv"
+
+
 def test_yaml_words(tmp_path):
     """`no` and `true` are booleans to YAML; here they are what Hugging Face's users mean."""
     path = tmp_path / "run.yaml"
