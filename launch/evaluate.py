@@ -186,8 +186,8 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     if more and not args.tasks:
         raise ConfigError(f"-- {more[0]}: what stands after -- is for lm-eval; give --tasks, or leave it out")
     if not args.tasks and not args.dataset_name:
-        known = "its run had no evaluation set" if found.run else "no run.json beside it names evaluation rows"
-        raise ConfigError(f"--model {args.model}: {known}; give --tasks, or --dataset_name")
+        why = "its run had no evaluation set" if found.run else "no run.json beside it names evaluation rows"
+        raise ConfigError(f"--model {args.model}: {why}; give --tasks, or --dataset_name")
     sets = [] if args.tasks else options_of_sets(args, given, found.run)
     return args, found, Request(frozenset(given), sets, more)
 

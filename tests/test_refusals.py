@@ -146,7 +146,7 @@ FLAGS = [
     argument("a date where a number belongs", ("rank_pattern is {'q_proj': ", "must be"), config="DIR/date.yaml"),
     argument("a YAML key twice", ("twice_key.yaml", '"seed" stands twice'), config="DIR/twice_key.yaml"),
     argument(
-        "null where a name belongs", ("dataset_name is None, must be str",), config="DIR/null.yaml", dataset_name=None
+        "null where a name belongs", ("dataset_name is None, must be a text",), config="DIR/null.yaml", dataset_name=None
     ),
     argument(
         "a list where a number belongs",
