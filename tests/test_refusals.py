@@ -145,9 +145,7 @@ FLAGS = [
     argument("a logging folder's name too long", ("--logging_dir a/a/", "4095 in all"), logging_dir="a/" * 3000),
     argument("a date where a number belongs", ("rank_pattern is {'q_proj': ", "must be"), config="DIR/date.yaml"),
     argument("a YAML key twice", ("twice_key.yaml", '"seed" stands twice'), config="DIR/twice_key.yaml"),
-    argument(
-        "null where a name belongs", ("dataset_name is None, must be a text",), config="DIR/null.yaml", dataset_name=None
-    ),
+    argument("null for a name", ("dataset_name is None, must be a text",), config="DIR/null.yaml", dataset_name=None),
     argument(
         "a list where a number belongs",
         ("max_steps is [1, 2], must be a whole number",),
