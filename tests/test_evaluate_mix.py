@@ -158,8 +158,9 @@ def test_it_evaluates(files, tmp_path, capsys):
     """The command itself, model and all."""
     held_out = trained(files, tmp_path, eval_split="train[:2]").held_out.dataset
     evaluate.main(["--model", str(tmp_path), "--device", "cpu"])
-    model, *sets, figures = capsys.readouterr().out.splitlines()
+    model, *sets, how, figures = capsys.readouterr().out.splitlines()
     assert model == f"model: {tmp_path}/model"
+    assert how == "computes in float32 on cpu"
     formats = [f"evaluation data {files['math']}: alpaca (columns query, answer)"]
     formats += [f"evaluation data {files['code']}: alpaca (columns instruction, output)"]
     formats += [f"evaluation data {files['plain']}: text (column text)"]
