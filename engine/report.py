@@ -191,7 +191,9 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
     run = record.run
     args = {name: value for name, value in record.arguments.items() if name not in OF_THE_LAUNCHER}
     given = {k: v for k, v in args.items() if k not in defaults or v != defaults[k]}
-    rest = {k: "not given" if v is None else v for k, v in args.items() if k not in given}
+    config = run.get("ds_config") if isinstance(run.get("ds_config"), dict) else {}
+    section = config.get("hd_pissa") or {}  # type: ignore[union-attr]
+    rest = {k: _or_config(v, section.get(k)) for k, v in args.items() if k not in given}
     if given:
         yield Table("Arguments" + (" that differ from the defaults" if rest else ""), _rows(given))
     if rest:
@@ -213,6 +215,13 @@ def tables(record: RunRecord, defaults: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Versions", _rows({**run["versions"], "git revision": run.get("git_revision")}))
     if run.get("ds_config"):
         yield Table("DeepSpeed config", [("", json.dumps(run["ds_config"], indent=2))], folded=True)
+
+
+def _or_config(value: Any, config: Any) -> Any:
+    """An argument's value; of one that was not given, what the config has."""
+    if value is not None:
+        return value
+    return "not given" if config is None else f"{text(config)} (by the config)"
 
 
 def _data(rows: dict[str, Any]) -> dict[str, Any]:

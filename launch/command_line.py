@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from hdpissa.engine.errors import ConfigError
@@ -54,8 +55,13 @@ class PlainParser(argparse.ArgumentParser):
         _refuse(message)
 
 
-def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, Any], set[str]]:
+def read(
+    parser: argparse.ArgumentParser, argv: list[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Any], set[str]]:
     """(values of all options, names of those that really stand on the command line).
+
+    Args:
+        elsewhere: names of options that other commands have → what to do here.
 
     Raises:
         ConfigError: unknown arguments, values of a wrong type.
@@ -64,7 +70,7 @@ def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict[str, An
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     if unknown:
         names = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]
-        told = [f"{name}; {_hint(name, options)}" for name in dict.fromkeys(names)]
+        told = [f"{name}; {elsewhere.get(name[2:]) or _hint(name, options)}" for name in dict.fromkeys(names)]
         raise ConfigError(f"unknown argument{'s' if len(told) > 1 else ''} {', and '.join(told)}")
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}

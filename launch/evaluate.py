@@ -169,7 +169,7 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     if help_pages.answered(argv[:cut], SECTIONS, HELP):
         raise SystemExit(0)
     parser = command_line.make_parser(SECTIONS)
-    values, given = command_line.read(parser, argv[:cut])
+    values, given = command_line.read(parser, argv[:cut], OF_A_RUN)
     if not values["model"]:
         raise ConfigError("missing --model; see --help")
     check_paths(known := SimpleNamespace(**values), "model", "output_path")
@@ -192,6 +192,11 @@ def parse(argv: list[str]) -> tuple[EvaluateArguments, Located, Request]:
     return args, found, Request(frozenset(given), sets, more)
 
 
+# Options of train.py that have another name here.
+OF_A_RUN = {
+    "eval_dataset_name": "use --dataset_name", "eval_split": "use --dataset_split", "model_name_or_path": "use --model",
+    "per_device_eval_batch_size": "use --batch_size",
+}  # fmt: skip
 # Options that only one of the two ways to evaluate reads; reading data is of the second.
 OF_LM_EVAL = ("num_fewshot", "limit")
 OF_ANSWERS = ("eval_max_samples", "max_new_tokens")

@@ -147,6 +147,8 @@ BAD = {
     "slices and GPUs": (["--slices", "3"], "one must be a multiple of the other"),
     "accumulation": (["--slices", "8", "--gpus", "2", "--gradient_accumulation_steps", "6"], "use 8"),
     "master": (["--master_format", "bf16"], "must be split or fp32"),
+    "train's": (["--learning_rate", "2e-5"], "--learning_rate; it is train's, and the plan does not take it"),
+    "the launcher's": (["--num_accelerators", "8"], "--num_accelerators; use --gpus"),
     "misspelt": (["--gpu_count", "8"], "unknown argument --gpu_count"),
     "too many slices": (["--gpus", "16"], "k_proj is 192 x 576 and has 192 singular vectors, 16 slices"),
     "ds_config": (["--ds_config", "none.json"], "cannot be read"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +112,18 @@ def test_arguments_of_the_default_are_folded(drawn):
     assert "meta-llama" in before
     assert "max_length" not in before
     assert "max_length" in after
+
+
+def test_what_the_config_says_is_not_told_as_absent(tmp_path, drawn):
+    """r stands in the JSON, and --r was not given."""
+    shutil.copytree(drawn["short"], tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    run["arguments"] |= {"r": None, "lora_alpha": None}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    report.write_report(tmp_path / "run", defaults={"r": None, "lora_alpha": None})
+    rows = Page((tmp_path / "run" / "report.html").read_text()).text.split()
+    assert " ".join(rows).count("16 (by the config)") == 1
+    assert " ".join(rows).count("not given") == 1
 
 
 def test_files_are_small(drawn):
