@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .run_record import AFTER_TRAINING
+
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
@@ -33,10 +35,10 @@ def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None
 def keep_rows(path: Path, steps: int) -> None:
     """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again.
 
-    So it does those that are of the end of the run (samples `when` "after training"), whatever their step.
+    So it does those that are of the end of the run (samples `when` AFTER_TRAINING), whatever their step.
     """
     rows = _whole_lines(path) if steps else ()
-    kept = [line + "\n" for line, row in rows if row["step"] <= steps and row.get("when") != "after training"]
+    kept = [line + "\n" for line, row in rows if row["step"] <= steps and row.get("when") != AFTER_TRAINING]
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

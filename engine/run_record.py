@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+AFTER_TRAINING = "after training"  # `when` a sample is of the model that is exported, whichever step that has
 EXTRA = "report.json"  # what a report needs and no other file has: warnings, spectra
 EXPORTS = {"model": ("hf", "both"), "adapter": ("peft", "both")}  # folder → what --export_format then was
 EXPORT = "hdpissa_export.json"
@@ -157,7 +158,7 @@ def _samples(folder: Path) -> list[Sample]:
 def _when(row: Mapping[str, Any]) -> str:
     """The best weights may be those of a step that was asked before; what 0.1 has written says the step alone."""
     step = row["step"]
-    if row.get("when") == "after training":
+    if row.get("when") == AFTER_TRAINING:
         return f"after training (the weights of step {step})"
     return f"after step {step}" if step else "before training"
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hdpissa.engine.run_record import AFTER_TRAINING
 from hdpissa.launch.options_evaluation import METRICS, is_greater_better, metric_name, needs_best, strategy
 
 
@@ -157,7 +158,7 @@ class Evaluation:
             )
         if self._args.load_best_model_at_end:
             self._load_best(engine)
-        self._evaluator.sample(engine, self._recorder, step=engine.global_steps, title="after training")
+        self._evaluator.sample(engine, self._recorder, step=engine.global_steps, title=AFTER_TRAINING)
 
     def _evaluate(self, engine: Any, step: int, *, counts: bool = True) -> dict[str, Any] | None:
         row = None if self._strategy == "no" else self._evaluator.evaluate(engine, self._recorder, step=step)
