@@ -125,8 +125,6 @@ class Stock(Method):
         # torch's: DeepSpeed's FusedAdam would be compiled at start
         config["optimizer"] = {"type": "AdamW", "params": adam | {"torch_adam": True, "fused": True}}
         zero3.shard_module(net, config, {})
-        if name == "frozen":
-            zero3.attach_anchor(net, config)
         self.ds = zero3.wrap(net, config)
         self.ds.train()
 

@@ -66,7 +66,7 @@ def remarks(model: nn.Module, targets: Sequence[Target], config: HDPissaConfig, 
         name.rsplit(".", 1)[-1]
         for name, module in _decoder(model)
         if is_matrix_layer(module) and module is not head and id(module.weight) not in trained
-        if not _named(name, config.exclude_modules) and not zero3.is_anchor(name)
+        if not _named(name, config.exclude_modules)
         if min(zero3.full_shape(module.weight)) >= plan.slices * config.r
     }
     if idle:
@@ -96,7 +96,7 @@ def _no_matrix(name: str, module: nn.Module) -> str:
 
 
 def _linear_suffixes(model: nn.Module) -> str:
-    names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_matrix_layer(m) and not zero3.is_anchor(n)}
+    names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_matrix_layer(m)}
     return ", ".join(sorted(names)) or "it has none"
 
 
@@ -155,7 +155,7 @@ def _matches(model: nn.Module, config: HDPissaConfig) -> list[tuple[str, nn.Modu
     else:
         where = _decoder(model) if families.is_default(config.target_modules) else model.named_modules()
         named = [(n, m) for n, m in where if _named(n, wanted)]
-    return [(n, m) for n, m in named if not _named(n, unwanted) and not zero3.is_anchor(n)]
+    return [(n, m) for n, m in named if not _named(n, unwanted)]
 
 
 def _model_type(model: nn.Module) -> str | None:

@@ -32,6 +32,7 @@ from .checkpoint_format import CheckpointReader
 from .config import HDPissaConfig
 from .delta import DeltaRule
 from .engine import HDPissaEngine
+from .errors import ConfigError
 from .exchange import FactorExchange, choose_kinds
 from .factors import FactorStore
 from .modules_to_save import ModulesToSave
@@ -43,6 +44,7 @@ from .slicing import SlicePlan
 from .targets import Target
 
 logger = logging.getLogger(__name__)
+ENGINE = "_hdpissa_engine"  # the attribute by which a model knows its engine
 
 
 def initialize(
@@ -54,6 +56,9 @@ def initialize(
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> HDPissaEngine:
     """Makes an engine out of a model and a DeepSpeed config; collective.
+
+    Called again for the same model and config it returns the model's engine, restarted on the weights as they are
+    (`HDPissaEngine.restart`).
 
     Args:
         model: built under `zero.Init` (see `load_pretrained`), or whole on every rank; then rank 0's
@@ -69,6 +74,8 @@ def initialize(
         ConfigError: anything in the config or the model that a user can mend, in one line.
     """
     settings, hd, values, plan = _settle(config, lr)
+    if (known := getattr(model, ENGINE, None)) is not None:
+        return _initialize_again(known, (settings, hd), values.learning_rate, resume_from)
     if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
         logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
     pulse.reach("start.shards", slow=True)
@@ -93,12 +100,42 @@ def initialize(
     )
     accumulation = values.gradient_accumulation_steps
     engine = HDPissaEngine(ds, optimizer, plan, accumulation=accumulation, report=report, base=base)
+    setattr(model, ENGINE, engine)
+    engine.config = (settings, hd)
     if resume_from is not None:
         engine.restore(resume_from)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
     pulse.reach("start.ready")
     return engine
+
+
+def _initialize_again(
+    engine: HDPissaEngine,
+    config: tuple[dict, HDPissaConfig],
+    lr: float,
+    resume_from: CheckpointReader | str | Path | None,
+) -> HDPissaEngine:
+    """The engine that the model has already; raises ConfigError where another config asks for another one."""
+    for before, now in zip(engine.config, config, strict=True):
+        if _without_lr(before) != _without_lr(now):
+            raise ConfigError(
+                f"initialize was called again for a model that is in training with another config ({before}, now "
+                f"{now}): load the model anew, or give the same config"
+            )
+    engine.optimizer.defaults["lr"] = lr
+    engine.restart()
+    if resume_from is not None:
+        engine.load_checkpoint(resume_from.folder if isinstance(resume_from, CheckpointReader) else resume_from)
+    return engine
+
+
+def _without_lr(config: Any) -> Any:
+    """The learning rate is a scheduler's business, and may change."""
+    if not isinstance(config, dict):
+        return config
+    optimizer = {**config["optimizer"], "params": {**config["optimizer"]["params"], "lr": None}}
+    return {**config, "optimizer": optimizer}
 
 
 def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
@@ -151,7 +188,6 @@ def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SliceP
     if not zero3.is_sharded(model):
         keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
         kept = zero3.shard_module(model, settings, keep)
-    zero3.attach_anchor(model, settings)
     ds = zero3.wrap(model, settings)
     model.train()
     found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)

@@ -48,8 +48,6 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
     exact = {id(t.param): t for t in targets}
     names, sums = [], []
     for name, param in model.named_parameters():
-        if zero3.is_anchor(name):
-            continue
         target = exact.get(id(param))
         shard, start = zero3.shard_view(param), plan.rank * -(-zero3.full_numel(param) // plan.world_size)
         if target is not None and target.shard is not None:
@@ -68,10 +66,16 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
 # --- what is written -------------------------------------------------------------------------------
 
 
-def own_files(kind: str, optimizer: SliceOptimizer) -> list[OwnFile]:
-    """What this rank contributes."""
+def own_files(kind: str, optimizer: SliceOptimizer, extra: Mapping[str, str]) -> list[OwnFile]:
+    """What this rank contributes.
+
+    Args:
+        extra: name → text of the caller's files; rank 0 writes them.
+    """
     store, plan = optimizer.store, optimizer.store.plan
     files = [OwnFile(layout.rng_file(plan.rank), *_generators())]
+    if plan.rank == 0:
+        files += [OwnFile(name, text=text) for name, text in extra.items()]
     if kind == "full":
         files.append(OwnFile(layout.weights_file(plan.rank, plan.world_size), list(_weights(store))))
     if optimizer.beside is not None:
@@ -130,6 +134,7 @@ def make_manifest(
     report: InitReport,
     residual: float | None,
     client_state: dict[str, Any],
+    extra_files: Sequence[str] = (),
 ) -> Manifest:
     """The manifest without its files.
 
@@ -168,6 +173,7 @@ def make_manifest(
         client_state=client_state,
         files={},
         beside=_describe_beside(optimizer),
+        extra_files=sorted(extra_files),
     )
     try:
         Manifest.model_validate_json(json.dumps(manifest.model_dump(mode="json")))

@@ -7,6 +7,7 @@
     beside-00000-of-00002.safetensors     of `modules_to_save`, if any, a saving rank's part of the fp32 weights and
                                           Adam moments, `<parameter>.<state>[start:stop]`
     rng-00001.safetensors                 a saving rank's random number generators
+    trainer_state.json                    and the like: what the caller put beside them (`extra_files`)
 
 State is named by slice and by range of a weight, never by rank, so any number of ranks can read it. Weights that are
 not trained are the base model's; the manifest holds their checksums. A file is believed only when the manifest lists
@@ -21,7 +22,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
@@ -100,6 +101,7 @@ class Manifest(_Strict):
         init_residual, init_worst: what the decomposition had reached, and where.
         client_state: the caller's, JSON-serialisable.
         beside: the `modules_to_save`, None where there are none.
+        extra_files: names of the caller's own files.
     """
 
     kind: Kind
@@ -123,6 +125,7 @@ class Manifest(_Strict):
     client_state: dict[str, Any]
     files: dict[str, StoredFile]
     beside: Beside | None = None
+    extra_files: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}\.json$")]] = []
 
     def render(self) -> str:
         """The file's text, with the SHA-256 of its content."""
@@ -212,7 +215,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
         raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
     beside = manifest.beside is not None
-    wanted = set(file_names(manifest.kind, manifest.slices, manifest.world_size, beside=beside))
+    wanted = {*file_names(manifest.kind, manifest.slices, manifest.world_size, beside=beside), *manifest.extra_files}
     odd = sorted(wanted ^ set(manifest.files))
     odd += [name for name, record in manifest.files.items() if not _SHA256.fullmatch(record.sha256)]
     if odd:
@@ -252,7 +255,7 @@ class CheckpointReader:
 
     def check_headers(self, names: list[str]) -> None:
         """Looks whether files hold the tensors they must, before anything is taken from any; raises CheckpointError."""
-        for name in names:
+        for name in set(names) - set(self.manifest.extra_files):
             file, wanted = self._open(name), self._tensors_of(name)
             if wanted is not None and set(file.keys()) != wanted.keys():
                 raise CheckpointError(f"{self.folder / name} does not hold the tensors it must: {REMEDY}")

@@ -12,6 +12,7 @@ DeepSpeed's engine is held, not subclassed: four public methods of it are used, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, decompose, export, faults, folders, nonfinite, peft_export, pulse, zero3
 from .checkpoint_format import Base, CheckpointReader, Kind
+from .config import HDPissaConfig
 from .errors import ConfigError
 from .export_report import ExportReport
 from .optimizer import SliceOptimizer, Vote
@@ -42,7 +44,7 @@ class HDPissaEngine:
         module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
         plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
         global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing;
-            skipped_in_a_row: those since the last that did.
+            skipped_in_a_row: those since the last that did. last_step: what the last one reported.
     """
 
     def __init__(
@@ -57,11 +59,14 @@ class HDPissaEngine:
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report, self.base = report, base
+        self.config: tuple[dict, HDPissaConfig]  # what `initialize` made it from: DeepSpeed's, and the section
         self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
         self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation
         self._per_slice = accumulation // plan.slices_per_rank
+        self.last_step: StepResult | None = None
         self._micro = 0  # backward passes since the last step
+        self._boundary: bool | None = None  # None: the accumulation is counted
         self._loss = torch.zeros((), dtype=torch.float64, device=zero3.device())
         self._tokens = torch.zeros((), dtype=torch.float64, device=zero3.device())
 
@@ -76,15 +81,26 @@ class HDPissaEngine:
         return self.optimizer.store.targets
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward. In training mode the micro-batch belongs to the slice whose turn it is."""
+        """The model's forward. Micro-batches belong to the slice whose turn it is: `backward` passes the turn on."""
         pulse.reach("step.forward" if self.module.training else "eval")
         if self.module.training:
-            self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
-            self._tokens += _count_tokens(kwargs)
+            self.count_tokens(kwargs)
         return self.ds(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> Tensor:
-        """Accumulates factor gradients; `loss` is the micro-batch's mean, undivided."""
+    def count_tokens(self, batch: dict[str, Any]) -> None:
+        """Adds a micro-batch to `StepResult.tokens`; for callers that run the model themselves and not this engine."""
+        self._tokens += _count_tokens(batch)
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
+        """Accumulates factor gradients of the slice whose turn it is, and passes the turn on.
+
+        Args:
+            loss: of the micro-batch.
+            scale_wrt_gas: divide it by the accumulation steps, as DeepSpeed does; False: the caller has.
+
+        Raises:
+            RuntimeError: the accumulation is complete and `step` was not called.
+        """
         if self._micro == self._accumulation:
             raise RuntimeError(
                 f"backward was called {self._micro + 1} times without step(): call step() after each backward"
@@ -93,25 +109,44 @@ class HDPissaEngine:
             zero3.refuse_reentrant_checkpointing(self.module)
         pulse.reach("step.backward")
         loss = faults.spoilt("loss", loss)
-        scaled = self.ds.backward(loss)
+        scaled = self.ds.backward(loss, scale_wrt_gas=scale_wrt_gas)
         self.optimizer.store.end_of_backward()
-        self._loss += faults.spoilt("loss.value", loss.detach())
+        whole = loss.detach() if scale_wrt_gas else loss.detach() * self._accumulation
+        self._loss += faults.spoilt("loss.value", whole)
         self._micro += 1
+        self._pass_turn()
         return scaled
+
+    def _pass_turn(self) -> None:
+        """A rank works off its slices one after another; what is recomputed in backward still has the turn."""
+        self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step` acts."""
-        return self._micro == self._accumulation
+        return self._micro == self._accumulation if self._boundary is None else self._boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Says, until the next step, whether `step` acts, as in DeepSpeed: an accumulation may end early.
+
+        The loss of a shorter one is divided by the caller (`scale_wrt_gas=False`).
+        """
+        self._boundary = is_boundary
 
     def step(self) -> StepResult | None:
         """One optimizer step at the end of an accumulation; None, and nothing done, before that.
 
         Raises:
             RuntimeError: in the first step, when a target has got no gradient on any rank; in any, when results
-            of an earlier step were not finite (see `check_weights`).
+            of an earlier step were not finite (see `check_weights`); when the accumulation ends early and this
+            rank's slices would have learned from unequal numbers of micro-batches.
         """
         if not self.is_gradient_accumulation_boundary():
             return None
+        if self._micro < self._accumulation and self.plan.slices_per_rank > 1:
+            raise RuntimeError(
+                f"a step after {self._micro} of {self._accumulation} micro-batches: {self.plan.slices_per_rank} slices "
+                f"take turns on this rank and some would get none; drop the incomplete accumulation"
+            )
         if self.global_steps == 0:
             self._refuse_unreached()
         self.optimizer.exchange.reset_count()
@@ -173,7 +208,12 @@ class HDPissaEngine:
             failed_save=self._end_failed_save() if vote.tallies[3] else "",
         )
         self.zero_grad()
+        self.last_step = result
         return result
+
+    def get_global_grad_norm(self) -> float | None:
+        """`StepResult.grad_norm` of the last step; None before the first."""
+        return None if self.last_step is None else self.last_step.grad_norm
 
     def _end_failed_save(self) -> str:
         """All ranks come here together: one that does not know of the failure yet is about to learn of it."""
@@ -190,9 +230,20 @@ class HDPissaEngine:
     def zero_grad(self) -> None:
         """Drops what was accumulated since the last step."""
         self.optimizer.zero_grad()
-        self._micro = 0
+        self._micro, self._boundary = 0, None
+        self._pass_turn()
         self._loss.zero_()
         self._tokens.zero_()
+
+    def restart(self) -> None:
+        """Begins another run on the weights as they are: step 0, fresh moments, the same directions.
+
+        The running sums stay: they say how far W is from the base model.
+        """
+        self.optimizer.restart()
+        self.zero_grad()
+        self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
+        self.last_step = None
 
     def train(self, mode: bool = True) -> HDPissaEngine:
         self.ds.train(mode)
@@ -229,6 +280,7 @@ class HDPissaEngine:
         async_save: bool = False,
         save_total_limit: int | None = None,
         best: bool = False,
+        extra_files: Mapping[str, str] | None = None,
     ) -> Path:
         """Saves the run as `save_dir`/`tag` and points `save_dir`/latest to it; collective, between two steps.
 
@@ -240,6 +292,7 @@ class HDPissaEngine:
                 `StepResult.failed_save`, or is raised by `wait_for_checkpoint`; call that before the end.
             save_total_limit: how many `checkpoint-N` to keep; None: all.
             best: it is the best so far: `save_dir`/best names it, and it is kept whatever the limit.
+            extra_files: name (`….json`) → text of files that belong to the checkpoint; rank 0's are written.
 
         Raises:
             SaveError: on all ranks alike; earlier checkpoints are intact.
@@ -253,7 +306,7 @@ class HDPissaEngine:
         store, residual = self.optimizer.store, None
         if kind == "small" and not checkpoint.sums_are_exact(self.optimizer):
             residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
-        files = checkpoint.own_files(kind, self.optimizer)
+        files = checkpoint.own_files(kind, self.optimizer, extra_files or {})
         manifest = checkpoint.make_manifest(
             kind,
             self.optimizer,
@@ -262,6 +315,7 @@ class HDPissaEngine:
             report=self.init_report,
             residual=residual.overall if residual else None,
             client_state=client_state or {},
+            extra_files=list(extra_files or ()),
         )
         self._saver.save(Job(folder, files, manifest, save_total_limit, best), background=async_save)
         pulse.reach("saved")
@@ -358,7 +412,7 @@ class HDPissaEngine:
 
         and `buffers`, which a step allocates at most beside these and frees again.
         """
-        params = [p for n, p in self.module.named_parameters() if not zero3.is_anchor(n)]
+        params = list(self.module.parameters())
         store = self.optimizer.store
         return {
             "weights": sum(zero3.shard_view(p).nbytes for p in params),

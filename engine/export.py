@@ -55,8 +55,6 @@ def _entries(model: nn.Module, targets: Sequence[Target], plan: SlicePlan, out: 
     """Every parameter once (tied ones under their first name) and every persistent buffer."""
     exact = {id(t.param): t for t in targets}
     for name, param in model.named_parameters():
-        if zero3.is_anchor(name):
-            continue
         numel = zero3.full_numel(param)
         size = -(-numel // plan.world_size)
         sizes = [max(0, min(size, numel - k * size)) for k in range(plan.world_size)]

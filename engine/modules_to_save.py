@@ -34,7 +34,7 @@ def find(model: nn.Module, wanted: Sequence[str], targets: Sequence[Target]) -> 
     idle = list(wanted)
     for name, param in model.named_parameters():
         keys = [key for key in wanted if any(f".{key}." in f".{n}." for n in names[id(param)])]
-        if not keys or zero3.is_anchor(name):
+        if not keys:
             continue
         if id(param) in sliced:
             raise ConfigError(
@@ -119,6 +119,13 @@ class ModulesToSave:
                 yield name, state, zero3.trained_state(param, None if state == "weight" else state)
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets Adam's moments; the weights stay."""
+        for _, state, values in self.views():
+            if state != "weight":
+                values.zero_()
+        self.restored(0)
+
     def restored(self, updates: int) -> None:
         """Call when the views have been written: the compute weights follow, and Adam's t."""
         for param in self.params.values():

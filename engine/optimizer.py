@@ -300,6 +300,18 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.bounds = _measure_bounds(self.store, self.exchange, self.rule)
         self._bad.zero_()
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets all steps but what they did to W; collective."""
+        for moments in (self.store.exp_avg, self.store.exp_avg_sq):
+            moments.zero_()
+        if self.beside is not None:
+            self.beside.restart()
+        for group in self.param_groups:
+            group["lr"] = group.get("peak_lr", self.defaults["lr"])
+            group.pop("initial_lr", None)  # a scheduler's, which would take it for the rate to begin with
+        self.resume(0, 0.0, self.defaults["lr"])
+
     # --- figures -------------------------------------------------------------------------------------
 
     def predicted_bytes(self, tallies: int) -> int:

@@ -70,16 +70,18 @@ class OwnFile:
     Attributes:
         constant: it is the same in every checkpoint of the run: linked where the last one's is still there.
         metadata: text beside the tensors.
+        text: the whole file where it holds no tensors.
     """
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[Part] = ()
     constant: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
+    text: str | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parts)
+        return sum(p.nbytes for p in self.parts) + len((self.text or "").encode())
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,9 @@ class Saver:
         return written
 
     def _chunks(self, file: OwnFile) -> Iterator[bytes | memoryview]:
+        if file.text is not None:
+            yield file.text.encode()
+            return
         yield header(((p.key, p.dtype, p.shape) for p in file.parts), file.metadata)
         for part in file.parts:
             values = part.read().detach().contiguous().cpu().view(-1).view(torch.uint8)

@@ -4,7 +4,7 @@ What ZeRO-3 does to frozen weights that change, and what is done about it here:
 
 * Without any trainable parameter DeepSpeed builds no stage-3 optimizer, its `backward` fails and
   gathered copies stay behind, stale. One trainable *anchor* element, outside the graph, removes the
-  special case (`attach_anchor`).
+  special case (`wrap`).
 * Persistent (small) parameters and interrupted forwards leave gathered copies that an update of the
   shard does not reach: `release_gathered` drops them all before the shard is written.
 * Gathers run on a private stream that never waits for the compute stream: `fence` after the update.
@@ -79,6 +79,15 @@ def init_distributed(timeout_s: float | None = None) -> None:
     Args:
         timeout_s: of every collective in every group; None is DeepSpeed's default (10 minutes, DEEPSPEED_TIMEOUT).
     """
+    prepare_environment()
+    timeout = default_pg_timeout if timeout_s is None else datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed gathers in a group of its own, to which it gives no time-out: torch's default of 30 minutes would hold.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
+
+
+def prepare_environment() -> None:
+    """What the process group needs to be there, whoever starts it and whoever launched this process."""
     if not dist.is_initialized():
         launch = read_launch(os.environ)
         _set_environment(launch)
@@ -87,13 +96,6 @@ def init_distributed(timeout_s: float | None = None) -> None:
         get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
     # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-        return
-    timeout = default_pg_timeout if timeout_s is None else datetime.timedelta(seconds=timeout_s)
-    # DeepSpeed gathers in a group of its own, to which it gives no time-out: torch's default of 30 minutes would hold.
-    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timeout)
-    deepspeed.init_distributed(verbose=False, timeout=timeout)
 
 
 def _set_environment(launch: Launch) -> None:
@@ -262,22 +264,33 @@ def shard_module(model: nn.Module, ds_config: dict, keep: dict[nn.Parameter, sli
     return kept
 
 
-def attach_anchor(model: nn.Module, ds_config: dict) -> None:
-    """Adds the one trainable element that keeps DeepSpeed on its ordinary path.
+def _make_anchor(ds_config: dict) -> nn.Module:
+    """The one trainable element that keeps DeepSpeed on its ordinary path.
 
     It is never part of the graph, so its gradient is zero and AdamW without weight decay leaves it alone.
     """
     # the group of hpZ, which DeepSpeed would make anew here and refuses to
     group = groups._get_zero_param_intra_parallel_group()
     with deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=group):
-        anchor = nn.Linear(1, 1, bias=False)
-    model.add_module(ANCHOR, anchor)
+        return nn.Linear(1, 1, bias=False)
 
 
 def wrap(model: nn.Module, ds_config: dict) -> Any:
-    """`deepspeed.initialize` over the model; returns DeepSpeed's engine."""
+    """`deepspeed.initialize` over the model; returns DeepSpeed's engine.
+
+    Where nothing else is trainable the anchor is in the model while DeepSpeed looks for parameters, and no longer:
+    whoever lists the model's afterwards (an export, TRL's weight sync) finds the base model's names and no other.
+    """
     trainable, config = [p for p in model.parameters() if p.requires_grad], leaf_modules.fill(ds_config, model)
-    return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+    if trainable:
+        return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+    model.add_module(ANCHOR, _make_anchor(ds_config))
+    try:
+        return deepspeed.initialize(
+            model=model, model_parameters=list(model.get_submodule(ANCHOR).parameters()), config=config
+        )[0]
+    finally:
+        delattr(model, ANCHOR)
 
 
 # --- what DeepSpeed trains -------------------------------------------------------------------------
@@ -319,11 +332,6 @@ def trained_grad(param: nn.Parameter) -> Tensor:
 def drop_trained_grads(engine: Any) -> None:
     """Zeros: DeepSpeed overwrites gradients, and those of a parameter that a step does not use would stay."""
     engine.optimizer.grad_partitions_flat_buffer.zero_()
-
-
-def is_anchor(name: str) -> bool:
-    """Whether a parameter or module name belongs to the anchor."""
-    return ANCHOR in name.split(".")
 
 
 # --- shards ---------------------------------------------------------------------------------------

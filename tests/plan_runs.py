@@ -79,8 +79,7 @@ def count_second_copies() -> list[int]:
 
     def count(ds: Any) -> None:
         release(ds)
-        params = [p for name, p in ds.module.named_parameters() if not zero3.is_anchor(name)]
-        copies = [getattr(p, "ds_secondary_tensor", None) for p in params]
+        copies = [getattr(p, "ds_secondary_tensor", None) for p in ds.module.parameters()]
         found.append(sum(copy.nbytes for copy in copies if copy is not None))
 
     zero3.release_gathered = count

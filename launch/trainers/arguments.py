@@ -1,0 +1,94 @@
+"""Arguments of our trainers beside TrainingArguments', and argument classes that have both.
+
+The trainers take stock `TrainingArguments`, `SFTConfig`, … too: what they lack has the defaults here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
+
+
+@dataclass
+class HDPissaArguments:
+    """What a run can say beside the section `hd_pissa` and TrainingArguments."""
+
+    checkpoint_kind: Literal["full", "small"] = field(
+        default="full", metadata={"help": "full: exact; small: without weights, which follow from the running sums."}
+    )
+    async_save: bool = field(default=False, metadata={"help": "Write checkpoints in the background."})
+    stop_on_save_error: bool = field(
+        default=False,
+        metadata={"help": "End the run when a checkpoint cannot be saved; else it goes on, with a warning."},
+    )
+    loss_normalization: Literal["tokens", "mean"] = field(
+        default="tokens",
+        metadata={"help": "tokens: mean over all target tokens of the step, as in Trainer; mean: of micro-batches."},
+    )
+    cross_entropy: Literal["chunked", "model"] = field(
+        default="chunked",
+        metadata={"help": "SFT: chunked, TRL's head that never holds all logits; model, the model's own loss."},
+    )
+    hang_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that a run may stand still before it is ended; 0: for ever."}
+    )
+    max_skipped_steps: int = field(
+        default=20, metadata={"help": "Non-finite steps in a row that end the run; 0: any number."}
+    )
+    integrity_steps: int = field(
+        default=0, metadata={"help": "Steps between two checks for silent corruption; 0: never."}
+    )
+
+    def _validate_args(self) -> None:
+        """TrainingArguments refuse bf16 where there is no GPU; here it is computed on CPUs, too."""
+        if torch.cuda.is_available():
+            super()._validate_args()  # type: ignore[misc]
+            return
+        wanted = self.bf16, self.bf16_full_eval  # type: ignore[has-type]
+        self.bf16 = self.bf16_full_eval = False
+        try:
+            super()._validate_args()  # type: ignore[misc]
+        finally:
+            self.bf16, self.bf16_full_eval = wanted
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(HDPissaArguments)}
+
+
+def option(args: Any, name: str) -> Any:
+    """An option of ours, from arguments that may be stock ones."""
+    return getattr(args, name, DEFAULTS[name])
+
+
+@dataclass
+class HDPissaTrainingArguments(HDPissaArguments, TrainingArguments):
+    """TrainingArguments and ours."""
+
+
+@dataclass
+class HDPissaSFTConfig(HDPissaArguments, SFTConfig):
+    """`trl.SFTConfig` and ours."""
+
+
+@dataclass
+class HDPissaDPOConfig(HDPissaArguments, DPOConfig):
+    """`trl.DPOConfig` and ours."""
+
+
+@dataclass
+class HDPissaGRPOConfig(HDPissaArguments, GRPOConfig):
+    """`trl.GRPOConfig` and ours."""
+
+
+@dataclass
+class HDPissaKTOConfig(HDPissaArguments, KTOConfig):
+    """`trl.KTOConfig` and ours."""
+
+
+@dataclass
+class HDPissaRewardConfig(HDPissaArguments, RewardConfig):
+    """`trl.RewardConfig` and ours."""

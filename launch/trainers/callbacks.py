@@ -1,0 +1,54 @@
+"""Signals: a scheduler's SIGTERM or SIGUSR1 on any rank saves on all ranks after the step, and ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StopOnSignals(TrainerCallback):
+    """Lets a run end after the step in which any rank was asked to stop.
+
+    Schedulers send a signal some time before they kill (Slurm: `--signal=USR1@300`). The ranks agree on it in the
+    step's own vote, so that all of them save the same step.
+
+    Args:
+        trainer: `trainer.preempted` becomes true.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it the signals do not end the process."""
+        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+            yield
+            return
+        former = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _ask(self, *_: Any) -> None:
+        if self._trainer.engine is not None:
+            self._trainer.engine.request_stop()
+        else:
+            raise SystemExit(143)  # nothing is lost yet
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        step = self._trainer.engine.last_step
+        if step is not None and step.interrupted and state.global_step < state.max_steps:
+            self._trainer.preempted = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take longer than there is time
+        return control

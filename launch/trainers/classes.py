@@ -1,0 +1,71 @@
+"""The ready trainers: TRL's and transformers' own, with `HDPissaMixin` before them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import Trainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+
+from hdpissa.engine.errors import ConfigError
+
+from .arguments import option
+from .mixin import HDPissaMixin
+
+
+class HDPissaTrainer(HDPissaMixin, Trainer):
+    """`transformers.Trainer` with HD-PiSSA."""
+
+
+class HDPissaSFTTrainer(HDPissaMixin, SFTTrainer):
+    """`trl.SFTTrainer` with HD-PiSSA."""
+
+    def _check(self, args: Any) -> None:
+        if option(args, "cross_entropy") == "chunked":
+            _refuse_head(self.run_config.section.target_modules, 'set cross_entropy to "model", or leave it out')
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's chunked head, or with `cross_entropy="model"` the model's own loss over all logits, as Trainer's."""
+        if option(self.args, "cross_entropy") == "chunked":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._count_tokens(inputs)
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class HDPissaDPOTrainer(HDPissaMixin, DPOTrainer):
+    """`trl.DPOTrainer` with HD-PiSSA."""
+
+    def _check(self, args: Any) -> None:
+        _refuse_head(self.run_config.section.target_modules, "leave it out")
+
+
+class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with HD-PiSSA. Its sampler repeats prompts, so what a slice sees depends on the ranks."""
+
+    slice_order = False
+
+    def _check(self, args: Any) -> None:
+        _refuse_head(self.run_config.section.target_modules, "leave it out")
+
+
+class HDPissaKTOTrainer(HDPissaMixin, KTOTrainer):
+    """`trl.KTOTrainer` with HD-PiSSA. Its KL is a mean over what all ranks compute at a time."""
+
+    def _check(self, args: Any) -> None:
+        _refuse_head(self.run_config.section.target_modules, "leave it out")
+
+
+class HDPissaRewardTrainer(HDPissaMixin, RewardTrainer):
+    """`trl.RewardTrainer` with HD-PiSSA."""
+
+
+def _refuse_head(targets: list[str] | str, remedy: str) -> None:
+    """TRL's head reads `lm_head.weight` itself: as a target it would get no gradient."""
+    named = re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets
+    if named:
+        raise ConfigError(
+            f'hd_pissa.target_modules has "lm_head", whose weight TRL\'s chunked head reads itself: {remedy}'
+        )

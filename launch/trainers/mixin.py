@@ -1,0 +1,356 @@
+"""`HDPissaMixin`: HD-PiSSA inside `transformers.Trainer` and every trainer of TRL.
+
+    class HDPissaSFTTrainer(HDPissaMixin, SFTTrainer): ...
+
+Trainer's loop is untouched. What differs from a stock DeepSpeed run, in the order of a run:
+
+1. arguments and JSON are checked before a weight is read; a model given by name is read in shards;
+2. `_prepare_for_training` makes the engine (or resumes one) in place of `accelerator.prepare`; accelerate's own wrapper
+   then talks to it by DeepSpeed's names: `backward`, `step`, `get_global_grad_norm`;
+3. `SliceSampler` gives each slice its rows, whatever the number of ranks;
+4. checkpoints are the engine's, written by all ranks, with the trainer's state in the same rename;
+5. `save_model` writes the trained model, streamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, IterableDataset, Sampler
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from hdpissa.engine import HDPissaEngine, StepResult, initialize, pulse, zero3
+from hdpissa.engine.errors import ConfigError, StopError
+from hdpissa.engine.saver import SaveError
+from hdpissa.engine.sharded_load import reading_own_rows
+from hdpissa.launch.train_lock import lock_folder
+
+from . import config as run_config
+from .accelerate_cpu import check_world_size
+from .arguments import option
+from .callbacks import StopOnSignals
+from .resume import find_checkpoint, refuse_other_data
+from .sampler import SliceOrder, SliceSampler, SliceStream
+from .watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+TRAINER_STATE = "trainer_state.json"
+
+# Methods of Trainer that are replaced and not public, with their parameters: transformers may change them.
+_REPLACED = {
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_best_model": ["self"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_get_train_sampler": ["self", "train_dataset"],
+    "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+}
+for _name, _parameters in _REPLACED.items():
+    if list(inspect.signature(getattr(Trainer, _name)).parameters) != _parameters:
+        raise ImportError(f"transformers.Trainer.{_name} has changed: use transformers >=5.17,<5.25")
+
+
+class HDPissaMixin:
+    """Put before a Trainer class; `TrainingArguments(deepspeed=…)` with a section `hd_pissa` is all it needs.
+
+    Attributes:
+        engine: None until `train` has made it.
+        slice_order: whether this trainer's rows come in the order of slices; False where it has a sampler of its own.
+    """
+
+    engine: HDPissaEngine | None = None
+    slice_order = True
+
+    def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
+        if positional:
+            raise TypeError(f"{type(self).__name__}: pass args= and what follows by keyword")
+        if args is None:
+            raise ConfigError("args is not given: TrainingArguments(deepspeed=…) say where the section hd_pissa is")
+        for name in ("peft_config", "quantization_config", "optimizer_cls_and_kwargs", "model_init"):
+            if more.get(name) is not None:
+                raise ConfigError(f"{name} is given: W itself is trained here, by slices of its own; leave it out")
+        if (more.get("optimizers") or (None,))[0] is not None:
+            raise ConfigError("optimizers[0] is given: slices have their own Adam; leave it out")
+        check_world_size(args.world_size)
+        self.run_config = run_config.read(args)
+        self._check(args)
+        zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
+        with self._sharded_loading(model, args):
+            super().__init__(model, args=args, **more)
+        self._signals = StopOnSignals(self)
+        self.add_callback(self._signals)
+
+    def _check(self, args: Any) -> None:
+        """What a class cannot train, before a weight is read; raises ConfigError."""
+
+    @contextlib.contextmanager
+    def _sharded_loading(self, model: Any, args: Any) -> Iterator[None]:
+        """A model that TRL loads by name is read in shards, in the dtype that the run computes in."""
+        if not isinstance(model, str):
+            yield
+            return
+        dtype = "bfloat16" if args.bf16 else "float32"
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": dtype}
+        with reading_own_rows():
+            yield
+
+    # --- the engine ------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The slices' Adam, the engine around it; made at the first call."""
+        if self.optimizer is None:
+            self._make_engine(None)
+        return self.optimizer
+
+    def _make_engine(self, resume_from: Any) -> None:
+        ds = self.run_config.ds
+        self.engine = initialize(self.model, ds, lr=self.args.learning_rate, resume_from=resume_from)
+        self.optimizer = DeepSpeedOptimizerWrapper(self.engine.optimizer)
+        self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(self.engine)
+        self.model_wrapped = self.deepspeed = self.engine.ds
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        """Engine, optimizer and schedule, new or as a checkpoint has them."""
+        self.lr_scheduler, self._created_lr_scheduler = None, False
+        reader = self._reader
+        if reader is not None and not self.args.ignore_data_skip:
+            refuse_other_data(reader, self._data_identity())
+        self._make_engine(reader)
+        self._create_schedule(max_steps, reader)
+        handler = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        handler.train_dataloader = train_dataloader
+        return self.engine.ds, train_dataloader
+
+    def _create_schedule(self, max_steps: int, reader: Any) -> None:
+        """The schedule of the arguments as they are now, at the step that is resumed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("peak_lr", self.args.learning_rate)
+            group.pop("initial_lr", None)
+        scheduler = self.create_scheduler(max_steps, self.optimizer)
+        if reader is None:
+            return
+        saved = dict(reader.manifest.client_state.get("scheduler", {}))
+        if not isinstance(scheduler, LambdaLR):
+            scheduler.load_state_dict(saved)
+            return
+        scheduler.load_state_dict({**saved, "base_lrs": scheduler.base_lrs})
+        for group, base, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; `resume_from_checkpoint` may also be "auto": the newest sound checkpoint, if there is one.
+
+        A second call is another run on the weights as they are. A run that SIGTERM or SIGUSR1 has asked to stop returns
+        after saving; `self.preempted` tells.
+        """
+        self.preempted = False
+        self.model_wrapped = self.model  # of an earlier run it is DeepSpeed's engine
+        self.accelerator.deepspeed_engine_wrapped = None  # accelerate would destroy it
+        lock_folder(Path(self.args.output_dir), self.args.process_index)
+        self._reader = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
+        self._steps_since_log: list[StepResult] = []
+        with self._signals.listening(), self._watching():
+            result = super().train(None if self._reader is None else str(self._reader.folder), *args, **kwargs)
+            self._finish_saves()
+        return result
+
+    def _watching(self) -> contextlib.AbstractContextManager:
+        hang_s = option(self.args, "hang_timeout")
+        if not hang_s:
+            return contextlib.nullcontext()
+        return Watchdog(self.args.ddp_timeout, hang_s, lambda: self.state.global_step, lambda lost: None)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        pulse.at_step(self.state.global_step + 1)
+        pulse.reach("step.forward")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.engine.global_steps > self.state.global_step:
+            self._steps_since_log.append(self.engine.last_step)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._count_tokens(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.model.training and self.engine is not None:
+            self.engine.count_tokens(inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if option(self.args, "loss_normalization") == "mean":
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The loss is the engine's own mean over ranks: a skipped step's is what it was, not an average of others."""
+        if "loss" in logs and self.engine is not None and (steps := self._steps_since_log):
+            logs["loss"] = sum(s.loss for s in steps) / len(steps)
+            if self.engine.skipped_steps:
+                logs["skipped_steps"] = self.engine.skipped_steps
+            self._steps_since_log = []
+        super().log(logs, *args, **kwargs)
+
+    # --- data ------------------------------------------------------------------------------------------
+
+    def _order(self) -> SliceOrder:
+        return SliceOrder(self.run_config.plan, self.args.gradient_accumulation_steps, self._train_batch_size)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.slice_order or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        sampler = SliceSampler(
+            len(dataset), self._order(), self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
+        if sampler.dropped and self.is_world_process_zero():
+            logger.warning("%d rows of each epoch fill no whole step and are left out", sampler.dropped)
+        return sampler
+
+    def get_train_dataloader(self) -> Any:
+        if not (self.slice_order and isinstance(self.train_dataset, IterableDataset)):
+            return super().get_train_dataloader()
+        stream, self.train_dataset = self.train_dataset, SliceStream(self.train_dataset, self._order())
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What the order of a slice's rows depends on; a checkpoint of other data is not resumed."""
+        order, plan = self._order(), self.run_config.plan
+        known = hasattr(self.train_dataset, "__len__")
+        return {
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "slices": plan.slices,
+            "rows of a micro-batch": self._train_batch_size,
+            "rows of a step": order.rows,
+            "rows": len(self.train_dataset) if known else None,
+            "fingerprint": getattr(self.train_dataset, "_fingerprint", None) if known else None,
+        }
+
+    # --- evaluation ------------------------------------------------------------------------------------
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Counts each row and token once: accelerate fills the last batches up with rows that were there before."""
+        pulse.reach("eval", slow=True)
+        labels = inputs.get("labels") if isinstance(inputs, dict) else None
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        labels = self._without_fill(labels)
+        found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
+        tokens = (labels[:, 1:] != -100).sum()
+        if found[0] is not None:
+            self._evaluated += torch.stack([torch.nan_to_num(found[0].double()) * tokens, tokens]).to(self._evaluated)
+        return found
+
+    def _without_fill(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (rows × length) in which the rows that only fill the last batches up count for nothing."""
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return labels
+        first = self.args.process_index * len(labels)
+        real = torch.arange(first, first + len(labels), device=labels.device) < state.remainder
+        return labels.where(real[:, None], -100)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """`eval_loss` is the mean over all target tokens, not a mean of batches' means."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        dist.all_reduce(self._evaluated)
+        total, tokens = self._evaluated.tolist()
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if tokens and name in output.metrics:
+            output.metrics[name] = total / tokens
+        return output
+
+    # --- checkpoints -----------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The engine's checkpoint, crash-safe, with the trainer's state in it; no model folder and no pickle."""
+        state, args = self.state, self.args
+        self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        best = bool(state.best_global_step) and state.best_global_step == state.global_step
+        if best:
+            state.best_model_checkpoint = str(run_dir / f"checkpoint-{state.global_step}")
+        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
+            name, own = type(callback).__name__, callback.state()
+            kept = state.stateful_callbacks.get(name)
+            if isinstance(kept, list):
+                kept.append(own)
+            else:
+                state.stateful_callbacks[name] = own
+        text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+        client_state = {"scheduler": _plain(self.lr_scheduler.state_dict()), "data": self._data_identity()}
+        try:
+            self.engine.save_checkpoint(
+                run_dir,
+                f"checkpoint-{state.global_step}",
+                client_state,
+                kind=option(args, "checkpoint_kind"),
+                async_save=option(args, "async_save"),
+                save_total_limit=args.save_total_limit,
+                best=best,
+                extra_files={TRAINER_STATE: text},
+            )
+        except SaveError as error:
+            self._save_failed(str(error))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / f"checkpoint-{state.global_step}"))
+
+    def _save_failed(self, message: str) -> None:
+        if option(self.args, "stop_on_save_error"):
+            raise StopError(f"{message}; the run stops (stop_on_save_error)")
+        if self.is_world_process_zero():
+            logger.warning("%s; training goes on", message)
+
+    def _finish_saves(self) -> None:
+        try:
+            self.engine.wait_for_checkpoint()
+        except SaveError as error:
+            self._save_failed(str(error))
+
+    def _load_best_model(self) -> None:
+        self._finish_saves()
+        self.engine.load_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The engine has restored the generators; transformers would unpickle a file."""
+
+    # --- results ---------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained model as a Hugging Face folder, streamed from the shards; collective."""
+        if self.engine is None:
+            raise RuntimeError("save_model before train: nothing has been trained yet")
+        folder = Path(output_dir or self.args.output_dir)
+        pulse.reach("export", slow=True)
+        self.engine.export(folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state as JSON has it; LambdaLR keeps the attributes of its functions, which have none."""
+    return {key: value for key, value in state.items() if key != "lr_lambdas"} | (
+        {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
+    )

@@ -1,0 +1,50 @@
+"""Which checkpoint a run goes on from, and whether it is one of this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hdpissa.engine import checkpoint
+from hdpissa.engine.checkpoint_format import CheckpointError, CheckpointReader
+
+
+def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> CheckpointReader | None:
+    """The checkpoint that `resume_from_checkpoint` means, every file compared with its checksum; collective.
+
+    Args:
+        wanted: a checkpoint, or a folder of them; True: the newest sound one of `output_dir`; "auto": likewise, or
+            None where there is none.
+
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    if wanted in (None, False):
+        return None
+    if wanted in (True, "auto", "true", "True"):
+        if wanted == "auto" and not _any(output_dir):
+            return None
+        return checkpoint.open_checkpoint(output_dir, fall_back=True)
+    return checkpoint.open_checkpoint(str(wanted))
+
+
+def _any(folder: Path) -> bool:
+    """Whether rank 0 sees checkpoints; collective."""
+    import torch.distributed as dist
+
+    from hdpissa.engine import folders
+
+    found = [folder.is_dir() and bool(folders.candidates(folder)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return bool(found[0])
+
+
+def refuse_other_data(reader: CheckpointReader, here: dict[str, Any]) -> None:
+    """Raises CheckpointError where the steps so far have seen other data than this run would have given them."""
+    there = reader.manifest.client_state.get("data", {})
+    other = [f"{k}: {there.get(k)} then, {v} now" for k, v in here.items() if there.get(k) != v]
+    if other:
+        raise CheckpointError(
+            f"{reader.folder} was trained on other data, or in another order ({'; '.join(other)}): give the same "
+            f"again, or ignore_data_skip=True to begin the data anew"
+        )

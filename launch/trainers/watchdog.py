@@ -1,0 +1,67 @@
+"""Ends a run in one line, in time, when a rank hangs or is lost; see `engine/watch.py` for how that is told apart."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from hdpissa.engine import zero3
+from hdpissa.engine.errors import ConfigError, LostError, StopError
+from hdpissa.engine.peers import is_loss
+from hdpissa.engine.watch import Watch
+
+GRACE_S = 3.0  # launchers end every rank when one exits: neighbours get so long for their own line
+LOST = 1
+
+
+class Watchdog:
+    """Watches the ranks while its block runs; collective.
+
+    An error that means lost ranks becomes a LostError in one line that names them; any other is told to the other
+    ranks, which would wait for this one.
+
+    Args:
+        timeout_s: of a collective. hang_s: how long the run may stand still.
+        steps_done: optimizer steps so far. on_lost: is told why the run ends, before the process does.
+    """
+
+    def __init__(
+        self, timeout_s: float, hang_s: float, steps_done: Callable[[], int], on_lost: Callable[[LostError], None]
+    ) -> None:
+        self._peers = zero3.meet(timeout_s, hang_s)
+        self._steps_done, self._on_lost = steps_done, on_lost
+        self._watch = Watch(self._peers, self._end)
+
+    def __enter__(self) -> Watchdog:
+        self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.stop()
+        if error is None:
+            return
+        if is_loss(error):
+            raise self._explain(error) from error
+        if not isinstance(error, StopError | ConfigError):  # which every rank raises
+            self._peers.tell_failure(error)
+
+    def _explain(self, error: BaseException | None) -> LostError:
+        if not self._peers.may_speak():  # the watch is about to end this process
+            time.sleep(60)
+        lost = self._peers.explain(self._steps_done(), error)
+        if not self._peers.is_first_here():  # one that is will find the same in a moment
+            time.sleep(GRACE_S / 2)
+        self._on_lost(lost)
+        return lost
+
+    def _end(self) -> None:
+        """In the watch's thread: the main one is blocked in a collective that nothing interrupts."""
+        lost = self._explain(None)
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        time.sleep(GRACE_S)
+        os._exit(LOST)
