@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from launch_runs import save_model
 from ranks import run_ranks
-from trainer_runs import bare_run, trainer_run
+from trainer_runs import bare_run, pairs, resumed_run, trainer_run, trl_run
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -33,3 +36,64 @@ def test_trainer_equals_the_bare_loop(world, slices, accumulation, more, tmp_pat
     assert_equal(found[0]["weights"], wanted[0]["weights"])
     assert found[0]["losses"] == wanted[0]["losses"]
     assert [rank["steps"] for rank in found] == [4] * world
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_preempted_run_resumes_bit_equal(world, tmp_path):
+    """SIGTERM to one of two ranks in mid-epoch: all save after the step; resumed on 1, 2 and 4 ranks."""
+    accumulation = {1: 8, 2: 4, 4: 2}
+    section = {"slices": 4}
+    told = run_ranks(2, resumed_run, str(tmp_path), section, stop_at=2, gradient_accumulation_steps=accumulation[2])
+    assert [(step, preempted) for step, preempted, _ in told] == [(2, True)] * 2
+    assert "trainer_state.json" in told[0][2]
+    assert [name for name in told[0][2] if not name.endswith((".json", ".safetensors"))] == []
+    again = {"gradient_accumulation_steps": accumulation[world], "resume": True}
+    found = run_ranks(world, trainer_run, str(tmp_path), section, **again)
+    wanted = run_ranks(world, bare_run, section, accumulation=accumulation[world])
+    unbroken = run_ranks(2, bare_run, section, accumulation=accumulation[2])
+    assert found[0]["losses"][-2:] == pytest.approx(wanted[0]["losses"][-2:], rel=1e-6)
+    if world == 2:
+        assert_equal(found[0]["weights"], unbroken[0]["weights"])
+    for name, weight in found[0]["weights"].items():
+        torch.testing.assert_close(weight, unbroken[0]["weights"][name], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, [text for row in pairs() for text in row.values()])
+    return str(folder)
+
+
+def trl(kind, model, tmp_path, world=2, slices=2, **more):
+    return run_ranks(world, trl_run, kind, model, str(tmp_path / f"{kind}{world}"), {"slices": slices}, **more)
+
+
+def test_sft(model_folder, tmp_path):
+    """TRL's own loss, completion only: the same at one rank and at two."""
+    two = trl("sft", model_folder, tmp_path, gradient_accumulation_steps=1)
+    one = trl("sft", model_folder, tmp_path, world=1, gradient_accumulation_steps=2)
+    assert_equal(one[0]["weights"], two[0]["weights"])
+    losses = [row["loss"] for row in two[0]["log"]]
+    assert losses[-1] < losses[0]
+
+
+def test_dpo(model_folder, tmp_path):
+    """The policy begins at the reference: ln 2; one rank does what two do."""
+    two = trl("dpo", model_folder, tmp_path, gradient_accumulation_steps=1)
+    one = trl("dpo", model_folder, tmp_path, world=1, gradient_accumulation_steps=2)
+    assert two[0]["log"][0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert_equal(one[0]["weights"], two[0]["weights"])
+
+
+def test_grpo(model_folder, tmp_path):
+    """KL to the reference begins at 0 and grows."""
+    log = trl("grpo", model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert log[-1]["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["kto", "reward"])
+def test_it_trains(kind, model_folder, tmp_path):
+    log = trl(kind, model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]
+    assert log[-1]["loss"] < log[0]["loss"]

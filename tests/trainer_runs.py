@@ -102,3 +102,82 @@ def bare_run(
         scheduler.step()
         losses.append(result.loss)
     return {"losses": losses, "weights": whole_weights(engine)}
+
+
+def resumed_run(folder: str, section: dict[str, Any], *, stop_at: int, world_again: int | None = None, **more: Any):
+    """A run that is ended after `stop_at` steps by a callback, as by a signal."""
+    import os
+    import signal
+
+    from transformers import TrainerCallback
+
+    from hdpissa.launch.trainers import HDPissaTrainer
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == stop_at - 1 and args.process_index == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # one rank is asked, in the middle of a step; all save after it
+
+    args = arguments(folder, section, save_strategy="steps", save_steps=100, **more)
+    trainer = HDPissaTrainer(tiny_llama(), args=args, train_dataset=rows(), callbacks=[Kill()])
+    trainer.train()
+    return trainer.state.global_step, trainer.preempted, sorted(os.listdir(f"{folder}/checkpoint-{stop_at}"))
+
+
+# --- TRL -------------------------------------------------------------------------------------------
+
+
+def prepare_trl(folder: str) -> None:
+    """No network: TRL asks the hub for nothing it needs."""
+    import os
+
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{folder}/cache")
+
+
+def pairs(count: int = 24) -> list[dict[str, str]]:
+    return [{"prompt": f"{a} + {a} = ", "chosen": f"{2 * a}", "rejected": f"{2 * a + 1}"} for a in range(count)]
+
+
+def trl_data(kind: str) -> datasets.Dataset:
+    found = pairs()
+    if kind == "sft":
+        found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in found]
+    elif kind == "kto":
+        found = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in found
+            for side in ("chosen", "rejected")
+        ]
+    elif kind == "grpo":
+        found = [{"prompt": row["prompt"]} for row in found]
+    return datasets.Dataset.from_list(found)
+
+
+def digits(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward that differs within a group: the share of a completion's characters that are digits."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(set(text)) for text in completions]
+
+
+def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Three steps of one of TRL's trainers on a model given by name."""
+    prepare_trl(folder)
+    from hdpissa.launch import trainers
+
+    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "reward": "Reward"}[kind]
+    settings = {
+        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "max_steps": 3, "disable_tqdm": True, "bf16": False, "seed": SEED,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    if kind in ("kto", "reward"):  # each step sees all rows
+        settings |= {"per_device_train_batch_size": len(trl_data(kind)) // 2}
+    if kind == "grpo":
+        settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+    args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=config(**section), **{**settings, **more})
+    extra = {"reward_funcs": digits} if kind == "grpo" else {}
+    trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=trl_data(kind), **extra)
+    trainer.train()
+    return {
+        "log": [row for row in trainer.state.log_history if "loss" in row],
+        "weights": whole_weights(trainer.engine),
+    }

@@ -59,7 +59,9 @@ class HDPissaKTOTrainer(HDPissaMixin, KTOTrainer):
 
 
 class HDPissaRewardTrainer(HDPissaMixin, RewardTrainer):
-    """`trl.RewardTrainer` with HD-PiSSA."""
+    """`trl.RewardTrainer` with HD-PiSSA. The head is new: DeepSpeed's AdamW trains it whole, beside the slices."""
+
+    section_defaults = {"modules_to_save": ["score"]}
 
 
 def _refuse_head(targets: list[str] | str, remedy: str) -> None:

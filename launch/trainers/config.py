@@ -29,8 +29,11 @@ class RunConfig:
     plan: SlicePlan
 
 
-def read(args: Any) -> RunConfig:
+def read(args: Any, defaults: dict[str, Any]) -> RunConfig:
     """Reads and checks the JSON of `TrainingArguments(deepspeed=…)`.
+
+    Args:
+        defaults: keys of the section that this trainer sets where the JSON is silent.
 
     Raises:
         ConfigError: anything in JSON or arguments that HD-PiSSA cannot run, or that they say differently.
@@ -46,7 +49,7 @@ def read(args: Any) -> RunConfig:
         ds_config.split_section(raw)  # names a misspelt one
         raise ConfigError('the DeepSpeed config has no section "hd_pissa": add one; {} takes all defaults')
     _refuse(args)
-    raw["hd_pissa"] = _with_adam(raw["hd_pissa"] or {}, raw, args)
+    raw["hd_pissa"] = _with_adam({**defaults, **(raw["hd_pissa"] or {})}, raw, args)
     rest, section = ds_config.split_section(raw)
     ds_config.check_ds_config(rest)
     filled, _ = ds_config.fill_auto(rest, _train_values(args))
@@ -79,7 +82,7 @@ def _with_adam(section: dict[str, Any], raw: dict[str, Any], args: Any) -> dict[
 def _refuse(args: Any) -> None:
     """What would be ignored, or break the order or the count of a slice's rows."""
     accelerator = args.accelerator_config
-    sampling = getattr(args, "train_sampling_strategy", "random")
+    by_length = getattr(args, "train_sampling_strategy", "random") == "group_by_length"
     said = {
         "fp16": (args.fp16, "slice gradients would carry its loss scale; use bf16"),
         "use_cpu": (args.use_cpu, "it switches DeepSpeed off; without a GPU the CPU is taken by itself"),
@@ -97,7 +100,7 @@ def _refuse(args: Any) -> None:
             accelerator.dispatch_batches,
             "each rank reads its slices' rows itself",
         ),
-        "train_sampling_strategy": (sampling != "random" and sampling, "the order of rows is the method's"),
+        "train_sampling_strategy": (by_length and "group_by_length", "the order of a slice's rows is fixed"),
     }
     found = [f"{name} is {value}: must be off, because {why}" for name, (value, why) in said.items() if value]
     if not str(args.optim.value if hasattr(args.optim, "value") else args.optim).startswith("adamw"):

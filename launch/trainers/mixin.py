@@ -68,10 +68,12 @@ class HDPissaMixin:
     Attributes:
         engine: None until `train` has made it.
         slice_order: whether this trainer's rows come in the order of slices; False where it has a sampler of its own.
+        section_defaults: keys of `hd_pissa` that the class sets where the JSON is silent.
     """
 
     engine: HDPissaEngine | None = None
     slice_order = True
+    section_defaults: dict[str, Any] = {}
 
     def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
         if positional:
@@ -84,7 +86,7 @@ class HDPissaMixin:
         if (more.get("optimizers") or (None,))[0] is not None:
             raise ConfigError("optimizers[0] is given: slices have their own Adam; leave it out")
         check_world_size(args.world_size)
-        self.run_config = run_config.read(args)
+        self.run_config = run_config.read(args, self.section_defaults)
         self._check(args)
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         with self._sharded_loading(model, args):
@@ -212,13 +214,17 @@ class HDPissaMixin:
     def _order(self) -> SliceOrder:
         return SliceOrder(self.run_config.plan, self.args.gradient_accumulation_steps, self._train_batch_size)
 
+    def _data_seed(self) -> int | None:
+        """What the rows are shuffled with; None where they are not."""
+        if getattr(self.args, "train_sampling_strategy", "random") == "sequential":  # KTO's default
+            return None
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.slice_order or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        sampler = SliceSampler(
-            len(dataset), self._order(), self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
+        sampler = SliceSampler(len(dataset), self._order(), self._data_seed())
         if sampler.dropped and self.is_world_process_zero():
             logger.warning("%d rows of each epoch fill no whole step and are left out", sampler.dropped)
         return sampler
@@ -237,7 +243,7 @@ class HDPissaMixin:
         order, plan = self._order(), self.run_config.plan
         known = hasattr(self.train_dataset, "__len__")
         return {
-            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "seed": self._data_seed(),
             "slices": plan.slices,
             "rows of a micro-batch": self._train_batch_size,
             "rows of a step": order.rows,

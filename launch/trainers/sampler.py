@@ -48,11 +48,14 @@ class SliceSampler(Sampler):
 
     Rows that fill no whole step are left out; `dropped` counts them.
 
+    Args:
+        seed: None leaves the rows as they are.
+
     Raises:
         ConfigError: there are fewer rows than a step takes.
     """
 
-    def __init__(self, rows: int, order: SliceOrder, seed: int) -> None:
+    def __init__(self, rows: int, order: SliceOrder, seed: int | None) -> None:
         self._order, self.steps = order, rows // order.rows
         self.dropped = rows - self.steps * order.rows
         if self.steps == 0:
@@ -60,7 +63,7 @@ class SliceSampler(Sampler):
                 f"an optimizer step takes {order.rows} rows and the dataset has {rows}: lower "
                 f"gradient_accumulation_steps or per_device_train_batch_size, or add rows"
             )
-        self._shuffled = np.random.default_rng(seed).permutation(rows)
+        self._shuffled = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
 
     def __len__(self) -> int:
         return self.steps * self._order.rows
