@@ -136,8 +136,9 @@ class Recorder:
             )
 
     def figures(self, row: Mapping[str, Any]) -> None:
-        """Records any other row; it has a step."""
+        """Records any other row; it has a step. What it took is not the next step's."""
         self._write(finite_row(row))
+        self.resume_clock()
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Adds generated answers to samples.jsonl."""

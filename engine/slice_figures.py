@@ -178,7 +178,6 @@ class SliceFigures:
             for line in self._silence.see(result.step, grads, updates, result.learning_rate):
                 recorder.say(line)
             self._stop()
-            recorder.resume_clock()
         self._prepare(result.step + 1)
 
     def _stop(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from launch_runs import save_model
-from ranks import run_ranks
-from trainer_runs import bare_run, pairs, resumed_run, trainer_run, trl_run
+from ranks import RankError, run_ranks
+from trainer_runs import bare_run, best_run, pairs, recorded_run, refusals, resumed_run, rows, trainer_run, trl_run
+from transformers import LlamaForCausalLM
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -97,3 +99,68 @@ def test_grpo(model_folder, tmp_path):
 def test_it_trains(kind, model_folder, tmp_path):
     log = trl(kind, model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_evaluation_counts_every_token_once(tmp_path):
+    """23 rows on two ranks in batches of 4: accelerate fills up; the loss is the exported model's over all tokens."""
+    found = run_ranks(2, recorded_run, str(tmp_path), {"slices": 2}, per_device_eval_batch_size=4)[0]
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    data = rows(23).with_format("torch")[:]
+    logits = model(data["input_ids"]).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, data["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert found["eval_loss"] == pytest.approx(wanted.item(), rel=1e-6)
+    for name, weight in found["weights"].items():
+        assert torch.equal(model.get_parameter(name), weight)
+    steps = [row for row in found["rows"] if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(row["tokens"] == 2 * 2 * 9 and row["applied"] for row in steps)
+    assert found["state"] == {"state": "finished", "step": 4, "message": ""}
+    assert found["run"]["slices"] == 2
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_recorded_as_such(tmp_path):
+    found = run_ranks(2, recorded_run, str(tmp_path), {"slices": 2}, poison=4, per_device_eval_batch_size=4)[0]
+    steps = [row for row in found["rows"] if "loss" in row]
+    assert [row["applied"] for row in steps] == [True, True, True, False]
+    assert steps[-1]["loss"] is None
+    assert found["skipped"] == 1
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path):
+    with pytest.raises(RankError, match="StopError"):
+        run_ranks(2, recorded_run, str(tmp_path), {"slices": 2}, poison=2, max_skipped_steps=2)
+    assert json.loads((tmp_path / "run_state.json").read_text())["state"] == "failed"
+
+
+def test_a_second_train_goes_on_from_the_weights(tmp_path):
+    found = run_ranks(1, recorded_run, str(tmp_path), {"slices": 1}, twice=True, max_steps=2)[0]
+    assert [row["step"] for row in found["rows"] if "loss" in row] == [1, 2]
+    first = run_ranks(1, recorded_run, str(tmp_path / "once"), {"slices": 1}, max_steps=2)[0]
+    assert found["eval_loss"] < first["eval_loss"]
+
+
+def test_mistakes_are_found_before_a_weight_is_read(model_folder):
+    cases = {
+        "no section": ("SFT", {"hd_pissa": None}, {}),
+        "unknown key": ("SFT", {"hd_pissa": {"rank": 8}}, {}),
+        "stage 2": ("SFT", {"zero_optimization": {"stage": 2}}, {}),
+        "slices that do not divide": ("SFT", {"hd_pissa": {"slices": 4}}, {"gradient_accumulation_steps": 2}),
+        "lm_head under the chunked head": ("SFT", {"hd_pissa": {"target_modules": ["q_proj", "lm_head"]}}, {}),
+        "JSON and arguments differ": ("SFT", {"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}),
+        "weight decay": ("SFT", {}, {"weight_decay": 0.1}),
+        "another optimizer": ("DPO", {}, {"optim": "adafactor"}),
+        "rows by length": ("Reward", {}, {"train_sampling_strategy": "group_by_length"}),
+        "split batches": ("SFT", {}, {"accelerator_config": {"split_batches": True}}),
+    }
+    found = run_ranks(1, refusals, model_folder, cases)[0]
+    assert found == dict.fromkeys(cases, "ConfigError")
+
+
+def test_early_stopping_and_the_best_model(tmp_path):
+    more = {"learning_rate": 0.5, "max_steps": 8, "lr_scheduler_type": "constant"}
+    found = run_ranks(2, best_run, str(tmp_path), {"slices": 2}, **more)[0]
+    best = min(range(len(found["losses"])), key=found["losses"].__getitem__)
+    assert len(found["losses"]) < 8, "it never got worse: nothing was shown"
+    assert found["after"] == pytest.approx(found["losses"][best], rel=1e-6)
+    assert f"checkpoint-{best + 1}" in found["kept"]
+    assert len(found["kept"]) <= 2

@@ -181,3 +181,91 @@ def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], **more:
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "weights": whole_weights(trainer.engine),
     }
+
+
+def recorded_run(
+    folder: str, section: dict[str, Any], *, poison: int = 0, twice: bool = False, **more: Any
+) -> dict[str, Any]:
+    """A run with evaluation; `poison`: from this step on one rank's loss is not finite."""
+    import json
+    import os
+    from pathlib import Path
+
+    from hdpissa.engine import zero3
+    from hdpissa.launch.trainers import HDPissaTrainer
+
+    class Poisoned(HDPissaTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            bad = poison and self.state.global_step + 1 >= poison and self.args.process_index == 0
+            return loss * float("nan") if bad and self.model.training else loss
+
+    data = rows(23)
+    trainer = Poisoned(tiny_llama(), args=arguments(folder, section, **more), train_dataset=rows(), eval_dataset=data)
+    trainer.train()
+    if twice:
+        trainer.train()
+    found = trainer.evaluate()
+    trainer.save_model(f"{folder}/model")
+    zero3.barrier()
+    read = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return {
+        "eval_loss": found["eval_loss"],
+        "rows": read,
+        "state": json.loads(Path(folder, "run_state.json").read_text()),
+        "run": json.loads(Path(folder, "run.json").read_text()),
+        "weights": whole_weights(trainer.engine),
+        "skipped": trainer.engine.skipped_steps,
+        "listing": sorted(os.listdir(folder)),
+    }
+
+
+def refusals(folder: str, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, str]:
+    """Case → the type of error that a trainer's constructor raises; a weight read on the way is another error."""
+    from transformers import PreTrainedModel
+
+    from hdpissa.launch import trainers
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    PreTrainedModel._load_pretrained_model = forbidden
+    found = {}
+    for name, (kind, changes, more) in cases.items():
+        settings = {"report_to": "none", "bf16": False} | more
+        ds = {key: value for key, value in (config() | changes).items() if value is not None}
+        args = getattr(trainers, f"HDPissa{kind}Config")(folder, deepspeed=ds, **settings)
+        try:
+            getattr(trainers, f"HDPissa{kind}Trainer")(model=folder, args=args, train_dataset=trl_data(kind.lower()))
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = type(error).__name__
+    return found
+
+
+def best_run(folder: str, section: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Evaluates and saves at every step, with a rate that makes it worse in the end; the best comes back."""
+    import os
+
+    from transformers import EarlyStoppingCallback
+
+    from hdpissa.launch.trainers import HDPissaTrainer
+
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
+    args = arguments(folder, section, **schedule, **best, **more)
+    trainer = HDPissaTrainer(
+        tiny_llama(),
+        args=args,
+        train_dataset=rows(),
+        eval_dataset=rows(10),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    return {
+        "losses": losses,
+        "after": trainer.evaluate()["eval_loss"],
+        "kept": sorted(name for name in os.listdir(folder) if name.startswith("checkpoint-")),
+        "best": trainer.state.best_model_checkpoint,
+    }

@@ -33,14 +33,23 @@ class HDPissaArguments:
         default="chunked",
         metadata={"help": "SFT: chunked, TRL's head that never holds all logits; model, the model's own loss."},
     )
-    hang_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds that a run may stand still before it is ended; 0: for ever."}
+    hang_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds a run may stand still before it ends; default 600, or ddp_timeout if less; 0: never."
+        },
     )
     max_skipped_steps: int = field(
-        default=20, metadata={"help": "Non-finite steps in a row that end the run; 0: any number."}
+        default=10, metadata={"help": "Non-finite steps in a row that end the run; 0: any number."}
     )
     integrity_steps: int = field(
         default=0, metadata={"help": "Steps between two checks for silent corruption; 0: never."}
+    )
+    slice_metrics_steps: int = field(
+        default=0, metadata={"help": "Steps between two rows of gradient and update norms per slice; 0: never."}
+    )
+    silent_slice_steps: int = field(
+        default=10, metadata={"help": "Warn of a slice without gradient or update for so many steps."}
     )
 
     def _validate_args(self) -> None:

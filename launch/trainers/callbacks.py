@@ -1,4 +1,4 @@
-"""Signals: a scheduler's SIGTERM or SIGUSR1 on any rank saves on all ranks after the step, and ends the run."""
+"""Callbacks that look at every step: was the run asked to stop, and are the slices sound?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
+
+from hdpissa.engine.integrity import IntegrityCheck
+from hdpissa.engine.slice_figures import SliceFigures
+
+from .arguments import option
 
 
 class StopOnSignals(TrainerCallback):
@@ -52,3 +57,30 @@ class StopOnSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it may take longer than there is time
         return control
+
+
+class SliceGuard(TrainerCallback):
+    """Every so many steps: norms per slice into metrics.jsonl, and a check for silent corruption; off by default.
+
+    The check raises StopError on all ranks alike.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._integrity: IntegrityCheck | None = None
+        self._figures: SliceFigures | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine, every = self._trainer.engine, option(args, "slice_metrics_steps")
+        self._every = option(args, "integrity_steps")
+        self._integrity = IntegrityCheck(engine.module, engine.optimizer) if self._every else None
+        if every:
+            patience = option(args, "silent_slice_steps")
+            self._figures = SliceFigures(engine.optimizer, every=every, patience=patience, start=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, record = self._trainer.engine.last_step, self._trainer.run_record
+        if self._figures is not None:
+            self._figures.after(step, record)
+        if self._integrity is not None and step.step % self._every == 0:
+            record.integrity(self._integrity.check(step.step), step.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
@@ -61,7 +61,7 @@ class HDPissaKTOTrainer(HDPissaMixin, KTOTrainer):
 class HDPissaRewardTrainer(HDPissaMixin, RewardTrainer):
     """`trl.RewardTrainer` with HD-PiSSA. The head is new: DeepSpeed's AdamW trains it whole, beside the slices."""
 
-    section_defaults = {"modules_to_save": ["score"]}
+    section_defaults: ClassVar[dict[str, Any]] = {"modules_to_save": ["score"]}
 
 
 def _refuse_head(targets: list[str] | str, remedy: str) -> None:

@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from transformers.trainer_callback import ExportableState
 
 from hdpissa.engine import HDPissaEngine, StepResult, initialize, pulse, zero3
 from hdpissa.engine.errors import ConfigError, StopError
+from hdpissa.engine.peers import is_loss
 from hdpissa.engine.saver import SaveError
 from hdpissa.engine.sharded_load import reading_own_rows
 from hdpissa.launch.train_lock import lock_folder
@@ -40,8 +41,9 @@ from hdpissa.launch.train_lock import lock_folder
 from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
-from .callbacks import StopOnSignals
+from .callbacks import SliceGuard, StopOnSignals
 from .resume import find_checkpoint, refuse_other_data
+from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
 
@@ -73,7 +75,7 @@ class HDPissaMixin:
 
     engine: HDPissaEngine | None = None
     slice_order = True
-    section_defaults: dict[str, Any] = {}
+    section_defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
         if positional:
@@ -91,8 +93,9 @@ class HDPissaMixin:
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         with self._sharded_loading(model, args):
             super().__init__(model, args=args, **more)
-        self._signals = StopOnSignals(self)
-        self.add_callback(self._signals)
+        self._signals, self.run_record = StopOnSignals(self), RunRecord(self)
+        for callback in (self._signals, self.run_record, SliceGuard(self)):
+            self.add_callback(callback)
 
     def _check(self, args: Any) -> None:
         """What a class cannot train, before a weight is read; raises ConfigError."""
@@ -117,10 +120,14 @@ class HDPissaMixin:
         return self.optimizer
 
     def _make_engine(self, resume_from: Any) -> None:
+        if (reference := getattr(self, "_precompute_engine", None)) is not None:
+            reference.destroy()  # TRL's, around the same model, for the log-probabilities of the reference
+            self._precompute_engine = None
         ds = self.run_config.ds
         self.engine = initialize(self.model, ds, lr=self.args.learning_rate, resume_from=resume_from)
         self.optimizer = DeepSpeedOptimizerWrapper(self.engine.optimizer)
         self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(self.engine)
+        self.accelerator._models = [self.engine.ds]  # or an evaluation would wrap the model once more
         self.model_wrapped = self.deepspeed = self.engine.ds
 
     def _prepare_for_training(
@@ -169,23 +176,45 @@ class HDPissaMixin:
         self._reader = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
         self._steps_since_log: list[StepResult] = []
         with self._signals.listening(), self._watching():
-            result = super().train(None if self._reader is None else str(self._reader.folder), *args, **kwargs)
-            self._finish_saves()
+            try:
+                result = super().train(None if self._reader is None else str(self._reader.folder), *args, **kwargs)
+                self._finish_saves()
+            except BaseException as error:
+                if self.engine is not None and not is_loss(error):
+                    self.run_record.failed(error)
+                raise
         return result
 
     def _watching(self) -> contextlib.AbstractContextManager:
         hang_s = option(self.args, "hang_timeout")
-        if not hang_s:
+        hang_s = min(self.args.ddp_timeout, 600) if hang_s is None else hang_s
+        if hang_s == 0:
             return contextlib.nullcontext()
-        return Watchdog(self.args.ddp_timeout, hang_s, lambda: self.state.global_step, lambda lost: None)
+        return Watchdog(
+            self.args.ddp_timeout,
+            hang_s,
+            steps_done=lambda: self.state.global_step,
+            on_lost=lambda lost: self.run_record.failed(lost, lost=True),
+        )
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         pulse.at_step(self.state.global_step + 1)
         pulse.reach("step.forward")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.engine.global_steps > self.state.global_step:
-            self._steps_since_log.append(self.engine.last_step)
+            self._after_step(self.engine.last_step)
         return loss
+
+    def _after_step(self, step: StepResult) -> None:
+        """Raises StopError, on all ranks alike, where going on makes no sense; collective."""
+        self._steps_since_log.append(step)
+        if step.failed_save:
+            self._save_failed(step.failed_save)
+        most, in_a_row = option(self.args, "max_skipped_steps"), self.engine.skipped_in_a_row
+        if most and in_a_row >= most:
+            raise StopError(
+                f"step {step.step} was skipped, and {in_a_row} in a row are enough (max_skipped_steps): {step.refusal}"
+            )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._count_tokens(inputs)
@@ -277,6 +306,8 @@ class HDPissaMixin:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`eval_loss` is the mean over all target tokens, not a mean of batches' means."""
+        if self.engine is None:  # before training
+            self._make_engine(None)
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         dist.all_reduce(self._evaluated)
