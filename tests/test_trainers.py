@@ -162,6 +162,8 @@ def test_mistakes_are_found_before_a_weight_is_read(model_folder):
         "slices that do not divide": ("SFT", {"hd_pissa": {"slices": 4}}, {"gradient_accumulation_steps": 2}),
         "lm_head under the chunked head": ("SFT", {"hd_pissa": {"target_modules": ["q_proj", "lm_head"]}}, {}),
         "JSON and arguments differ": ("SFT", {"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}),
+        "slices too many for a weight": ("SFT", {"hd_pissa": {"r": 32, "slices": 1}}, {}),
+        "no such target": ("SFT", {"hd_pissa": {"target_modules": ["q_prj"]}}, {}),
         "weight decay": ("SFT", {}, {"weight_decay": 0.1}),
         "another optimizer": ("DPO", {}, {"optim": "adafactor"}),
         "rows by length": ("Reward", {}, {"train_sampling_strategy": "group_by_length"}),

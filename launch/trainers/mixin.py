@@ -90,6 +90,7 @@ class HDPissaMixin:
         check_world_size(args.world_size)
         self.run_config = run_config.read(args, self.section_defaults)
         self._check(args)
+        run_config.check_targets(model, self.run_config, getattr(args, "model_init_kwargs", None) or {})
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         with self._sharded_loading(model, args):
             super().__init__(model, args=args, **more)
