@@ -22,7 +22,10 @@ WIDTHS = {"q": (12, 4), "k": (6, 2), "v": (6, 2), "o": (20, 4), "gate": (27, 4),
 
 
 class Block(nn.Module):
-    """The wiring of a decoder layer: q, k, v read one input, gate and up another, o and down their own."""
+    """The wiring of a decoder layer: q, k, v read one input, gate and up another, o and down their own.
+
+    The same numbers in every dtype: those that bf16 can hold.
+    """
 
     def __init__(self, inputs: SharedInputs | None, dtype: torch.dtype = F64, impl: str = "auto") -> None:
         super().__init__()
@@ -30,13 +33,13 @@ class Block(nn.Module):
         cols = {"o": 12, "down": 27}
         self.active = ActiveSlice()
         for name, (rows, r) in WIDTHS.items():
-            linear = nn.Linear(cols.get(name, 20), rows, bias=name == "q", dtype=dtype).requires_grad_(False)
+            linear = nn.Linear(cols.get(name, 20), rows, bias=name == "q", dtype=BF16).to(dtype).requires_grad_(False)
             linear.__class__ = SliceLinear
             linear.slice_factors = factors = LayerFactors(self.active, impl=impl, inputs=inputs)
             keep = F64 if dtype == F64 else torch.float32
             for i in range(2):
                 for kind, shape in ((factors.A, (r, linear.in_features)), (factors.B, (rows, r))):
-                    leaf = randn(*shape, seed=100 * i + len(kind) + rows, dtype=keep).to(DEVICE).requires_grad_()
+                    leaf = randn(*shape, seed=100 * i + len(kind) + rows, dtype=BF16).to(DEVICE, keep).requires_grad_()
                     leaf.grad = torch.zeros_like(leaf)
                     kind.append(leaf)
             self.add_module(name, linear)
@@ -60,9 +63,9 @@ def run(block: Block, inputs: SharedInputs | None, *, steps: int = 3, checkpoint
     dtype = block.q.weight.dtype
     for step in range(steps):
         block.active.index = step % 2
-        x = randn(2, 5, 20, seed=step, dtype=dtype).to(DEVICE).requires_grad_()
+        x = randn(2, 5, 20, seed=step, dtype=BF16).to(DEVICE, dtype).requires_grad_()
         y = checkpoint(block, x, skip, use_reentrant=False) if checkpointing else block(x, skip)
-        y.backward(randn(*y.shape, seed=50 + step, dtype=dtype).to(DEVICE))
+        y.backward(randn(*y.shape, seed=50 + step, dtype=BF16).to(DEVICE, dtype))
         if inputs is not None:
             inputs.flush()
             assert not inputs.pending
