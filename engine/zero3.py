@@ -83,10 +83,12 @@ def init_distributed(timeout_s: float | None = None) -> None:
         launch = read_launch(os.environ)
         _set_environment(launch)
         _share_cores(launch.local_world_size)
-    if get_accelerator().device_name() != "cpu":
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it. There is none
+        # such for other devices, and a look at the table starts compilers: it probes every op.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
         get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
-    # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
         return
