@@ -204,7 +204,7 @@ def test_no_activation_is_kept_alive():
     assert seen() is None
 
 
-@pytest.mark.parametrize("linear", ["separate", "fused"])
+@pytest.mark.parametrize("linear", ["auto", "separate", "fused"])
 def test_fused_linear_in_a_layer(linear, monkeypatch):
     """The named form is the one that runs, in groups too; both give the layer's output and gradients."""
     used = []
