@@ -47,10 +47,7 @@ from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
 
-if TYPE_CHECKING:
-    _Base = Trainer  # whatever Trainer it is put before
-else:
-    _Base = object
+_Base: Any = Trainer if TYPE_CHECKING else object  # whatever Trainer it is put before
 logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 
