@@ -15,7 +15,9 @@ program may have; tensors are on the CPU, and what a kernel would write is left 
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
+import pkgutil
 import re
 import subprocess
 import sys
@@ -159,18 +161,16 @@ def capture() -> Iterator[list[Launch]]:
 
 def _pretend_hopper(stack: ExitStack) -> None:
     """Our own questions about the device, answered for the chip, wherever they were imported to."""
-    from hdpissa.benchmarks.aot_table import kernel_stems, load
-    from hdpissa.engine import factors, settings  # noqa: F401
+    import hdpissa.engine.settings
+    import hdpissa.kernels
     from hdpissa.kernels import available, common, delta_tile, fused_linear
 
-    for stem in kernel_stems():  # imported while names are replaced, they would keep the replacements
-        load(stem)
+    for found in pkgutil.iter_modules(hdpissa.kernels.__path__):  # imported later, they would keep what replaces names
+        importlib.import_module(f"hdpissa.kernels.{found.name}")
     chip = torch.device("cuda")
-    properties = SimpleNamespace(
-        multi_processor_count=MULTIPROCESSORS, shared_memory_per_block_optin=SHARED_BYTES, major=9, minor=0
-    )
-    stack.enter_context(mock.patch("torch.cuda.get_device_properties", lambda *_: properties))
-    stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
+    stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
     multiprocessors, width_for = common.multiprocessors, delta_tile.width_for
     for function, answer in (
         (available.obstacle, lambda tensor: None),
