@@ -40,7 +40,7 @@ SYMMETRIC: dict[str, int | None] = {
     "reduce_scatter_tensor_coalesced": 0, "reduce_scatter_single_coalesced": 0,
     "alltoall": None, "alltoall_base": None, "all_to_all_single": None, "barrier": None,
 }  # fmt: skip
-REDUCTIONS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+LISTS = ("gather", "scatter", "allgather", "reduce_scatter")
 
 
 class NcclRuleError(AssertionError):
@@ -53,6 +53,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: dict[tuple[str, tuple[int, ...]], list[tuple]] = defaultdict(list)
         self.broken: list[str] = []
+        self._members: dict[str, tuple[int, ...]] = {}
         self._on_cpu: set[str] = set()  # names of the groups that are gloo's by intent
 
     def install(self) -> None:
@@ -88,13 +89,13 @@ class Recorder:
         self._check(name, group, args)
         options = next((a for a in (*args, *kwargs.values()) if type(a).__name__.endswith("Options")), None)
         reduction = getattr(options, "reduceOp", None)
-        self.calls[group.group_name, tuple(dist.get_process_group_ranks(group))].append(
+        self.calls[group.group_name, self._ranks(group)].append(
             (
                 name,
                 sorted({str(t.dtype) for t in tensors(args)}),
                 None if symmetric is None else [t.numel() for t in tensors(args[symmetric])],
                 getattr(options, "rootRank", None),
-                next((r for r in REDUCTIONS if reduction is not None and reduction == getattr(dist.ReduceOp, r)), None),
+                str(getattr(reduction, "op", reduction)),
             )
         )
 
@@ -106,9 +107,16 @@ class Recorder:
 
     def _pair(self, name: str, group: Any, given: list[Tensor], source: int, to: int) -> None:
         self._check(name, group, given)
-        ranks = dist.get_process_group_ranks(group)
+        ranks = self._ranks(group)
         key = f"{group.group_name} {source} to {to}", (ranks[source], ranks[to])
         self.calls[key] += [(str(t.dtype), t.numel()) for t in given]
+
+    def _ranks(self, group: Any) -> tuple[int, ...]:
+        """Its members, looked up once."""
+        name = group.group_name
+        if name not in self._members:
+            self._members[name] = tuple(dist.get_process_group_ranks(group))
+        return self._members[name]
 
     def _check(self, name: str, group: Any, args: Any) -> None:
         if group.group_name in self._on_cpu:
@@ -118,7 +126,7 @@ class Recorder:
             "one dtype": len({t.dtype for t in given}) <= 1,
             "a dtype of NCCL's": all(t.dtype in DTYPES for t in given),
             "contiguous": all(t.is_contiguous() for t in given),
-            "one shape in a list": all(len({t.shape for t in tensors(a)}) <= 1 for a in args if isinstance(a, list)),
+            "one shape in a list": name not in LISTS or all(len({t.shape for t in tensors(a)}) <= 1 for a in args),
         }
         broken = [rule for rule, held in rules.items() if not held]
         if broken:
