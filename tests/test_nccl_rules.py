@@ -38,7 +38,9 @@ def apart(difference: str) -> None:
     """Two all-reduces that gloo carries out, and NCCL would not as they are meant."""
     dist.init_process_group("gloo")
     rank, four = dist.get_rank(), torch.ones(4)
-    if difference == "order":
+    if difference == "number":
+        dist.broadcast(four, 0, async_op=True) if rank == 0 else None  # not waited for, or gloo would tell
+    elif difference == "order":
         for reduction in (dist.ReduceOp.SUM, dist.ReduceOp.MAX)[:: 1 - 2 * rank]:
             dist.all_reduce(four, reduction)
     else:
@@ -66,7 +68,7 @@ def test_calls_that_nccl_refuses():
         run_ranks(2, refused, caught=False)
 
 
-@pytest.mark.parametrize("difference", ["order", "dtype"])
+@pytest.mark.parametrize("difference", ["number", "order", "dtype"])
 def test_ranks_that_issue_different_collectives(difference):
     with pytest.raises(NcclRuleError):
         run_ranks(2, apart, difference)
