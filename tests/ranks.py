@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nccl_rules
 import torch
 
 # The fork server of Python 3.11 does not pass sys.path on, and swallows the ImportError that follows.
@@ -35,7 +36,8 @@ def run_ranks(
 ) -> list[Any]:
     """function(*args, **kwargs) on `world_size` ranks; returns the results in rank order.
 
-    The function must be importable by name (a module of tests/), arguments and results picklable.
+    Their collectives are held to NCCL's rules (`nccl_rules`). The function must be importable by name (a module of
+    tests/), arguments and results picklable.
     """
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
@@ -58,7 +60,9 @@ def run_ranks(
         if told or hung or any(w.exitcode for w in workers):
             codes = [w.exitcode for w in workers]
             raise RankError(f"exit codes {codes}, hung ranks {hung}\n" + "\n".join(told))
-        return [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
+        ended = [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
+        nccl_rules.compare([recorder for _, recorder in ended])
+        return [result for result, _ in ended]
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable, args: tuple, kwargs: dict) -> None:
@@ -68,9 +72,11 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable
     )  # fmt: skip
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    recorder = nccl_rules.Recorder()
+    recorder.install()
     try:
         result = function(*args, **kwargs)
-        torch.save(result, Path(folder, f"{rank}.pt"))
+        torch.save((result, recorder), Path(folder, f"{rank}.pt"))
     except BaseException:
         Path(folder, f"{rank}.err").write_text(f"--- rank {rank}\n{traceback.format_exc()}")
         os._exit(1)
