@@ -26,6 +26,7 @@ gpu-cache`) is used. benchmarks/README.md says how to carry them. Imports nothin
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -111,10 +112,18 @@ def prepare(folder: Path) -> dict[str, str]:
         paths.append(folder / "site")
         found["PATH"] = f"{folder / 'site' / 'bin'}{os.pathsep}{os.environ['PATH']}"  # the deepspeed launcher
     if CACHE.is_dir():  # a copy: what is compiled here stays out of the checkout
-        shutil.copytree(CACHE, folder / "triton")
+        move_cache(CACHE, folder / "triton")
         found["TRITON_CACHE_DIR"] = str(folder / "triton")
     paths += [Path(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {**os.environ, **found, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def move_cache(source: Path, target: Path) -> None:
+    """Copies a Triton cache, whose files name each other by absolute paths."""
+    shutil.copytree(source, target)
+    for group in target.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.with_name(name)) for name in names}}))
 
 
 def missing(env: dict[str, str], dry: bool) -> str:

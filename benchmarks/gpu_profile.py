@@ -99,7 +99,7 @@ def table(part: str, wall: float, recorded: Any) -> Iterator[dict[str, Any]]:
 def rows() -> Iterator[dict[str, Any]]:
     work, device = whole_step.place(tiny=False)
     parts = Parts(work, device)
-    parts.to_the_step(work.lengths[0])  # the first of everything
+    parts.to_the_step(work.length)  # the first of everything
     parts.step()
     for length in work.lengths:
         once = partial(parts.dropped_micro_batch, length)
@@ -107,9 +107,9 @@ def rows() -> Iterator[dict[str, Any]]:
         yield from table(f"micro-batch of {length}", wall, profiled(once, device))
     walls = []
     for _ in range(WALLS):
-        parts.to_the_step(work.lengths[0])
+        parts.to_the_step(work.length)
         walls.append(wall_ms(parts.step, device))
-    parts.to_the_step(work.lengths[0])
+    parts.to_the_step(work.length)
     yield from table("optimizer step", statistics.median(walls), profiled(parts.step, device))
 
 

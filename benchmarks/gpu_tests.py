@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU_NEEDED = ("test_kernel_aot.py", "test_kernel_benchmarks.py")
 # broken on purpose: reads beyond a tensor end a GPU process
 BROKEN = ("test_kernel_mutations.py",)
-BESIDE = ("tests/test_shared_input.py", "tests/test_engine_triton.py")
+ENGINE = "tests/test_engine_triton.py"
+BESIDE = ("tests/test_shared_input.py", ENGINE)
 # of the dry form, which shows that the rows come
 DRY = ("tests/test_kernel_slice_adam.py",)
 

@@ -54,12 +54,18 @@ class Work:
     layers: int = 32
     heads: int = 32
     vocabulary: int = 32000
-    lengths: tuple[int, ...] = (2048, 8192)
+    length: int = 2048
     slices: int = 8  # and as many micro-batches of one sequence
     r: int = 16
     warmup: int = 1
-    steps: tuple[int, ...] = (5, 2)  # of each length
+    steps: int = 5
     reference_layers: tuple[int, int] = (1, 3)
+    longer: int = 8192  # measured too, in fewer steps
+    longer_steps: int = 2
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.length, self.longer
 
     def flops(self, length: int) -> float:
         """Forward and input gradient of a step: Linears with head (4 per weight and token), causal attention.
@@ -71,7 +77,7 @@ class Work:
         return self.slices * (4 * length * (linears + self.vocabulary * self.hidden) + attention)
 
 
-TINY = Work(64, 96, 2, 4, 128, (32, 64), 2, r=4, warmup=0, steps=(1, 1), reference_layers=(1, 2))
+TINY = Work(64, 96, 2, 4, 128, 32, 2, r=4, warmup=0, steps=1, reference_layers=(1, 2), longer=64, longer_steps=1)
 
 
 def llama(work: Work, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -217,7 +223,7 @@ class Memory:
 def measure(step: Step, work: Work, length: int, device: torch.device, memory: Memory) -> Figure:
     seconds = []
     memory.peak()
-    for number in range(work.warmup + work.steps[work.lengths.index(length)]):
+    for number in range(work.warmup + (work.steps if length == work.length else work.longer_steps)):
         wait(device)
         start = time.perf_counter()
         step(length)
@@ -240,7 +246,7 @@ def measure_reference(work: Work, device: torch.device) -> tuple[Figure, str]:
     for layers in (few, more):
         memory = Memory(device)
         step = reference(replace(work, layers=layers), device)
-        figures.append(measure(step, work, work.lengths[0], device, memory))
+        figures.append(measure(step, work, work.length, device, memory))
         del step
         release(device)
     at_few, at_more = figures
@@ -303,10 +309,10 @@ class Rows:
     def all(self) -> Iterator[dict[str, Any]]:
         for variant in VARIANTS:
             yield from self.of(variant, self.work.lengths)
-        yield from self.of("frozen", self.work.lengths[:1], "frozen (2)")
+        yield from self.of("frozen", (self.work.length,), "frozen (2)")
 
     def with_reference(self) -> Iterator[dict[str, Any]]:
-        shortest = self.work.lengths[0]
+        shortest = self.work.length
         yield from self.of("ours", (shortest,))
 
         def measured() -> dict[str, Any]:
