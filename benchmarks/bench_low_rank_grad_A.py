@@ -26,7 +26,11 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    write("bench_low_rank_grad_A", "grad A += qᵀ x; the least traffic is one reading of x, grad A read and written.", list(rows()))
+    write(
+        "bench_low_rank_grad_A",
+        "grad A += qᵀ x; the least traffic is one reading of x, grad A read and written.",
+        list(rows()),
+    )
 
 
 if __name__ == "__main__":

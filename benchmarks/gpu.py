@@ -130,9 +130,9 @@ def missing(env: dict[str, str], dry: bool) -> str:
     """What keeps this machine from running, in one line; empty when nothing does."""
     absent = _ask(f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])", env)
     parts = [f"no {', '.join(absent.split())} (install, or put wheels into .whl/)"] if absent else []
-    if not dry and "torch" not in absent.split():
-        if _ask("import torch; print(torch.cuda.is_available())", env) != "True":
-            parts.append("no GPU (torch.cuda.is_available() is False); --dry runs the phases without one")
+    asked = not dry and "torch" not in absent.split()
+    if asked and _ask("import torch; print(torch.cuda.is_available())", env) != "True":
+        parts.append("no GPU (torch.cuda.is_available() is False); --dry runs the phases without one")
     return "; ".join(parts)
 
 
@@ -154,7 +154,7 @@ class Runner:
             self.env |= {gpu_rows.DRY_VARIABLE: "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
 
     def run(self, phase: Phase) -> str:
-        """"passed", or what went wrong; a row of `phases` says so too."""
+        """ "passed", or what went wrong; a row of `phases` says so too."""
         start = time.monotonic()
         own = phase.dry_env if self.dry else phase.env
         limit = phase.limit * (SLOWER if self.dry else 1)

@@ -1,7 +1,7 @@
 """Fills a Triton cache that a GPU machine can be given: `make gpu-cache`, or `python benchmarks/gpu_cache.py`.
 
-Every launch that gpu.py's phases tests, step, kernels and memcheck make, and the smoke's on one rank, is compiled for an
-H100 or H200 as there (launch_capture.py), without a GPU. A kernel's key holds a digest of Triton's library, which
+Every launch that gpu.py's phases tests, step, kernels and memcheck make, and the smoke's on one rank, is compiled for
+an H100 or H200 as there (launch_capture.py), without a GPU. A kernel's key holds a digest of Triton's library, which
 differs between Python's versions: that of the GPU machine's Python (--python) is taken from Triton's wheel, the version
 installed here, which pip fetches once. Only what a launch reads is kept: machine code and its description, not what the
 compiler wrote on the way.
@@ -61,7 +61,7 @@ def keys_of(digest: str) -> Iterator[None]:
     key = cache.triton_key()
     if own not in key:
         raise RuntimeError(f"Triton {triton.__version__} has another form of key; its library is not in it")
-    with mock.patch.object(cache, "triton_key", lambda: key.replace(own, digest)):
+    with mock.patch.object(cache, "triton_key", return_value=key.replace(own, digest)):
         yield
 
 
@@ -240,7 +240,8 @@ def main() -> int:
     size = sum(path.stat().st_size for path in files) / 1e6
     count = sum(path.suffix == ".cubin" for path in files)
     print("\n".join(failures), file=sys.stderr)
-    print(f"carry {args.folder}: {count} kernels for Python {args.python}, {size:.1f} MB, in {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    print(f"carry {args.folder}: {count} kernels for Python {args.python}, {size:.1f} MB, in {seconds:.0f} s")
     return 1 if failures else 0
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,12 @@ def imported(name: str) -> dict[str, Any]:
     return {"value": time.perf_counter() - start, "unit": "s"}
 
 
-def ceilings() -> Iterator[dict[str, Any]]:
-    """The rates that everything else is a share of."""
-    dry = gpu_rows.is_dry()
-    yield gpu_rows.attempt({"name": "copy"}, lambda: {
-        "value": timing.copy_bandwidth(2**20 if dry else 2**31) / 1e12, "unit": "TB/s, read and written"
-    })  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float32):
-        yield gpu_rows.attempt({"name": f"product in {str(dtype)[6:]}"}, lambda dtype=dtype: {
-            "value": timing.matmul_rate(dtype, 128 if dry else 8192) / 1e12, "unit": "TFLOP/s"
-        })  # fmt: skip
+def copy() -> dict[str, Any]:
+    return {"value": timing.copy_bandwidth(2**20 if gpu_rows.is_dry() else 2**31) / 1e12, "unit": "TB/s, both ways"}
+
+
+def product(dtype: torch.dtype) -> dict[str, Any]:
+    return {"value": timing.matmul_rate(dtype, 128 if gpu_rows.is_dry() else 8192) / 1e12, "unit": "TFLOP/s"}
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -58,10 +55,11 @@ def rows() -> Iterator[dict[str, Any]]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         yield {"table": "versions", "name": "memory free / total GB", "value": f"{free / 1e9:.0f} / {total / 1e9:.0f}"}
-    for row in ceilings():
-        yield {"table": "ceilings", **row}
+    yield gpu_rows.attempt({"table": "ceilings", "name": "copy"}, copy)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield gpu_rows.attempt({"table": "ceilings", "name": f"{str(dtype)[6:]} product"}, partial(product, dtype))
     for name in IMPORTS:
-        yield gpu_rows.attempt({"table": "imports", "name": name}, lambda name=name: imported(name))
+        yield gpu_rows.attempt({"table": "imports", "name": name}, partial(imported, name))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ def shrink() -> None:
     shapes.LLAMA_2_7B[:], shapes.LLAMA_3_70B[:] = [tiny], []
     shapes.LLAMA_2_7B_GROUPS[:] = shapes.groups("tiny", 64, 96, 64)[:1]
     shapes.LLAMA_3_70B_GROUPS[:] = []
-    thin_products.TOKENS, thin_products.RANKS = 32, (16,)
-    linear_layers.TOKENS = 16
-    for bench, name, value in (
-        ("delta_apply", "SLICES", (1,)),
-        ("shard_subtract", "NUMEL", 300),
-        ("slice_adam", "SIZES", (300,)),
+    for module, name, value in (
+        (thin_products, "TOKENS", 32),
+        (thin_products, "RANKS", (16,)),
+        (linear_layers, "TOKENS", 16),
+        (module_of("delta_apply"), "SLICES", (1,)),
+        (module_of("shard_subtract"), "NUMEL", 300),
+        (module_of("slice_adam"), "SIZES", (300,)),
     ):
-        setattr(module_of(bench), name, value)
+        setattr(module, name, value)
 
 
 def kernels() -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Phase `throughput` of gpu.py: whole steps of four models through the launcher, all methods, on one GPU.
 
-One GPU does what eight would: as many slices, and a micro-batch of its own for each. A row for each run (throughput.py).
+One GPU does what eight would: as many slices, and a micro-batch of its own for each. A row for each run
+(throughput.py).
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def measure_model(groups: Sequence[Group], **how: Any) -> Iterator[dict[str, Any
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = timing.need_gpu()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for groups in (shapes.LLAMA_2_7B_GROUPS, shapes.LLAMA_3_70B_GROUPS):
         rows += measure_model(groups, tokens=TOKENS, device=device, time=timing.samples_ms)
     over = [f"{r['layer']} r{r['r']}" for r in rows if r["ours / frozen"] > r["limit"]]

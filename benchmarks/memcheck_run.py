@@ -2,7 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck_run.py
 
-That it has found nothing is told by its exit code. Without torch's cache every tensor is an allocation of its own, so that a read one element behind it is seen.
+That nothing was found is the exit code's to say. Without torch's cache every tensor is an allocation of its own, so
+that a read one element behind it is seen.
 """
 
 from __future__ import annotations

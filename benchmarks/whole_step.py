@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,9 @@ class Rows:
         row = {"step s": figure.seconds, **ratios, "tokens/s": tokens, **rate, **memory}
         return {**row, "remark": REMARKS.get(variant, ""), **more, "samples": {"step s": figure.samples}}
 
+    def measured(self, name: str, step: Step, length: int, memory: Memory, more: dict[str, Any]) -> dict[str, Any]:
+        return self.row(name, length, measure(step, self.work, length, self.device, memory), **more)
+
     def of(self, variant: str, lengths: tuple[int, ...], name: str = "") -> Iterator[dict[str, Any]]:
         """A variant's rows, one for each length."""
         name = name or variant
@@ -297,12 +301,8 @@ class Rows:
         building = memory.peak()
         for length in lengths:
             identity = dict(zip(IDENTITY, (name, length), strict=True))
-
-            def measured(length: int = length) -> dict[str, Any]:
-                figure = measure(step, self.work, length, self.device, memory)
-                return self.row(name, length, figure, **({"building GB": building} if building else {}))
-
-            yield gpu_rows.attempt(identity, measured)
+            more = {"building GB": building} if building else {}
+            yield gpu_rows.attempt(identity, partial(self.measured, name, step, length, memory, more))
         del step
         release(self.device)
 
