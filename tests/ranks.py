@@ -32,19 +32,29 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    one_gpu: bool = False,
+    **kwargs: Any,
 ) -> list[Any]:
     """function(*args, **kwargs) on `world_size` ranks; returns the results in rank order.
 
     Their collectives are held to NCCL's rules (`nccl_rules`). The function must be importable by name (a module of
     tests/), arguments and results picklable.
+
+    Args:
+        one_gpu: they all compute on this machine's first GPU, and talk through gloo: NCCL wants a GPU for each.
     """
+    # the fork server's DeepSpeed is set to the CPU
+    context, begin = (multiprocessing.get_context("spawn"), _rank_on_gpu) if one_gpu else (_context, _rank)
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         workers = [
-            _context.Process(target=_rank, args=(r, world_size, port, folder, function, args, kwargs))
+            context.Process(target=begin, args=(r, world_size, port, folder, function, args, kwargs))
             for r in range(world_size)
         ]
         for w in workers:
@@ -65,10 +75,19 @@ def run_ranks(
         return [result for result, _ in ended]
 
 
+def _rank_on_gpu(rank: int, world_size: int, port: int, *rest: Any) -> None:
+    """`_rank` in a process that has not imported DeepSpeed, with the process group that the engine is to take."""
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    os.environ["LOCAL_RANK"] = "0"
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    _rank(rank, world_size, port, *rest)
+
+
 def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable, args: tuple, kwargs: dict) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), OMP_NUM_THREADS="1", DEEPSPEED_TIMEOUT="2",
+        RANK=str(rank), LOCAL_RANK=os.environ.get("LOCAL_RANK", str(rank)), WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DEEPSPEED_TIMEOUT="2",
     )  # fmt: skip
     torch.set_num_threads(1)
     torch.manual_seed(0)
