@@ -232,7 +232,8 @@ def _agree(values: dict[str, Any], given: set[str]) -> None:
     said = {name: values[name] for name in ds_config.AGREED}
     asked = ds_config.TrainValues(**said, world_size=read_launch(os.environ).world_size, given=frozenset(given))
     _, agreed = ds_config.fill_auto(rest, asked, differ)
-    values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": merged}
+    unsaid = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")  # zero.Init asks
+    values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": unsaid | merged}
 
 
 def section_of(values: dict[str, Any]) -> dict[str, Any]:
