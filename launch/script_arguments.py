@@ -191,6 +191,11 @@ def parse(argv: list[str]) -> Arguments:
     return Arguments(script, training, mixture, frozenset(parser.given))
 
 
+def help_text(argv: list[str]) -> str:
+    """What --help says of the options of the trainer that a command line names."""
+    return Parser(_kind(argv)).format_help()
+
+
 def _spelt(argv: list[str]) -> list[str]:
     """One spelling of each option; `run.yaml` first is `--config run.yaml` (deepspeed puts --local_rank before it)."""
     words = []
