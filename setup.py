@@ -13,10 +13,10 @@ tests/test_packaging.py holds this.
 
 from setuptools import setup
 
-FOLDERS = ("engine", "kernels", "launch", "benchmarks", "ds_configs")
+FOLDERS = ("engine", "kernels", "launch", "launch/trainers", "benchmarks", "ds_configs")
 
 setup(
-    packages=[f"hdpissa.{folder}" for folder in FOLDERS],
-    package_dir={f"hdpissa.{folder}": folder for folder in FOLDERS},
+    packages=[f"hdpissa.{folder.replace('/', '.')}" for folder in FOLDERS],
+    package_dir={f"hdpissa.{folder.replace('/', '.')}": folder for folder in FOLDERS},
     package_data={"hdpissa.ds_configs": ["*.json"], "hdpissa.engine": ["*.jinja"]},
 )

@@ -92,10 +92,11 @@ def prepare_environment() -> None:
         launch = read_launch(os.environ)
         _set_environment(launch)
         _share_cores(launch.local_world_size)
-    if get_accelerator().device_name() != "cpu":
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this op of inference here, for a minute. On a GPU the look alone starts compilers.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
         get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
-    # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _set_environment(launch: Launch) -> None:
@@ -281,14 +282,14 @@ def wrap(model: nn.Module, ds_config: dict) -> Any:
     Where nothing else is trainable the anchor is in the model while DeepSpeed looks for parameters, and no longer:
     whoever lists the model's afterwards (an export, TRL's weight sync) finds the base model's names and no other.
     """
-    trainable, config = [p for p in model.parameters() if p.requires_grad], leaf_modules.fill(ds_config, model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = leaf_modules.fill(ds_config, model, full_numel)
     if trainable:
         return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
-    model.add_module(ANCHOR, _make_anchor(ds_config))
+    anchor = _make_anchor(ds_config)
+    model.add_module(ANCHOR, anchor)
     try:
-        return deepspeed.initialize(
-            model=model, model_parameters=list(model.get_submodule(ANCHOR).parameters()), config=config
-        )[0]
+        return deepspeed.initialize(model=model, model_parameters=list(anchor.parameters()), config=config)[0]
     finally:
         delattr(model, ANCHOR)
 

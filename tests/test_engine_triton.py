@@ -1,4 +1,4 @@
-"""Rung 3 of the ladder where there is no GPU: the whole engine with its Triton kernels, in Triton's interpreter.
+"""Rung 3 of the ladder without a GPU: the whole engine with its Triton kernels, in Triton's interpreter.
 
 Real DeepSpeed, real ranks, the kernels' own arithmetic; what only a GPU shows (streams, races, speed) is `make gpu`'s.
 """
@@ -6,13 +6,10 @@ Real DeepSpeed, real ranks, the kernels' own arithmetic; what only a GPU shows (
 from __future__ import annotations
 
 import pytest
-import torch
 from engine_runs import groups_of, train_tiny
 from ranks import run_ranks
 from test_engine import LR, oracle_run, relative
 from tiny import ds_settings, tiny_llama
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks.py starts its ranks on the CPU")
 
 TRITON = {"impl": "triton"}
 

@@ -9,7 +9,22 @@ import pytest
 import torch
 from launch_runs import save_model
 from ranks import RankError, run_ranks
-from trainer_runs import bare_run, best_run, pairs, recorded_run, refusals, resumed_run, rows, trainer_run, trl_run
+from safetensors.torch import load_file
+from trainer_runs import (
+    bare_run,
+    best_run,
+    config,
+    pairs,
+    recorded_run,
+    refusals,
+    resumed_run,
+    rows,
+    synced_weights,
+    trainer_run,
+    trl_data,
+    trl_run,
+    trl_script,
+)
 from transformers import LlamaForCausalLM
 
 
@@ -147,6 +162,8 @@ def test_mistakes_are_found_before_a_weight_is_read(model_folder):
         "slices that do not divide": ("SFT", {"hd_pissa": {"slices": 4}}, {"gradient_accumulation_steps": 2}),
         "lm_head under the chunked head": ("SFT", {"hd_pissa": {"target_modules": ["q_proj", "lm_head"]}}, {}),
         "JSON and arguments differ": ("SFT", {"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}),
+        "slices too many for a weight": ("SFT", {"hd_pissa": {"r": 32, "slices": 1}}, {}),
+        "no such target": ("SFT", {"hd_pissa": {"target_modules": ["q_prj"]}}, {}),
         "weight decay": ("SFT", {}, {"weight_decay": 0.1}),
         "another optimizer": ("DPO", {}, {"optim": "adafactor"}),
         "rows by length": ("Reward", {}, {"train_sampling_strategy": "group_by_length"}),
@@ -164,3 +181,25 @@ def test_early_stopping_and_the_best_model(tmp_path):
     assert found["after"] == pytest.approx(found["losses"][best], rel=1e-6)
     assert f"checkpoint-{best + 1}" in found["kept"]
     assert len(found["kept"]) <= 2
+
+
+def test_what_is_sent_to_vllm_is_what_is_exported(model_folder, tmp_path):
+    sent = run_ranks(2, synced_weights, model_folder, str(tmp_path), {"slices": 2})[0]
+    exported = load_file(tmp_path / "model.safetensors")
+    assert_equal(sent, exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_scripts_of_trl(name, model_folder, tmp_path):
+    """From the installed wheel, on two ranks, with our class in place of TRL's."""
+    data = tmp_path / "data"
+    data.mkdir()
+    trl_data(name).to_json(data / "train.jsonl")
+    ds = tmp_path / "ds.json"
+    ds.write_text(json.dumps(config(slices=2)))
+    more = {"reward_funcs": "trainer_runs.digits", "num_generations": 2, "max_completion_length": 6}
+    more = more if name == "grpo" else {}
+    losses = run_ranks(2, trl_script, name, model_folder, str(data), str(tmp_path / "out"), str(ds), **more)[0]
+    assert len(losses) == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()

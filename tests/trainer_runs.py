@@ -158,8 +158,8 @@ def digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(set(text)) for text in completions]
 
 
-def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Three steps of one of TRL's trainers on a model given by name."""
+def trl_run(kind: str, model: str, folder: str, section: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
+    """Three steps of one of TRL's trainers on a model given by name; `section` may be the path of a whole JSON."""
     prepare_trl(folder)
     from hdpissa.launch import trainers
 
@@ -173,7 +173,8 @@ def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], **more:
         settings |= {"per_device_train_batch_size": len(trl_data(kind)) // 2}
     if kind == "grpo":
         settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
-    args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=config(**section), **{**settings, **more})
+    ds = section if isinstance(section, str) else config(**section)
+    args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=ds, **{**settings, **more})
     extra = {"reward_funcs": digits} if kind == "grpo" else {}
     trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=trl_data(kind), **extra)
     trainer.train()
@@ -269,3 +270,61 @@ def best_run(folder: str, section: dict[str, Any], **more: Any) -> dict[str, Any
         "kept": sorted(name for name in os.listdir(folder) if name.startswith("checkpoint-")),
         "best": trainer.state.best_model_checkpoint,
     }
+
+
+def trl_script(name: str, model: str, data: str, folder: str, ds: str, **more: Any) -> list[float]:
+    """TRL's own script with our class in place of TRL's, and nothing else; its logged losses."""
+    prepare_trl(folder)
+    import json
+    import runpy
+    import sys
+    from pathlib import Path
+
+    import trl
+
+    from hdpissa.launch import trainers
+
+    kind = name.upper()
+    setattr(trl, f"{kind}Trainer", getattr(trainers, f"HDPissa{kind}Trainer"))
+    settings = {
+        "model_name_or_path": model, "dataset_name": data, "output_dir": folder, "deepspeed": ds, "bf16": False,
+        "dtype": "float32", "max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "logging_steps": 1,
+        "disable_tqdm": True, "learning_rate": 1e-3, **more,
+    }  # fmt: skip
+    sys.argv = [f"{name}.py", *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
+    runpy.run_module(f"trl.scripts.{name}", run_name="__main__")
+    written = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in written if "loss" in row]
+
+
+def synced_weights(model: str, folder: str, section: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What TRL's weight sync would send to vLLM after two steps of GRPO, by name; the model is exported to `folder`."""
+    prepare_trl(folder)
+    from trl.distributed import DistributedBackend
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from hdpissa.launch import trainers
+
+    more = {"num_generations": 2, "max_completion_length": 4, "max_steps": 2, "report_to": "none", "bf16": False}
+    more |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    args = trainers.HDPissaGRPOConfig(folder, deepspeed=config(**section), **more)
+    trainer = trainers.HDPissaGRPOTrainer(model=model, args=args, train_dataset=trl_data("grpo"), reward_funcs=digits)
+    trainer.train()
+    trainer.save_model(folder)
+    sent: dict[str, torch.Tensor] = {}
+
+    class Client:
+        def update_named_params(self, metadata: list, params: Any) -> None:
+            told = [name for name, _, _ in metadata]
+            sent.update({name: param.detach().clone() for name, param in params})
+            assert list(sent) == told
+
+        def reset_prefix_cache(self) -> None:
+            pass
+
+    sync = object.__new__(VLLMGeneration)  # its constructor wants vLLM; what it sends does not
+    sync.mode, sync.accelerator, sync.model = "server", trainer.accelerator, trainer.model
+    sync.enable_sleep_mode, sync._weight_metadata, sync.vllm_client = False, None, Client()
+    sync._dist = DistributedBackend(trainer.accelerator)
+    sync.sync_weights()
+    return sent

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from hdpissa.engine import ds_config
+import torch
+
+from hdpissa.engine import adapt, ds_config
 from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.settings import check_kernels, make_plan
@@ -56,6 +58,31 @@ def read(args: Any, defaults: dict[str, Any]) -> RunConfig:
     plan = make_plan(section, args.gradient_accumulation_steps)
     check_kernels(section)
     return RunConfig(filled | {"hd_pissa": raw["hd_pissa"]}, section, plan)
+
+
+def check_targets(model: Any, run: RunConfig, model_init_kwargs: dict[str, Any]) -> None:
+    """Finds the weights that the section names, in the model or, given by name, in one of its class without weights.
+
+    Raises:
+        ConfigError: there are none, or they are too small for so many slices.
+    """
+    if isinstance(model, str):
+        model = _without_weights(model, model_init_kwargs)
+    if model is None:  # of a class of remote code: found out when it is there
+        return
+    adapt.find_targets(model, run.section, run.plan)
+
+
+def _without_weights(name: str, kwargs: dict[str, Any]) -> Any:
+    import transformers
+
+    known = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = transformers.AutoConfig.from_pretrained(name, **known)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        return kind(config)
 
 
 def _train_values(args: Any) -> ds_config.TrainValues:

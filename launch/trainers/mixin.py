@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
 
+_Base: Any = Trainer if TYPE_CHECKING else object  # whatever Trainer it is put before
 logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 
@@ -64,7 +65,7 @@ for _name, _parameters in _REPLACED.items():
         raise ImportError(f"transformers.Trainer.{_name} has changed: use transformers >=5.17,<5.25")
 
 
-class HDPissaMixin:
+class HDPissaMixin(_Base):
     """Put before a Trainer class; `TrainingArguments(deepspeed=…)` with a section `hd_pissa` is all it needs.
 
     Attributes:
@@ -73,7 +74,9 @@ class HDPissaMixin:
         section_defaults: keys of `hd_pissa` that the class sets where the JSON is silent.
     """
 
-    engine: HDPissaEngine | None = None
+    engine: HDPissaEngine = None  # type: ignore[assignment]
+    train_dataset: Any
+    lr_scheduler: Any
     slice_order = True
     section_defaults: ClassVar[dict[str, Any]] = {}
 
@@ -90,6 +93,7 @@ class HDPissaMixin:
         check_world_size(args.world_size)
         self.run_config = run_config.read(args, self.section_defaults)
         self._check(args)
+        run_config.check_targets(model, self.run_config, getattr(args, "model_init_kwargs", None) or {})
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         with self._sharded_loading(model, args):
             super().__init__(model, args=args, **more)
@@ -205,7 +209,7 @@ class HDPissaMixin:
             self._after_step(self.engine.last_step)
         return loss
 
-    def _after_step(self, step: StepResult) -> None:
+    def _after_step(self, step: Any) -> None:
         """Raises StopError, on all ranks alike, where going on makes no sense; collective."""
         self._steps_since_log.append(step)
         if step.failed_save:

@@ -44,8 +44,8 @@ class RunRecord(TrainerCallback):
         self._trainer = trainer
         self._folder, self._rank = Path(trainer.args.output_dir), trainer.args.process_index
         self._extra: dict[str, Any] = {}
-        self._step = 0
-        self._clear()
+        self._step, self._begun = 0, 0.0
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0  # since the last row
 
     def describe(self, **more: Any) -> None:
         """Adds to run.json what only a script knows."""
@@ -145,11 +145,8 @@ class RunRecord(TrainerCallback):
             "mfu": self._mfu(rate),
             "peak_memory_bytes": zero3.peak_memory_bytes(),
         }
-        self._clear()
-        return found
-
-    def _clear(self) -> None:
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
+        return found
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Forward and input gradient, 4 FLOP per token and weight that it meets, of the devices' dense bf16 peak."""
