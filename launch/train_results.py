@@ -1,4 +1,4 @@
-"""What train.py adds at both ends of a run: answers to sample prompts, the last evaluation, exports with their cards."""
+"""What train.py adds at the ends of a run: answers to sample prompts, the last evaluation, exports and their cards."""
 
 from __future__ import annotations
 
@@ -129,5 +129,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     """The special token with which the chat template ends an assistant's words; none where it has none."""
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
     rest = tokenizer.apply_chat_template(asked, tokenize=False).partition(SENTINEL)[2]
-    found = [token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids]
+    found = [
+        token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids
+    ]
     return found[:1]
