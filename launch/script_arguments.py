@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, NoReturn, get_args
 
 import trl
@@ -290,8 +290,3 @@ def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:
         values["eval_strategy"] = "steps"
     if "eval_on_start" not in given:
         values["eval_on_start"] = not values["resume_from_checkpoint"]
-
-
-def described(arguments: Arguments) -> dict[str, Any]:
-    """For run.json: what only the script knows."""
-    return asdict(arguments.script) | {"datasets": [asdict(part) for part in arguments.mixture.datasets]}

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> bool:
         preview(make(empty) if arguments.kind == "sft" else None, rows, tokenizer, script.preview, args.process_index)
         return True
     trainer = ends.trainer = make(script.model_name_or_path)
-    trainer.run_record.describe(script=script_arguments.described(arguments))
+    trainer.run_record.describe(**ends.description())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     zero3.part()  # a launcher ends all ranks when one has left
     zero3.shut_down()
