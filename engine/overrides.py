@@ -31,14 +31,21 @@ def merge(
     ours = out.setdefault("hd_pissa", {})
     if not isinstance(ours, dict):
         return out, []
-    differ = []
+    differ: list[str] = []
+    _merge_section(ours, section, "hd_pissa", differ)
+    return out, differ + _merge_adam(out, ours, adam)
+
+
+def _merge_section(ours: dict[str, Any], section: Mapping[str, Any], path: str, differ: list[str]) -> None:
     for key, value in section.items():
         said = ours.get(key)
-        if said in OPEN:
+        if isinstance(value, dict) and isinstance(said, dict):
+            _merge_section(said, value, f"{path}.{key}", differ)
+        elif said in OPEN:
             ours[key] = value
         elif _plain(said) != _plain(value):
-            differ.append(f"hd_pissa.{key} is {show(said)} but --{key} is {show(value)}")
-    return out, differ + _merge_adam(out, ours, adam)
+            flag = f"{path}.{key}".removeprefix("hd_pissa.").replace(".", "_")
+            differ.append(f"{path}.{key} is {show(said)} but --{flag} is {show(value)}")
 
 
 def _plain(value: Any) -> Any:

@@ -10,14 +10,17 @@ that works in every folder. Nothing but the chosen one is imported.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import sys
 from importlib.metadata import version
 
 from hdpissa.launch import command_line
 
+TRAINERS = ("sft", "dpo", "grpo", "kto", "reward")
 COMMANDS = {  # word → (module of launch/ with a `main(argv)`, what it does)
     "train": ("train_launcher", "fine-tune a model, through the deepspeed launcher or torchrun"),
+    **dict.fromkeys(TRAINERS, ("train_launcher", "the same with TRL's trainer of that name")),
     "plan": ("plan", "memory, traffic and time of a run, before it is started; needs no GPU and no weights"),
     "export": ("export", "a Hugging Face folder or a LoRA adapter out of a checkpoint"),
     "evaluate": ("evaluate", "measure a trained model on a dataset, or by lm-eval"),
@@ -52,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     sys.argv[0] = f"hdpissa {words[0]}"  # what argparse calls the program
     module = importlib.import_module(f"hdpissa.launch.{COMMANDS[words[0]][0]}")
-    return command_line.exit_code(module.main, words[1:])
+    main = functools.partial(module.main, trainer=words[0]) if words[0] in TRAINERS else module.main
+    return command_line.exit_code(main, words[1:])
 
 
 if __name__ == "__main__":

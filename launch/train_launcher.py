@@ -3,12 +3,11 @@
     hdpissa train --num_accelerators 8 --ds_config zero3 …    is    deepspeed --num_accelerators 8 launch/train.py …
     hdpissa train --nproc_per_node 8 --ds_config zero3 …      is    torchrun --nproc_per_node 8 launch/train.py …
     srun hdpissa train --ds_config zero3 …                    is    srun python launch/train.py …
+    hdpissa dpo …                                             is    hdpissa train … --trainer dpo
 
-What can be checked in a second is checked first, and the deepspeed launcher is asked to be quiet (unless --log_level
-says otherwise), so that a mistake is told in one line and not among the launcher's own: with `--quiet` it still says
-which command ended with which code. Nothing of a launcher is imitated: this process is replaced by it. train.py is
-started by its path, because with `-m` the repository's folders would stand on sys.path, where transformers takes
-`kernels/` for PyPI's package.
+The deepspeed launcher is asked to be quiet (unless --log_level says otherwise); it still says which command ended with
+which code. Nothing of a launcher is imitated: this process is replaced by it. train.py is started by its path, because
+with `-m` the repository's folders would stand on sys.path, where transformers takes `kernels/` for PyPI's package.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from pathlib import Path
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import read_launch
-from hdpissa.launch import train_arguments, train_checks
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 # Options with a value, and switches, of each launcher; whatever else they have needs the launcher itself.
@@ -38,11 +36,6 @@ TORCHRUN = (
     {"standalone"},
 )
 NUMBERS = {"num_gpus", "num_accelerators", "num_nodes", "master_port"}
-# Where one of these is given, it says how many processes there are.
-COUNTS = {"hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "nnodes", "nproc_per_node"}
-
-# Where one of these is given, the run may be on other machines than this one, and so may its files.
-OTHER_HOSTS = {"hostfile", "include", "exclude", "num_nodes", "nnodes", "rdzv_endpoint", "master_addr"}
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -92,20 +85,10 @@ def command(argv: list[str], environment: Mapping[str, str]) -> list[str]:
     launcher = "torchrun" if names & torchrun else "deepspeed"
     if launcher == "deepspeed" and not names & {"quiet", "log_level"}:
         theirs = ["--quiet", *theirs]
-    if not names & COUNTS and (count := _reference_processes(ours)):
-        theirs = [*theirs, "--nproc_per_node" if launcher == "torchrun" else "--num_accelerators", count]
     return [sys.executable, _script(launcher), *theirs, str(TRAIN), *ours]
 
 
 _BOTH = ((DEEPSPEED, TORCHRUN), (TORCHRUN, DEEPSPEED))
-
-
-def _reference_processes(words: list[str]) -> str | None:
-    """The value of --world_size, with which the reference's users say how many processes to start."""
-    for place, word in enumerate(words):
-        if word.startswith("--world_size"):
-            return word.partition("=")[2] or next(iter(words[place + 1 :]), None)
-    return None
 
 
 def _script(launcher: str) -> str:
@@ -117,17 +100,16 @@ def _script(launcher: str) -> str:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Checks what can be checked in a second, says the command, and becomes it."""
+def main(argv: list[str] | None = None, trainer: str | None = None) -> int:
+    """Says the command, and becomes it; --help is answered here."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if train_arguments.help_shown(words):
+    words += ["--trainer", trainer] if trainer else []
+    if {"-h", "--help"} & set(words):
+        from hdpissa.launch import script_arguments
+
+        print(script_arguments.help_text(words))
         return 0
     wanted = command(words, os.environ)
-    theirs, ours = split(words)
-    args, given = train_arguments.parse(ours, launched=False)  # a misspelt option before DeepSpeed is loaded
-    alone = read_launch(os.environ).launcher == "no launcher"  # else rank 0 of train.py speaks for all
-    if alone and not OTHER_HOSTS & set(map(_name, theirs)):
-        train_checks.check_files(args, given)
     print("+", shlex.join(wanted), file=sys.stderr, flush=True)
     sys.stdout.flush()
     return os.execv(wanted[0], wanted)

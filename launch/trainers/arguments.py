@@ -33,6 +33,9 @@ class HDPissaArguments:
         default="chunked",
         metadata={"help": "SFT: chunked, TRL's head that never holds all logits; model, the model's own loss."},
     )
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of all steps, rounded down, that warm up; warmup_steps wins over it."}
+    )
     hang_timeout: float | None = field(
         default=None,
         metadata={
@@ -51,6 +54,12 @@ class HDPissaArguments:
     silent_slice_steps: int = field(
         default=10, metadata={"help": "Warn of a slice without gradient or update for so many steps."}
     )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """`warmup_steps` as transformers has it, which rounds a share up; else of `warmup_ratio`, as published."""
+        if self.warmup_steps:  # type: ignore[attr-defined]
+            return super().get_warmup_steps(num_training_steps)  # type: ignore[misc]
+        return int(self.warmup_ratio * num_training_steps)
 
     def _validate_args(self) -> None:
         """TrainingArguments refuse bf16 where there is no GPU; here it is computed on CPUs, too."""
