@@ -12,8 +12,7 @@ from transformers import TrainerCallback
 
 from hdpissa.engine import folders, model_card, pulse, zero3
 from hdpissa.engine.generation import add_stops, generate
-from hdpissa.engine.metrics import write_json
-from hdpissa.engine.run_record import RunRecord
+from hdpissa.engine.metrics import RunFiles, write_json
 from hdpissa.launch.alpaca import prompt_ids
 from hdpissa.launch.script_arguments import Arguments
 from hdpissa.launch.train_rows import Rows
@@ -117,7 +116,7 @@ class RunEnds(TrainerCallback):
                 world_size=trainer.args.world_size,
                 step=step,
                 template=self._rows.template.text if self._rows.template else self._tokenizer.chat_template,
-                figures=model_card.figures(RunRecord.read(self._folder), step),
+                figures=model_card.figures(RunFiles.read(self._folder), step),
                 versions={name: version(name) for name in ("hdpissa", "torch", "transformers", "trl", "deepspeed")},
             )
             model_card.write_card(folder, trained, report)
@@ -129,5 +128,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     """The special token with which the chat template ends an assistant's words; none where it has none."""
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
     rest = tokenizer.apply_chat_template(asked, tokenize=False).partition(SENTINEL)[2]
-    found = [token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids]
+    found = [
+        token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids
+    ]
     return found[:1]
