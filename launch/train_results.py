@@ -1,4 +1,4 @@
-"""What train.py adds at both ends of a run: answers to sample prompts, the last evaluation, exports with their cards."""
+"""What train.py adds at the ends of a run: answers to sample prompts, the last evaluation, exports and their cards."""
 
 from __future__ import annotations
 
