@@ -25,8 +25,6 @@ class ReportingOptions:
     silent_slice_steps: int = option(
         10, "warn of a slice whose gradient or update was 0 for so many steps (with --slice_metrics_steps)"
     )
-    report: bool = option(True, "pictures and report.html in the output folder when the run ends")
-    report_spectra: int = option(21, "weights whose spectrum of what was learned is in the report; 0: none")
 
 
 REPORTERS = ("tensorboard", "wandb")
@@ -38,7 +36,7 @@ def check(args: ReportingOptions) -> None:
     above_0(args, "logging_steps")
     whole_or_share(args, "logging_steps")
     at_least(args, 1, "silent_slice_steps")
-    at_least(args, 0, "slice_metrics_steps", "report_spectra")
+    at_least(args, 0, "slice_metrics_steps")
     reporters(args)
 
 

@@ -20,8 +20,8 @@ from hdpissa.engine.data_packing import PackedRows
 from hdpissa.engine.data_sources import Source
 from hdpissa.engine.data_stream import StreamBatches, encode_stream
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.metrics import counted
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
-from hdpissa.engine.run_record import counted
 from hdpissa.launch.options_data import EVAL, DataOptions
 from hdpissa.launch.train_sets import FIELDS, EvalSet, eval_sets, overlaps, spread_options
 

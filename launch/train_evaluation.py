@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.run_record import AFTER_TRAINING
+from hdpissa.engine.metrics import AFTER_TRAINING
 from hdpissa.launch.options_evaluation import METRICS, is_greater_better, metric_name, needs_best, strategy
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hdpissa.engine.run_record import counted
+from hdpissa.engine.metrics import counted
 
 BEGIN, END = "⟪", "⟫"
 

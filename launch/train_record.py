@@ -55,7 +55,6 @@ def take_over(args: Any, job: Job, recorder: Any, reader: Any) -> None:
     """
     from hdpissa.engine import folders, pulse
     from hdpissa.engine.metrics import keep_rows
-    from hdpissa.engine.report import clear as clear_report
 
     folder, start = Path(args.output_dir), reader.manifest.step if reader else 0
     goes_on = reader is not None and reader.folder.parent.resolve() == folder.resolve()
@@ -67,7 +66,5 @@ def take_over(args: Any, job: Job, recorder: Any, reader: Any) -> None:
         keep_rows(folder / "metrics.jsonl", start)
         if (folder / "samples.jsonl").exists():
             keep_rows(folder / "samples.jsonl", start)
-        if start == 0:
-            clear_report(folder)
         if args.overwrite_output_dir and not goes_on:  # also when the run goes on from another folder
             folders.discard(folder)

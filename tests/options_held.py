@@ -26,7 +26,7 @@ COMMANDS = {
     "plan": ("plan_arguments", "parse"),
     "export": ("export", "parse"),
     "evaluate": ("evaluate", "parse"),
-    "report": ("report", "parse"),
+    "report": ("report", "main"),
     "env": ("env_report", "main"),
     "demo-model": ("demo_model", "main"),
 }
@@ -135,8 +135,6 @@ HELD: dict[str, dict[str, str]] = {
         "--logging_dir": "test_evaluate_options::test_where_tensorboard_writes",
         "--slice_metrics_steps": "test_evaluation::test_rows_of_all_kinds",
         "--silent_slice_steps": "test_evaluate_options::test_patience_with_silent_slices",
-        "--report": "test_report::test_the_report_is_an_option",
-        "--report_spectra": "test_report_of_a_run::test_a_run_leaves_its_report",
         # checkpoints and export
         "--save_strategy": "test_options::test_saving_and_export",
         "--save_steps": "test_resume::test_checkpoints_every_two_steps_and_at_the_end",
@@ -211,7 +209,7 @@ HELD: dict[str, dict[str, str]] = {
         "--dataset_revision": "test_evaluate_options::test_what_reaches_the_reader",
         "--preprocessing_num_workers": "test_evaluate_options::test_what_reaches_the_reader",
     },
-    "report": {"--output_dir": "test_report_of_a_run::test_the_command_draws_it_again"},
+    "report": {},
     "env": {"--json": "test_commands::test_env"},
     "demo-model": {"--output_dir": "test_options::test_demo_model_goes_where_it_is_told"},
     "hd_pissa": {

@@ -62,7 +62,6 @@ def test_a_number_in_yaml_may_be_a_text_here(inputs, tmp_path):
         ("dataset_num_proc", "use --preprocessing_num_workers"),
         ("max_seq_length", "use --max_length"),
         ("max_lenght", "did you mean --max_length?"),
-        ("reprt", "did you mean --report?"),
         ("disable_gradient_checkpointing", "off unless --gradient_checkpointing turns it on"),
         ("disable_bf16", "see --help"),  # not --bf16, the opposite
         ("no_packing", "see --help"),
