@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from .base_files import local_folder
-from .data_files import is_file_name
 from .metrics import RunFiles, counted
 from .prompts import PLACEHOLDER
 
@@ -159,12 +158,15 @@ def hub_name(name: str, local: Collection[str] = ()) -> str | None:
     return name
 
 
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")  # no name on the hub ends so
+
+
 def dataset_names(arguments: Mapping[str, Any], local: Collection[str] = ()) -> list[str]:
     """The hub names among the training data; files and folders are nobody else's."""
     given = arguments.get("dataset_name") or ""
     words = given if isinstance(given, list) else re.split(r"[\s,]+", str(given))
     names = [str(word).rsplit(":", 1)[0] if re.search(r":[\d.]+%?$", str(word)) else str(word) for word in words]
-    return [n for n in names if hub_name(n, local) and not is_file_name(n)]
+    return [n for n in names if hub_name(n, local) and not n.endswith(FILES)]
 
 
 def _licence(base: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
     import trl
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.launch.position_checks import table_size
+    from hdpissa.launch.model_work import table_size
 
     name, trust = str(asked.script.dataset_name), asked.training.trust_remote_code
     with torch.device("meta"):
