@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, NoReturn, get_args
 
+import torch
 import trl
 import yaml
 from pydantic import BaseModel
@@ -31,7 +32,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Where TRL's defaults differ. docs/training.md has the table.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "max_grad_norm": 0.0,
-    "logging_steps": 1, "gradient_checkpointing": False, "bf16": False,
+    "logging_steps": 1, "gradient_checkpointing": False, "bf16": torch.cuda.is_available(),
 }  # fmt: skip
 SFT_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-5, "per_device_train_batch_size": 1, "max_length": 512, "loss_normalization": "mean",
