@@ -28,7 +28,7 @@ from hdpissa.benchmarks import launch_capture, timing
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 # What kernels share, and what chooses between them.
-NOT_KERNELS = ("api", "available", "choice", "common", "delta_tile", "reference")
+NOT_KERNELS = ("api", "available", "common", "delta_tile", "reference")
 COLUMNS = ("kernel", "target", "registers", "spilled", "shared KiB", "limit KiB", "matrix instructions")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from .factors import FactorStore
 from .modules_to_save import ModulesToSave
 from .optimizer import SliceOptimizer
 from .settings import check_kernels, make_plan, make_rule, resolve_config
-from .shards import make_shard
+from .shards import HostMemory, make_shard
 from .slice_cache import SliceCache, identity
 from .slicing import SlicePlan
 from .targets import Target
@@ -155,9 +156,10 @@ def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SliceP
     ds = zero3.wrap(model, settings)
     model.train()
     found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
+    host = HostMemory(sum(t.own_range(plan).numel for t in targets), pin=torch.cuda.is_available())
+    how: dict[str, Any] = {"format": hd.master.format, "device": hd.master.device, "host": host}
     for target, values in found:
-        compute = zero3.shard_getter(target.param)
-        target.shard = make_shard(compute, values, format=hd.master.format, device=hd.master.device)
+        target.shard = make_shard(zero3.shard_getter(target.param), values, **how)
     return ds
 
 

@@ -198,10 +198,10 @@ class MasterConfig(_Section):
 
 
 class KernelsConfig(_Section):
-    """Which implementation computes. "auto" is the fastest that the device has."""
+    """Which implementation computes. "auto" is Triton where it runs, and the layer's own product apart from A x."""
 
     impl: Literal["auto", "triton", "torch"] = "auto"
-    linear: Literal["auto", "separate", "fused"] = "auto"  # whether A x is a part of the layer's own product
+    linear: Literal["auto", "separate", "fused"] = "auto"  # whether A x is a part of the layer's own product; auto: no
 
 
 class HDPissaConfig(_Section):

@@ -332,9 +332,12 @@ def _fill_off_and_sizes(out: dict[str, Any], hidden_size: int | None) -> None:
     if hidden_size is None:
         return
     square = hidden_size * hidden_size  # the Trainer's own formulas
-    sizes = {"prefetch_bucket_size": int(0.9 * square), "param_persistence_threshold": 10 * hidden_size}
-    sizes |= {f"stage3_{key}": size for key, size in sizes.items()}  # axolotl uses either spelling
-    for key, size in {**sizes, "reduce_bucket_size": square}.items():
+    sizes = {"reduce_bucket_size": square}
+    sizes |= dict.fromkeys(("param_persistence_threshold", "stage3_param_persistence_threshold"), 10 * hidden_size)
+    for (
+        key,
+        size,
+    ) in sizes.items():  # either spelling, as axolotl has; the prefetch is a matter of layers (`zero3.wrap`)
         if _at(out, f"zero_optimization.{key}") == "auto":
             _put(out, f"zero_optimization.{key}", size)
 

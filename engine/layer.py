@@ -11,7 +11,6 @@ interleave with its own in a rank-dependent order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import api as kernels
-from ..kernels import choice
 from . import pulse
 from .shared_input import SharedInputs
 
@@ -47,8 +45,8 @@ class LayerFactors:
         B: per own slice an fp32 leaf (O × R), likewise.
         active: the engine's choice of slice.
         impl: of the kernels, see `kernels.api`.
-        linear: "separate" (the library's product of W and thin kernels beside it), "fused" (one kernel for
-            both), or "auto": what was measured faster on this shape and device, separate where Triton is not.
+        linear: "separate", which is "auto" (the library's product of W and thin kernels beside it), or "fused" (one
+            kernel for both).
         inputs: finds Linears that share their input; None where grouping does not pay (CPU).
         reached: whether any backward pass has delivered gradients here.
     """
@@ -174,17 +172,10 @@ def _products(
     if p_TR is not None:
         return linear(x, weight, bias), p_TR
     x_TI = x.reshape(-1, x.shape[-1])
-
-    def separate() -> tuple[Tensor, Tensor]:
-        return linear(x, weight, bias), kernels.low_rank_forward(x_TI, A_RI, impl=factors.impl)
-
-    def fused() -> tuple[Tensor, Tensor]:
+    if factors.linear == "fused":
         y_TO, p_TR = kernels.fused_linear(x_TI, weight, A_RI, bias, impl=factors.impl)
         return y_TO.view(*x.shape[:-1], -1), p_TR
-
-    if _fuse("forward", x_TI, weight, A_RI.shape[0], factors, separate, fused):
-        return fused()
-    return separate()
+    return linear(x, weight, bias), kernels.low_rank_forward(x_TI, A_RI, impl=factors.impl)
 
 
 def _products_backward(
@@ -194,38 +185,9 @@ def _products_backward(
     dy_TO = dy.reshape(-1, dy.shape[-1])
     grad_B_OR = B_OR.grad
     assert grad_B_OR is not None
-
-    def separate(grad_B_OR: Tensor = grad_B_OR) -> tuple[Tensor | None, Tensor]:
-        q_TR = kernels.low_rank_grad_B_(grad_B_OR, dy_TO, p_TR, B_OR, impl=factors.impl)
-        return dy @ weight if wanted else None, q_TR
-
-    def fused(grad_B_OR: Tensor = grad_B_OR) -> tuple[Tensor, Tensor]:
+    if wanted and factors.linear == "fused":
         dx_TI, q_TR = kernels.fused_linear(dy_TO, weight.t(), B_OR.t(), impl=factors.impl)
         kernels.low_rank_grad_B_(grad_B_OR, dy_TO, p_TR, B_OR, q_TR, impl=factors.impl)
         return dx_TI.view(*dy.shape[:-1], -1), q_TR
-
-    # what is measured must leave no trace in the gradient
-    trials = (lambda: separate(torch.zeros_like(grad_B_OR)), lambda: fused(torch.zeros_like(grad_B_OR)))
-    if wanted and _fuse("backward", dy_TO, weight, B_OR.shape[1], factors, *trials):
-        return fused()
-    return separate()
-
-
-def _fuse(
-    direction: str,
-    tokens_first: Tensor,
-    weight: Tensor,
-    r: int,
-    factors: LayerFactors,
-    separate: Callable[[], object],
-    fused: Callable[[], object],
-) -> bool:
-    """Whether the thin product rides in the big one: as told, or as measured for this shape on this device."""
-    if factors.linear != "auto":
-        return factors.linear == "fused"
-    if not tokens_first.is_cuda or factors.impl == "torch" or r > FUSED_MOST_R or not len(tokens_first):
-        return False
-    tokens = 1 << (len(tokens_first) - 1).bit_length()  # lengths vary from batch to batch: one answer per octave
-    rows, cols = weight.shape
-    key = f"{direction} T{tokens} O{rows} I{cols} r{r} {str(tokens_first.dtype)[6:]}"
-    return choice.fastest(key, {"separate": separate, "fused": fused}) == "fused"
+    q_TR = kernels.low_rank_grad_B_(grad_B_OR, dy_TO, p_TR, B_OR, impl=factors.impl)
+    return dy @ weight if wanted else None, q_TR

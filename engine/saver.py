@@ -106,6 +106,8 @@ class Saver:
         self._records: dict[str, FileRecord] = {}  # of the constant files there
         self._group: Any = None
         self._thread: threading.Thread | None = None
+        # Constant tensors are read in the thread; on training's own stream they would wait for it, and it for them.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._failures: list[BaseException] = []  # that `wait` has not raised yet
         self._written = 0  # pieces; grows while a save gets on
 
@@ -127,6 +129,8 @@ class Saver:
             return
         staged: list[OwnFile] = []
         self._agree(job, lambda: staged.extend(_staged(job.files)))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # which may still write what is constant from now on
         self._thread = threading.Thread(target=self._try, args=(replace(job, files=staged),), name="save", daemon=False)
         self._thread.start()
 
@@ -162,7 +166,8 @@ class Saver:
 
     def _try(self, job: Job) -> None:
         try:
-            self._run(job)
+            with torch.cuda.stream(self._stream):  # None: as it is
+                self._run(job)
         except BaseException as error:  # is raised by `wait`
             self._failures.append(error)
 

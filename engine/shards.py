@@ -49,10 +49,10 @@ class Shard(Protocol):
 class SplitShard:
     """bf16 half (ZeRO-3's shard) plus 16-bit remainder; see `kernels.reference.split_fp32`."""
 
-    def __init__(self, compute: Callable[[], Tensor], exact: Tensor, device: torch.device) -> None:
+    def __init__(self, compute: Callable[[], Tensor], exact: Tensor, place: Callable[[Tensor], Tensor]) -> None:
         self._compute = compute
         high, low = kernels.split_fp32(exact)
-        self.low = _place(low, device)
+        self.low = place(low)
         compute().copy_(high)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -75,9 +75,9 @@ class SplitShard:
 class Fp32Shard:
     """A separate fp32 master; ZeRO-3's shard is its rounding, ties up as in `SplitShard`, so that both agree."""
 
-    def __init__(self, compute: Callable[[], Tensor], exact: Tensor, device: torch.device) -> None:
+    def __init__(self, compute: Callable[[], Tensor], exact: Tensor, place: Callable[[Tensor], Tensor]) -> None:
         self._compute = compute
-        self.master = _place(exact.clone(), device)
+        self.master = place(exact.clone())
         compute().copy_(kernels.split_fp32(exact)[0])
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -119,7 +119,35 @@ class DirectShard:
 FORMATS: dict[str, type[SplitShard] | type[Fp32Shard]] = {"split": SplitShard, "fp32": Fp32Shard}
 
 
-def make_shard(compute: Callable[[], Tensor], exact: Tensor, *, format: str, device: str) -> Shard:
+class HostMemory:
+    """Room for the shards that are held on the host, of which each is a view; all of one dtype.
+
+    Few blocks in place of one per shard: torch rounds each pinned allocation up to a power of two bytes. So the blocks
+    are powers of two themselves, the largest first that what is still to come fills.
+
+    Args:
+        numel: elements that will be taken in all.
+        pin: so that chunks travel to a GPU and back at full speed, beside the host.
+    """
+
+    def __init__(self, numel: int, *, pin: bool) -> None:
+        self._to_come, self._pin = numel, pin
+        self._free = torch.empty(0)
+
+    def take(self, values: Tensor) -> Tensor:
+        """A copy of flat values."""
+        numel = values.numel()
+        if numel > self._free.numel():
+            size = max(numel, 1 << max(self._to_come, 1).bit_length() - 1)
+            self._free = torch.empty(size, dtype=values.dtype, pin_memory=self._pin)
+        self._to_come -= numel
+        taken, self._free = self._free[:numel], self._free[numel:]
+        return taken.copy_(values)
+
+
+def make_shard(
+    compute: Callable[[], Tensor], exact: Tensor, *, format: str, device: str, host: HostMemory | None = None
+) -> Shard:
     """Puts one shard into service.
 
     Args:
@@ -127,21 +155,15 @@ def make_shard(compute: Callable[[], Tensor], exact: Tensor, *, format: str, dev
         exact: the N fp32 values to start from.
         format: "split" or "fp32"; both are `DirectShard` when compute is fp32.
         device: "auto" (where ZeRO-3's shard is) or "cpu", for what is held beside it.
+        host: where that is taken from when it is on the host; None: each shard has memory of its own.
     """
     current = compute()
     exact = exact.to(current.device)
     if current.dtype == torch.float32:
         return DirectShard(compute, exact)
-    place = current.device if device == "auto" else torch.device(device)
+    home = current.device if device == "auto" else torch.device(device)
+    place = host.take if host is not None and home.type == "cpu" else lambda tensor: tensor.to(home)
     return FORMATS[format](compute, exact, place)
-
-
-def _place(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor; host copies that serve a GPU are pinned, so that chunks travel at full speed."""
-    moved = tensor.to(device)
-    if device.type == "cpu" and torch.cuda.is_available():
-        moved = moved.pin_memory()
-    return moved
 
 
 # --- host shards, device factors ------------------------------------------------------------------

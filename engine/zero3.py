@@ -83,10 +83,11 @@ def init_distributed(timeout_s: float | None = None) -> None:
         launch = read_launch(os.environ)
         _set_environment(launch)
         _share_cores(launch.local_world_size)
-    if get_accelerator().device_name() != "cpu":
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this op of inference here, for a minute. On a GPU the look alone starts compilers.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
         get_accelerator().set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
-    # DeepSpeed would compile this op here (a minute, and a compiler) although only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
         return
@@ -276,7 +277,8 @@ def attach_anchor(model: nn.Module, ds_config: dict) -> None:
 
 def wrap(model: nn.Module, ds_config: dict) -> Any:
     """`deepspeed.initialize` over the model; returns DeepSpeed's engine."""
-    trainable, config = [p for p in model.parameters() if p.requires_grad], leaf_modules.fill(ds_config, model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = leaf_modules.fill(ds_config, model, full_numel)
     return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
 
 

@@ -5,7 +5,8 @@
 
 A blocked matrix product whose first column of programs carries the thin product along: the x tile is in shared
 memory anyway. What it saves is one reading of x; what it costs is cuBLAS's lead over Triton on the big product.
-Which of the two wins depends on shape and chip, so it is used only where it was measured faster (`choice`).
+Which of the two wins depends on shape and chip, so it is used only where it is asked for by name.
+Measured in place, ranks and restarts could decide differently, and the two do not agree in every bit.
 
 Example: x = [[1, 2]], W = [[1, 0]], A = [[3, 4]], b = [5] → y = [[6]], p = [[11]].
 """

@@ -110,7 +110,7 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
     Raises:
         ConfigError: what does not exist, is not valid, or is said in two ways.
     """
-    from hdpissa.engine import ds_config
+    from hdpissa.engine import ds_config, leaf_modules
     from hdpissa.launch.plan_gathers import Policy
     from hdpissa.launch.plan_hardware import Cluster, read_gpu
     from hdpissa.launch.plan_model import build, read_config
@@ -131,7 +131,6 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
         given=given,
     )
     filled, values = ds_config.fill_auto(raw, values)
-    zero = ds_config.engine_ds_config(filled)["zero_optimization"]
     bf16 = ds_config.compute_dtype(filled) == "bf16"
     model = build(model_config, args.model_name_or_path, trust_remote_code=args.trust_remote_code, bf16=bf16)
     if args.gradient_checkpointing and not model.checkpointing:
@@ -139,6 +138,7 @@ def resolve(args: PlanArguments, given: frozenset[str]) -> Run:
     micro, accumulation = values.per_device_train_batch_size, values.gradient_accumulation_steps
     batch = Batch(micro, args.max_length, accumulation, args.gradient_checkpointing)
     master = section.master
+    zero = leaf_modules.fill(ds_config.engine_ds_config(filled), model.module)["zero_optimization"]
     offload = (zero.get("offload_param") or {}).get("device") == "cpu"
     hpz = zero.get("zero_hpz_partition_size") or 1
     placement = Placement(2 if bf16 else 4, offload, master.format, master.device == "cpu", hpz)

@@ -229,11 +229,13 @@ class _Coordinator:
         own = set(self.trace.params[event.module])
         droppable = {p for p in own if p not in self.persistent and self.last_fetch[p] <= self.step}
         ahead = 0
+        # DeepSpeed looks into modules to come as it does into this one: all that is inside those around a leaf counts
+        params = self.trace.below if event.module in self.trace.leaves else self.trace.params
         for module in self.order[self.step :] if droppable else ():
             if ahead >= self.policy.max_reuse_distance:
                 break
-            droppable -= set(self.trace.params[module])
-            ahead += sum(self.trace.numel[p] for p in self.trace.params[module])
+            droppable -= set(params[module])
+            ahead += sum(self.trace.numel[p] for p in params[module])
         if event.backward:
             again = self.recomputed.pop(event.module, set())
             own |= again

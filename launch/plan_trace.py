@@ -45,6 +45,7 @@ class Trace:
         kept: bytes kept for backward, per block. outside: outside of the blocks, the loss excepted.
         inputs: bytes of all blocks' inputs, which checkpointing keeps in place of `kept`.
         logits: elements of the logits. read: elements of the different inputs that the targets read.
+        leaves: modules that are gathered whole. below: where there are some, per module the parameters inside it.
     """
 
     visits: list[Visit] = field(default_factory=list)
@@ -56,6 +57,8 @@ class Trace:
     inputs: int = 0
     logits: int = 0
     read: int = 0
+    below: list[list[int]] = field(default_factory=list)
+    leaves: frozenset[int] = frozenset()
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -103,7 +106,9 @@ def gathered_whole(trace: Trace, module: nn.Module, leaves: list[nn.Module]) -> 
         if inside.get(visit.module, visit.module) == visit.module:
             own = trace.blocks.get(visit.module) if visit.module in inside else None
             visits.append(visit if own is None else replace(visit, layer=own))
-    return replace(trace, visits=visits, params=params)
+    numbers = {p: i for i, p in enumerate(module.parameters())}
+    below = [sorted(numbers[p] for p in m.parameters()) for m in module.modules()]
+    return replace(trace, visits=visits, params=params, below=below, leaves=frozenset(inside.values()))
 
 
 @contextmanager

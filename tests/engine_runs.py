@@ -174,7 +174,7 @@ def losses_in_shards(settings, *, steps, lr, bf16_only=False):
 class Bf16OnlyShard:
     """The negative control, what a plain implementation does: no remainder, W is what bf16 can hold."""
 
-    def __init__(self, compute, exact, device) -> None:
+    def __init__(self, compute, exact, place) -> None:
         self._compute = compute
         compute().copy_(exact)
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from checkpoint_runs import one_step
 from engine_runs import whole_weights
 from tiny import build
+
+if TYPE_CHECKING:
+    from hdpissa.engine.saver import Part
 
 POINTS = (
     "save.make_folder",
@@ -94,3 +101,33 @@ def save_in_background(settings: dict, save_dir: str, *, action: str) -> dict[st
     ranges = {t.name: t.own_range(engine.plan) for t in engine.targets}
     same = all((reader.weights(n, r.start, r.stop) == exact[n]).all() for n, r in ranges.items())
     return {"told": told, "same": same, "found": sorted(p.name for p in Path(save_dir).iterdir())}
+
+
+def streams_of_reads(save_dir: str) -> dict[bool, set[str]]:
+    """Whether a file is constant → the streams that its parts are read on, by a save in the background."""
+    from save_runs import job, start_alone
+
+    saver, current, waited = start_alone(), threading.local(), []
+
+    @contextmanager
+    def stream(name):
+        current.name = name
+        yield
+
+    saver._stream = SimpleNamespace(wait_stream=waited.append)
+    torch.cuda.current_stream, torch.cuda.stream = lambda: getattr(current, "name", "training"), stream
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def noted(part: Part, constant: bool) -> Part:
+        def read() -> torch.Tensor:
+            where = torch.cuda.current_stream()
+            found[constant].add("its own" if where is saver._stream and waited == ["training"] else where)
+            return part.read()
+
+        return replace(part, read=read)
+
+    whole = job(Path(save_dir), 1)
+    files = [replace(file, parts=[noted(part, file.constant) for part in file.parts]) for file in whole.files]
+    saver.save(replace(whole, files=files), background=True)
+    saver.wait()
+    return found

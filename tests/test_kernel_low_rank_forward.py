@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from kernel_cases import double, dtypes, features, few, layouts, matrix, ranks, tokens
-from tensors import BF16, DEVICE, assert_as_good, error
+from tensors import BF16, DEVICE, assert_as_good, error, fp32_rounding
 
 from hdpissa.kernels import api, reference
 
@@ -15,10 +15,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def check(T, I, R, dtype, layout="contiguous", layout_A="contiguous"):
     x, A = matrix(T, I, dtype, layout, seed=1), matrix(R, I, torch.float32, layout_A, seed=2)
-    found, plain = api.low_rank_forward(x, A, impl="triton"), reference.low_rank_forward(x, A)
+    found = api.low_rank_forward(x, A, impl="triton")
+    plain = reference.low_rank_forward(x.contiguous(), A.contiguous())
     assert (found.dtype, found.device) == (dtype, x.device)
     x64, A64 = double(x, A.to(dtype))  # the product is in x's dtype, so rounding A is part of it
-    assert_as_good(found, plain, x64 @ A64.T, f"{T, I, R, dtype, layout, layout_A}")
+    what = f"{T, I, R, dtype, layout, layout_A}"
+    assert_as_good(found, plain, x64 @ A64.T, what, fp32_rounding(x64, A64.T))
 
 
 @few
@@ -64,4 +66,13 @@ def test_a_bf16_sum_would_be_seen():
     truth, plain = x64 @ A64.T, reference.low_rank_forward(x, A)
     assert error(total, truth) > 4 * error(plain.cpu(), truth)
     with pytest.raises(AssertionError):
-        assert_as_good(total, plain, truth)
+        assert_as_good(total, plain, truth, rounding=fp32_rounding(x64, A64.T))
+
+
+def test_tf32_products_would_be_seen():
+    """The same for fp32 operands, of which TF32 takes 10 bits, at the longest sum of these tests."""
+    x, A = (matrix(rows, 257, torch.float32, seed=rows).cpu() for rows in (16, 4))
+    x64, A64 = double(x, A)
+    cut = [(t.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for t in (x, A)]
+    with pytest.raises(AssertionError):
+        assert_as_good(cut[0] @ cut[1].T, x @ A.T, x64 @ A64.T, rounding=fp32_rounding(x64, A64.T))

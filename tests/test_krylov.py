@@ -7,7 +7,6 @@ import torch
 from spectra import gaussian, lapack, with_spectrum
 
 from hdpissa.engine import krylov, svd
-from hdpissa.engine.precision import full_fp32
 from hdpissa.engine.svd import top_triplets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,18 +162,6 @@ def test_products_by_pieces(monkeypatch):
         ):
             assert found.dtype == torch.float64
             assert (found - truth).norm() <= 1e-15 * 53 * truth.norm()
-
-
-def test_tf32_is_off_inside_and_back_after():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        with full_fp32():
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
 
 
 def test_auto_chooses_by_cost():

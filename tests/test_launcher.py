@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import Launch, expand_counts, first_host, read_launch, speaking_rank
+from hdpissa.engine.peers import free_port
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", **MASTER}
@@ -156,3 +161,28 @@ def test_consecutive_jobs_and_steps_get_their_own_ports():
 def test_the_rank_that_speaks():
     """Rank 0 tells a person's mistake once, whoever launched it."""
     assert [speaking_rank(env) for env in (TORCHRUN, OPEN_MPI, STEP, BATCH, {})] == ["3", "3", "3", "0", "0"]
+
+
+def test_no_op_is_probed_for_a_gpu():
+    """DeepSpeed's table of ops starts compilers when somebody looks at it. With the accelerator of GPUs, but none."""
+    script = """
+import torch.distributed as dist
+from deepspeed import ops
+from deepspeed.accelerator import get_accelerator
+from hdpissa.engine import zero3
+
+dist.init_process_group("gloo")
+get_accelerator().set_device = lambda index: None
+zero3.init_distributed()
+assert get_accelerator().device_name() == "cuda" and dist.is_initialized()
+raise SystemExit("__compatible_ops__" in vars(ops))
+"""
+    one = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environment = os.environ | one | {"DS_ACCELERATOR": "cuda"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=120).returncode == 0

@@ -65,11 +65,15 @@ def test_against_torch(world_size, tie):
     """Both kinds of weights and the loss, each clipped by its own norm, with a learning rate of their own.
 
     Tied embeddings are one weight that gets both gradients, under whichever name it is asked for.
+
+    Seven products in a row of at most 61 terms lead to a gradient, whose roundings add up like roots: 7 √61 eps =
+    6.5e-6. Adam keeps that only where eps is not small beside the gradients (rms 1e-4 to 5e-3): else an element whose
+    gradient has cancelled to nearly nothing takes as long a step as the others, in a direction that is mostly rounding.
     """
     model = {**BIASES, "tie": tie}
-    adam = {"betas": (0.8, 0.99), "eps": 1e-6}
+    adam = {"betas": (0.8, 0.99), "eps": 1e-3}
     losses, W, beside = oracle_run(model, NAMES, adam=adam)
-    config = settings(accumulation=4 // world_size, adam={"betas": [0.8, 0.99], "eps": 1e-6})
+    config = settings(accumulation=4 // world_size, adam={"betas": [0.8, 0.99], "eps": 1e-3})
     runs = run_ranks(world_size, train_beside, config, stop=STEPS, lr=LR, model=model, checks=True)
     for run in runs:
         assert run["losses"] == pytest.approx(losses, rel=1e-5)

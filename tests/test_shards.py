@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_runs import Bf16OnlyShard
+from plan_runs import SHAPES
 
 from hdpissa.engine import delta, shards
 from hdpissa.engine.delta import DeltaRule
@@ -157,7 +158,7 @@ def drift(make) -> torch.Tensor:
     """What 1000 updates of 1e-6 do to weights around 1."""
     start = 1 + 0.1 * values(64)
     storage = Storage(64, KINDS["split"][1])
-    shard = make(storage, start, CPU)
+    shard = make(storage, start, torch.clone)
     for _ in range(1000):
         subtract(shard, torch.full((64,), 1e-6))
     return shard.read(0, 64) - start
@@ -263,6 +264,42 @@ def test_what_is_not_finite_is_counted_and_not_written(kind):
     assert torch.equal(found[2], W[2])
     others = [row for row in range(ROWS) if row != 2]
     assert torch.equal(found[others], expected[others])
+
+
+# --- memory of the host ----------------------------------------------------------------------------------------
+
+
+def test_shards_in_shared_memory():
+    """Each in a place of its own, also where one is larger than what is left, and where more come than were told."""
+    sizes = (7, 0, 40, 3, 100, 1)
+    exact = [values(n, seed=n) for n in sizes]
+    for format_ in ("split", "fp32"):
+        host = shards.HostMemory(60, pin=False)
+        made = [make_shard(Storage(w.numel(), BF16), w, format=format_, device="cpu", host=host) for w in exact]
+        assert sum(shard.nbytes for shard in made) == sum(sizes) * (2 if format_ == "split" else 4)
+        subtract(made[2], torch.ones(40))
+        for n, shard, w in zip(sizes, made, exact, strict=True):
+            assert torch.equal(bits(shard.read(0, n)), bits(w - 1 if n == 40 else w))
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("name", ["Llama-2-7B", "Qwen2.5-7B", "Llama-3-70B"])
+def test_rounded_up_by_little(name, world):
+    """The real sizes, without memory: blocks as torch's allocator of pinned memory rounds them."""
+    hidden, kv, ff, layers, heads, *_ = SHAPES[name]
+    narrow = hidden // heads * kv
+    each = [hidden * n // world for n in (hidden, narrow, narrow, hidden, ff, ff, ff)] * layers
+    with torch.device("meta"):
+        host = shards.HostMemory(sum(each), pin=False)
+        held = [host.take(torch.empty(n, dtype=torch.int16)) for n in each]
+    blocks = {h.untyped_storage()._cdata: h.untyped_storage().nbytes() for h in held}
+    needed, found = 2 * sum(each), sum(map(rounded, blocks.values()))
+    assert needed <= found <= 1.03 * needed
+    assert sum(rounded(2 * n) for n in each) > 1.1 * needed, "a block per shard would do"
+
+
+def rounded(nbytes: int) -> int:
+    return 1 << (nbytes - 1).bit_length()
 
 
 # --- shards on the host, factors on the device: the same code path on one device, by force ---------------------

@@ -40,5 +40,5 @@ def test_an_error_on_one_rank_is_one_warning_on_all(tmp_path):
 
 
 def test_a_lost_peer_is_still_a_loss():
-    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=spectra_without_a_peer)
+    results = run_ranks(2, train_tiny, ds_settings(slices=2), steps=1, after=spectra_without_a_peer, lost_peer=True)
     assert [result["after"] for result in results] == ["loss", ""]

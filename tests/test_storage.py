@@ -12,7 +12,7 @@ from fault_runs import run_with_fault
 from launch_runs import flags, make_inputs, read_json, train_here
 from ranks import run_ranks
 from save_runs import job, read_all, start_alone
-from storage_runs import POINTS, save_in_background, train_through_failures, train_without
+from storage_runs import POINTS, save_in_background, streams_of_reads, train_through_failures, train_without
 from tiny import ds_settings
 
 from hdpissa.engine.checkpoint_format import CheckpointReader
@@ -56,6 +56,11 @@ def test_a_save_in_the_background(tmp_path):
     assert "rank 1: Input/output error" in "".join(found[0]["told"])
     assert all(f["same"] for f in found)
     assert found[0]["found"] == ["checkpoint-3", "latest"]
+
+
+def test_constant_files_are_read_beside_training(tmp_path):
+    """On a stream that has waited for what wrote them; the others are copied before training goes on."""
+    assert run_ranks(1, streams_of_reads, str(tmp_path)) == [{True: {"its own"}, False: {"training"}}]
 
 
 def save_where_it_is_full(folder: str) -> tuple[str, int]:

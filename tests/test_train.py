@@ -323,7 +323,8 @@ def test_run_state_tells_when_the_launcher_was_killed(folder, inputs):
 def test_run_state_tells_an_error_in_the_middle(folder, inputs, cache, rank):
     """The error itself, whichever rank had it, and not what followed from it; the other rank says that in one line."""
     output = folder / f"failed{rank}"
-    results = run_ranks(2, train_and_raise, flags(arguments(inputs, output)), cache, rank=rank, step=3)
+    how = {"rank": rank, "step": 3, "lost_peer": True}
+    results = run_ranks(2, train_and_raise, flags(arguments(inputs, output)), cache, **how)
     other = results.pop(1 - rank)
     assert results[0]["error"] == "RuntimeError: the disk is on fire"
     message = ("rank 1: " if rank else "") + "RuntimeError: the disk is on fire"
