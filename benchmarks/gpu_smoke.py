@@ -3,7 +3,7 @@
     whole     decomposition, four steps in bf16, checkpoints in the background, both exports; these loaded back
     resumed   the same, ended by SIGKILL when its first checkpoint is there, and resumed: the same bits as `whole`
     offload   the same with the exact weights' other half in host memory
-    two       the same on two ranks that share the device, exported afterwards. NCCL refuses that: they talk through gloo
+    two       the same on two ranks that share the device, exported afterwards. NCCL refuses that: gloo it is
 
 The four go side by side; each has its row as soon as it is over. Inputs are made here, without network.
 """
