@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data import IGNORE
 from .progress import Progress, untold
+
+IGNORE = -100  # torch's cross entropy skips this label
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .base_files import local_folder
-from .data_files import is_file_name
 from .prompts import PLACEHOLDER
 from .report import duration, short_name, text
 from .run_record import RunRecord, counted, finite
 
 CARD = "README.md"
+DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")  # a hub name ends in none of these
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # Not a row of the data: a card is made to be published, and data may not be.
 QUESTION = "Write here an instruction of the kind that it was trained on."
@@ -165,7 +165,7 @@ def dataset_names(arguments: Mapping[str, Any], local: Collection[str] = ()) -> 
     given = arguments.get("dataset_name") or ""
     words = given if isinstance(given, list) else re.split(r"[\s,]+", str(given))
     names = [str(word).rsplit(":", 1)[0] if re.search(r":[\d.]+%?$", str(word)) else str(word) for word in words]
-    return [n for n in names if hub_name(n, local) and not is_file_name(n)]
+    return [n for n in names if hub_name(n, local) and Path(n).suffix not in DATA_FILES]
 
 
 def _licence(base: str) -> dict[str, Any]:
