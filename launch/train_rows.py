@@ -50,8 +50,8 @@ def read_rows(arguments: Arguments, tokenizer: Any) -> Rows:
         name = script.eval_dataset_name or script.dataset_name
         held_out = load(arguments, str(name), script.dataset_test_split or "train", streaming=False)
     template, chat = _kind_of(train, arguments)
-    sets = [rows and _mapped(rows, arguments, tokenizer, template) for rows in (train, held_out)]
-    return Rows(*sets, template, chat)
+    train, held_out = (rows and _mapped(rows, arguments, tokenizer, template) for rows in (train, held_out))
+    return Rows(train, held_out, template, chat)
 
 
 def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
@@ -99,7 +99,9 @@ def _instructions(rows: Any, arguments: Arguments) -> dict[str, str]:
     response = script.response_field or ("response" if "response" in columns else "output")
     given = bool(script.prompt_field or script.response_field)
     if {prompt, response} <= set(columns):
-        return {"prompt": prompt, "response": response} | ({} if given or "input" not in columns else {"input": "input"})
+        return {"prompt": prompt, "response": response} | (
+            {} if given or "input" not in columns else {"input": "input"}
+        )
     if given or not {*OF_TRL, arguments.training.dataset_text_field} & set(columns):
         missing = prompt if prompt not in columns else script.response_field or "response"
         raise ConfigError(
