@@ -7,7 +7,7 @@ that is an error, not a choice.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.errors import ConfigError
@@ -50,6 +50,7 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
+OF_TRAIN = {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"}  # train's names → what to do with them here
 HELP = help_pages.Page(
     "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
     (
@@ -70,19 +71,11 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, frozenset[str]]
     if help_pages.answered(words, {"plan": PlanArguments}, HELP):
         raise SystemExit(0)
     parser = command_line.make_parser(PlanArguments)
-    values, given = command_line.read(parser, words, _of_train())
+    values, given = command_line.read(parser, words, OF_TRAIN)
     args = PlanArguments(**values)
     args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)
     return args, frozenset(given)
-
-
-def _of_train() -> dict[str, str]:
-    """train's options, of which a command line is often copied → what to do with them here."""
-    from hdpissa.launch.train_arguments import TrainArguments
-
-    rest = "it is train's, and the plan does not take it; leave it out"
-    return {f.name: rest for f in fields(TrainArguments)} | {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"}
 
 
 def _check(args: PlanArguments) -> None:

@@ -102,7 +102,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_zero_init(training: Any) -> Iterator[None]:
-    """TrainingArguments have every model shard itself as it is made; one that is only looked at has nothing to shard."""
+    """TrainingArguments have every model shard itself as it is made; one that is only looked at has no weights."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
@@ -112,11 +112,12 @@ def _without_zero_init(training: Any) -> Iterator[None]:
         set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
-def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
+def read_tokenizer(arguments: Arguments) -> Any:
     """The model's tokenizer, with the EOS as pad token where it has none."""
     from transformers import AutoTokenizer
 
-    more = {"revision": revision, "trust_remote_code": trust_remote_code}
+    name, trust = str(arguments.script.model_name_or_path), arguments.training.trust_remote_code
+    more = {"revision": arguments.script.model_revision, "trust_remote_code": trust}
     tokenizer = _read(name, lambda: AutoTokenizer.from_pretrained(name, **more))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, NoReturn, get_args
 
 import trl
@@ -164,7 +164,9 @@ class Parser(trl.TrlParser):
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            raise ConfigError(f"unknown argument {unknown[0]}; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+            raise ConfigError(
+                f"unknown argument {unknown[0]}; {f'did you mean --{near[0]}?' if near else 'see --help'}"
+            )
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -288,8 +290,3 @@ def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:
         values["eval_strategy"] = "steps"
     if "eval_on_start" not in given:
         values["eval_on_start"] = not values["resume_from_checkpoint"]
-
-
-def described(arguments: Arguments) -> dict[str, Any]:
-    """For run.json: what only the script knows."""
-    return asdict(arguments.script) | {"datasets": [asdict(part) for part in arguments.mixture.datasets]}

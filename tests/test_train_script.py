@@ -135,7 +135,7 @@ def test_a_run_under_the_deepspeed_launcher(inputs, tmp_path):
     assert [row["step"] for row in evaluations] == [0, 4]
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert read_json(output / "run_state.json")["state"] == "finished"
-    assert read_json(output / "run.json")["script"]["dataset_name"] == inputs["dataset_name"]
+    assert read_json(output / "run.json")["arguments"]["dataset_name"] == inputs["dataset_name"]
     after = read_json(output / "sample_after_training.json")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")
