@@ -34,8 +34,6 @@ class Job:
     rows: Any  # what was read
     data: Any  # training batches
     total_steps: int
-    graded: Any = ()  # questions of evaluation rows, for the exact match
-    asked: Any = ()  # questions whose answers are kept
     callbacks: list[Any] = field(default_factory=list)  # instances
     notes: list[str] = field(default_factory=list)  # what counts for nothing in this run, a line each
 
@@ -49,10 +47,8 @@ def check(args: Any, given: frozenset[str]) -> Job:
     from hdpissa.engine import ds_config
     from hdpissa.engine.settings import check_kernels, make_plan
     from hdpissa.launch.model_work import active_weights
-    from hdpissa.launch.position_checks import check_positions
     from hdpissa.launch.train_data import make_batches, read_rows
     from hdpissa.launch.train_notes import notes
-    from hdpissa.launch.train_questions import read_questions
     from hdpissa.launch.train_schedule import check_schedule, resolve_shares
 
     check_output_dir(args)
@@ -78,10 +74,8 @@ def check(args: Any, given: frozenset[str]) -> Job:
     resolve_shares(args, total_steps)
     check_schedule(args, args.learning_rate, total_steps)
     check_vocabulary(rows, data, model_config)
-    graded, asked = read_questions(args, tokenizer, rows)
-    beyond = check_positions(args, model, rows, [*graded, *asked])
-    told = [*([beyond] if beyond else []), *notes(args, given, rows, total_steps)]
-    return Job(ds, plan, active_weights(model), tokenizer, rows, data, total_steps, graded, asked, callbacks, told)
+    told = notes(args, given, rows, total_steps)
+    return Job(ds, plan, active_weights(model), tokenizer, rows, data, total_steps, callbacks, told)
 
 
 def check_files(args: Any, given: frozenset[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,7 +16,6 @@ from ranks import run_ranks
 from hdpissa.engine.batches import collate
 from hdpissa.engine.data_stream import StreamBatches
 from hdpissa.launch import train, train_arguments
-from hdpissa.launch.train_checkpoints import Checkpoints
 from hdpissa.launch.train_checks import check
 from hdpissa.launch.train_data import describe_rows, make_batches, read_rows, tell_sources
 
@@ -109,35 +107,6 @@ def test_a_chat_template_is_used_for_alpaca_too_and_exported(tmp_path):
     assert tokenizer.chat_template == "!" + CHAT
     assert found.template.render("x") == "![user]x</s>[assistant]"
     assert read(path, prompt_template="<{instruction}>").template.render("x") == "<x>"
-
-
-def test_checkpoints_keep_the_text_of_the_chat_template(tmp_path):
-    """By which an export from one can have it: the Jinja file may be gone by then."""
-    (tmp_path / "chat.jinja").write_text("!" + CHAT)
-    path = jsonl(tmp_path, "alpaca", ROWS["alpaca"][0])
-    for options, kept in (({"chat_template": tmp_path / "chat.jinja"}, "!" + CHAT), ({}, None)):
-        args, given = parse(path, **options)
-        tokenizer = character_tokenizer(chat_template=CHAT)
-        rows = read_rows(args, given, tokenizer)
-        data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
-        plan = SimpleNamespace(rank=0, slices=1)
-        job = SimpleNamespace(data=data, total_steps=8, plan=plan, tokenizer=tokenizer, rows=rows)
-        engine = SimpleNamespace(save_checkpoint=lambda folder, **how: how["client_state"], global_steps=1)
-        assert Checkpoints(args, job, None, None)._save(engine, background=False).get("chat_template") == kept
-
-
-def test_a_path_that_is_no_text_is_kept_in_a_checkpoint(tmp_path):
-    """Its bytes are no UTF-8, which no JSON can hold; what is kept of the template and of local names can be read."""
-    path = jsonl(tmp_path, "r\udce9", [{"instruction": "q", "response": "a"}])
-    args, given = parse(path, max_steps=1)
-    rows = read_rows(args, given, character_tokenizer())
-    data = SimpleNamespace(steps_per_epoch=3, micro_batch_size=1, micro_batches_per_slice=1, identity=dict)
-    job = SimpleNamespace(data=data, total_steps=8, plan=SimpleNamespace(rank=0, slices=1), rows=rows)
-    engine = SimpleNamespace(save_checkpoint=lambda folder, **how: how["client_state"], global_steps=1)
-    kept = Checkpoints(args, job, None, None)._save(engine, background=False)
-    json.dumps(kept, ensure_ascii=False, default=str).encode()
-    assert kept["template"].count("{instruction}") == 1
-    assert kept["local"] == [kept["arguments"]["dataset_name"]]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ def test_every_script_is_known():
 
 def test_options_are_found():
     found = options_held.public_options()
-    assert {"--learning_rate", "--config", "--deepspeed"} <= set(found["train"])
     assert {"--gpus", "--json"} <= set(found["plan"])
     assert {"--checkpoint", "--rank"} <= set(found["export"])
     assert {"r", "init.tol", "kernels.impl"} <= set(found["hd_pissa"])

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
-import datasets
 import pytest
-import torch
 from rich.console import Console
-from tiny import tiny_llama
 
 from hdpissa.engine import progress
-from hdpissa.engine.batches import EvalBatches
 from hdpissa.engine.display import Display
-from hdpissa.engine.evaluate import mean_loss
-from hdpissa.engine.generation import generate
 from hdpissa.engine.progress import Work, make_bars
 
 
@@ -86,41 +79,3 @@ def test_a_bar_comes_and_goes(monkeypatch):
 
 
 # --- who tells of it -------------------------------------------------------------------------------
-
-
-def test_a_loss_tells_of_its_batches():
-    rows = datasets.Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 5)
-    batches, seen = EvalBatches(rows, rank=0, world_size=1, batch_size=2, pad_token_id=0), []
-    mean_loss(tiny_llama(), batches, torch.device("cpu"), lambda *parts: seen.append(parts))
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-
-
-@pytest.mark.parametrize(("prompts", "seen"), [(5, [(0, 5), (2, 5), (4, 5), (5, 5)]), (0, [])])
-def test_answers_tell_of_their_prompts(prompts, seen):
-    model, found = tiny_llama(), []
-    model.generation_config = SimpleNamespace(eos_token_id=None)
-    model.generate = lambda input_ids, **_: input_ids
-    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0, batch_decode=lambda new, **_: [""] * len(new))
-    limits = {"batch_size": 2, "max_new_tokens": 1, "device": torch.device("cpu")}
-    generate(model, tokenizer, [[2, 3]] * prompts, **limits, progress=lambda *parts: found.append(parts))
-    assert found == seen
-
-
-def test_whatever_ends_an_evaluation_the_bar_is_gone(monkeypatch):
-    """rich hides the cursor while there is one."""
-    from hdpissa.launch import evaluate_dataset
-
-    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
-    shown = []
-
-    def work():
-        with evaluate_dataset._progress("answers") as progress:
-            shown.append(progress._bars.live)
-            progress(0, 3)
-            shown.append(progress._bars.live.is_started)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert shown[1]
-    assert not shown[0].is_started

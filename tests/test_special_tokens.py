@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import datasets
 import pytest
 from data_cases import BOS, EOS, ROWS, character_tokenizer, encode, ids, texts
 from tokenizers import processors
 
 from hdpissa.engine.data_encode import prompt_ids
-from hdpissa.launch.train_arguments import TrainArguments
-from hdpissa.launch.train_questions import read_questions
 
 PUT = {"<s> $A </s>": [BOS], "$A </s>": [], "$A </s> </s>": [], "<s> $A": [BOS], "$A": []}
 
@@ -43,9 +39,6 @@ def test_all_of_the_answer_is_learned_and_one_eos(format, single):
 def test_no_eos_stands_behind_a_prompt(single):
     tokenizer = tokenizer_that_puts(single)
     assert prompt_ids(tokenizer, "q") == [*PUT[single], *ids("q")]
-    rows = SimpleNamespace(held_out=None, template=SimpleNamespace(render=lambda text: f"<{text}>"))
-    (asked,) = read_questions(TrainArguments(sample_prompt=["q"]), tokenizer, rows)[1]
-    assert asked.ids == [*PUT[single], *ids("<q>")]
 
 
 def test_a_bos_that_is_the_eos_too_stays_in_front():

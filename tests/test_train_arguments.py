@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ import yaml
 from launch_runs import flags
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, foreign_names, train_arguments, train_checkpoints
+from hdpissa.launch import command_line, foreign_names, train_arguments
 
 STEPS = 8
 
@@ -153,30 +153,6 @@ def test_yaml_words(tmp_path):
     path.write_text(yaml.safe_dump({**required, "save_strategy": False, "resume_from_checkpoint": True}))
     args, _ = train_arguments.parse(["--config", str(path)])
     assert (args.save_strategy, args.resume_from_checkpoint) == ("no", "auto")
-
-
-@pytest.mark.parametrize(("changes", "anew"), [({"max_steps": 12}, True), ({"logging_steps": 5}, False), ({}, False)])
-def test_resuming_tells_what_changed_and_a_new_schedule(inputs, tmp_path, changes, anew):
-    """Other steps in all stretch the learning rates, which is easily overlooked."""
-    before, now = (
-        train_arguments.parse(flags(arguments(inputs, tmp_path / "out", **some)))[0] for some in ({}, changes)
-    )
-    manifest = SimpleNamespace(client_state={"arguments": asdict(before)})
-    engine = SimpleNamespace(global_steps=4, init_report=SimpleNamespace(residual=1e-9))
-    reader = SimpleNamespace(folder="checkpoint-4", manifest=manifest)
-    text = train_checkpoints.describe_start(now, engine, reader, total_steps=now.max_steps)
-    assert ("changed since" in text) == bool(changes)
-    assert all(f"{name} " in text for name in changes)
-    assert ("a new one, of 12 steps" in text) == anew
-
-
-def test_a_checkpoint_of_0_1_has_not_what_the_json_said(inputs, tmp_path):
-    """But the command line's defaults, so that nothing can be told of what the two may both say."""
-    args = train_arguments.parse(flags(arguments(inputs, tmp_path / "out")))[0]
-    for state, told in (({}, set()), ({"local": []}, {"learning_rate", "bf16"})):
-        state = state | {"arguments": asdict(args) | {"learning_rate": 0.5, "bf16": True}}
-        reader = SimpleNamespace(manifest=SimpleNamespace(client_state=state))
-        assert train_checkpoints.changed_arguments(reader, args).keys() == told
 
 
 def test_help_does_not_show_empty_defaults():
