@@ -40,38 +40,36 @@ def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> An
     class Config(trl.SFTConfig):
         place_model_on_device = False  # type: ignore[assignment]  # it has no weights
 
-    given, script = vars(args), run.get("script") or {}
-    named: dict[str, Any] = {name: script.get(name) for name in COLUMNS if script.get(name) is not None}
-    if "dataset_name" not in given and script.get("trainer", "sft") == "sft":
-        named |= _evaluation_rows(script)
+    given, of_run = vars(args), run.get("arguments") or {}
+    named: dict[str, Any] = {name: of_run.get(name) for name in COLUMNS if of_run.get(name) is not None}
+    if "dataset_name" not in given and of_run.get("trainer", "sft") == "sft":
+        named |= _evaluation_rows(of_run)
     named |= {name: given[name] for name in (*COLUMNS, *ROWS) if name in given}
     if not named.get("dataset_name"):
         raise ConfigError(
             f"--model {args.model}: no run.json names its evaluation rows; give --dataset_name, or --tasks"
         )
-    trained = run.get("arguments") or {}
     reading = {"max_length": SFT_DEFAULTS["max_length"]}
-    reading |= {name: trained[name] for name in READING if trained.get(name) is not None}
+    reading |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
     reading |= {name: given[name] for name in READING if name in given}
     fixed = {
         "output_dir": scratch,
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
     }
     fixed |= {"trust_remote_code": args.trust_remote_code}
     training = tried("--model", args.model, lambda: Config(**fixed, **reading))
     return Arguments(ScriptArguments(**named), training, trl.DatasetMixtureConfig(), frozenset(given))
 
 
-def _evaluation_rows(script: dict[str, Any]) -> dict[str, Any]:
-    """ROWS of a run's evaluation rows, by its ScriptArguments; none where it had none."""
-    name, split = script.get("eval_dataset_name"), script.get("dataset_test_split")
+def _evaluation_rows(of_run: dict[str, Any]) -> dict[str, Any]:
+    """ROWS of a run's evaluation rows, by its arguments; none where it had none."""
+    name, split = of_run.get("eval_dataset_name"), of_run.get("dataset_test_split")
     if not name and not split:
         return {}
-    found = {n: script[n] for n in ("dataset_config", "dataset_revision") if script.get(n) is not None}
-    return found | {"dataset_name": name or script.get("dataset_name"), "dataset_train_split": split or "train"}
+    found = {n: of_run[n] for n in ("dataset_config", "dataset_revision") if of_run.get(n) is not None}
+    return found | {"dataset_name": name or of_run.get("dataset_name"), "dataset_train_split": split or "train"}
 
 
 def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, Any, int | None]:

@@ -91,7 +91,7 @@ def test_a_run_says_how_its_rows_are_read(inputs, tmp_path):
     shutil.copytree(inputs["model_name_or_path"], run / "model")
     script = {"trainer": "sft", "dataset_name": name, "dataset_test_split": "train[:4]", "prompt_template": "none"}
     script |= {"prompt_field": "q", "response_field": "a", "eval_dataset_name": None}
-    (run / "run.json").write_text(json.dumps({"script": script, "arguments": {"max_length": 90}}))
+    (run / "run.json").write_text(json.dumps({"arguments": script | {"max_length": 90}}))
     pairs = [(row["instruction"], row["response"] + "\n<eos>") for row in rows]
     folder = inputs["model_name_or_path"]
     for words, count, length in (
