@@ -66,9 +66,6 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys):
         ("train", *NEEDED, "--dataset_name", "a.jsonl", "b.csv"): (
             "unknown argument b.csv; a value stands behind its option, several in quotes: --dataset_name 'a.jsonl"
         ),
-        ("evaluate", "--model", "M", "--eval_dataset_name", "D"): (
-            "unknown argument --eval_dataset_name; use --dataset_name"
-        ),
         ("plan", "--modl=x", "--gpus", "8", "--gpu_count", "8"): (
             "unknown arguments --modl; did you mean --model?, and --gpu_count; see --help"
         ),
