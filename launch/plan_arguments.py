@@ -60,7 +60,6 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
-OF_TRAIN = {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"}  # train's names → what to do with them here
 HELP = help_pages.Page(
     "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
     (
@@ -81,21 +80,12 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any],
     pages = {"plan": PlanArguments, "section": SectionArguments}
     if help_pages.answered(words, pages, HELP):
         raise SystemExit(0)
-<<<<<<< HEAD
-    parser = command_line.make_parser(PlanArguments)
-    values, given = command_line.read(parser, words, OF_TRAIN)
-    args = PlanArguments(**values)
-    args.ds_config = shipped_configs.locate(args.ds_config)
-    _check(args)
-    return args, frozenset(given)
-=======
     parser = command_line.make_parser(pages)
     values, given = command_line.read(parser, words, dict.fromkeys(("num_accelerators", "num_gpus"), "use --gpus"))
     args = PlanArguments(**{f.name: values[f.name] for f in fields(PlanArguments)})
     args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)
     return args, section_of(values), frozenset(given)
->>>>>>> plan
 
 
 def _check(args: PlanArguments) -> None:
