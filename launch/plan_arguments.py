@@ -60,7 +60,6 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
-OF_TRAIN = {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"}  # train's names → what to do with them here
 HELP = help_pages.Page(
     "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
     (
