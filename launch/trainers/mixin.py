@@ -72,6 +72,7 @@ class HDPissaMixin(_Base):
         engine: None until `train` has made it.
         slice_order: whether this trainer's rows come in the order of slices; False where it has a sampler of its own.
         section_defaults: keys of `hd_pissa` that the class sets where the JSON is silent.
+        new_modules: of the model that a base by name need not hold.
     """
 
     engine: HDPissaEngine = None  # type: ignore[assignment]
@@ -79,6 +80,7 @@ class HDPissaMixin(_Base):
     lr_scheduler: Any
     slice_order = True
     section_defaults: ClassVar[dict[str, Any]] = {}
+    new_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
         if positional:
@@ -112,7 +114,7 @@ class HDPissaMixin(_Base):
             return
         dtype = "bfloat16" if args.bf16 else "float32"
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": dtype}
-        with reading_own_rows():
+        with reading_own_rows(self.new_modules):
             yield
 
     # --- the engine ------------------------------------------------------------------------------------
