@@ -58,7 +58,7 @@ INSTEAD = {
     "overwrite_cache": "tokenised rows are cached by their content; leave it out",
     "auto_find_batch_size": "hdpissa plan finds it before the run",
     **dict.fromkeys(("wandb_project", "project"), "set WANDB_PROJECT in the environment"),
-    "plot_loss": "pictures and report.html are always there (--report); leave it out",
+    "plot_loss": "training_loss.png is always there; leave it out",
     "do_eval": "give --eval_dataset_name or --eval_split",
     "use_dora": _LORA_ONLY,
     "use_rslora": _LORA_ONLY,

@@ -75,11 +75,13 @@ def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any]
 
 
 def callbacks(arguments: Any, ends: Any) -> list[Any]:
-    """Early stopping, where it is asked for, and what happens at the ends of the run."""
+    """What happens at the ends of the run, its pictures, and early stopping where it is asked for."""
     from transformers import EarlyStoppingCallback
 
+    from hdpissa.launch.trainers.pictures import RunPictures
+
     patience = arguments.script.early_stopping_patience
-    return [ends, *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [ends, RunPictures(ends), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
 def rewards(script: Any) -> list[Any]:
