@@ -3,7 +3,7 @@
     whole     decomposition, four steps in bf16, checkpoints in the background, both exports; these loaded back
     resumed   the same, ended by SIGKILL when its first checkpoint is there, and resumed: the same bits as `whole`
     offload   the same with the exact weights' other half in host memory
-    two       the same on two ranks that share the device, exported afterwards. NCCL refuses that: gloo it is
+    two       the same on two ranks that share the device, exported afterwards; NCCL refuses that, they use gloo
 
 The four go side by side; each has its row as soon as it is over. Inputs are made here, without network.
 """
@@ -95,13 +95,14 @@ class Life:
         return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
     def difference(self, name: str, other: str) -> float:
-        """‖W − W'‖ / ‖W' − W at the start‖ over all weights."""
-        found, wanted = self.weights(name), self.weights(other)
+        """‖W − W'‖ / ‖W' − W at the start‖ over the trained weights; others are the base's, or rounded to bf16."""
         from safetensors.torch import load_file
 
         start = load_file(Path(self.arguments["model_name_or_path"]) / "model.safetensors")
-        off = sum((found[key].double() - wanted[key].double()).square().sum() for key in wanted)
-        moved = sum((start[key].double() - wanted[key].double()).square().sum() for key in wanted if key in start)
+        found, wanted = self.weights(name), self.weights(other)
+        trained = [key for key in wanted if "_proj." in key]
+        off = sum((found[key].double() - wanted[key].double()).square().sum() for key in trained)
+        moved = sum((start[key].double() - wanted[key].double()).square().sum() for key in trained)
         return float((off / moved).sqrt())
 
 

@@ -60,7 +60,6 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
-OF_TRAIN = {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"}  # train's names → what to do with them here
 HELP = help_pages.Page(
     "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
     (
@@ -82,7 +81,7 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any],
     if help_pages.answered(words, pages, HELP):
         raise SystemExit(0)
     parser = command_line.make_parser(pages)
-    values, given = command_line.read(parser, words, OF_TRAIN)
+    values, given = command_line.read(parser, words, {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"})
     args = PlanArguments(**{f.name: values[f.name] for f in fields(PlanArguments)})
     args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)
