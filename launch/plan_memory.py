@@ -76,7 +76,9 @@ def _height(computing: dict[str, int]) -> int:
 def memory(run: Run) -> Memory:
     """All of it."""
     weights, factors = _weights(run), _factors(run)
-    on_host = {"bf16 shards", "fp32 shards", "other weights", SECOND_COPY, REFERENCE} if run.placement.offload else set()
+    on_host = (
+        {"bf16 shards", "fp32 shards", "other weights", SECOND_COPY, REFERENCE} if run.placement.offload else set()
+    )
     if run.placement.offload or run.placement.master_on_cpu:
         on_host |= {"fp32 remainder", "fp32 master"}
     persistent = {name: n for name, n in (weights | factors).items() if name not in on_host}

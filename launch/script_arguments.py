@@ -140,7 +140,9 @@ class Parser(trl.TrlParser):
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            raise ConfigError(f"unknown argument {unknown[0]}; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+            raise ConfigError(
+                f"unknown argument {unknown[0]}; {f'did you mean --{near[0]}?' if near else 'see --help'}"
+            )
 
 
 def parse(argv: list[str]) -> Arguments:

@@ -37,6 +37,7 @@ TORCHRUN = (
 )
 NUMBERS = {"num_gpus", "num_accelerators", "num_nodes", "master_port"}
 
+
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
     """(the launcher's words, train.py's), each in the order in which they stand."""
     values, switches = DEEPSPEED[0] | TORCHRUN[0], DEEPSPEED[1] | TORCHRUN[1]

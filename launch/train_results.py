@@ -129,5 +129,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     """The special token with which the chat template ends an assistant's words; none where it has none."""
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
     rest = tokenizer.apply_chat_template(asked, tokenize=False).partition(SENTINEL)[2]
-    found = [token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids]
+    found = [
+        token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids
+    ]
     return found[:1]

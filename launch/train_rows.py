@@ -99,7 +99,9 @@ def _instructions(rows: Any, arguments: Arguments) -> dict[str, str]:
     response = script.response_field or ("response" if "response" in columns else "output")
     given = bool(script.prompt_field or script.response_field)
     if {prompt, response} <= set(columns):
-        return {"prompt": prompt, "response": response} | ({} if given or "input" not in columns else {"input": "input"})
+        return {"prompt": prompt, "response": response} | (
+            {} if given or "input" not in columns else {"input": "input"}
+        )
     if given or not {*OF_TRL, arguments.training.dataset_text_field} & set(columns):
         missing = prompt if prompt not in columns else script.response_field or "response"
         raise ConfigError(
