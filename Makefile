@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUTPUT ?= outputs/demo
 
-.PHONY: venv check test slow faults demo bench gpu clean
+.PHONY: venv check test slow faults demo bench gpu gpu-cache clean
 
 venv: $(READY)
 
@@ -46,9 +46,14 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/suite.py
 
-# Needs a GPU; on a bare machine no virtual environment either (benchmarks/README.md). PHASES="tests bench" runs a part.
+# Needs a GPU; on a bare machine no virtual environment either (benchmarks/README.md). PHASES="smoke tests" runs a part,
+# DRY=1 all of it on the CPU with toy sizes.
 gpu:
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(PHASES)
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY),--dry) $(PHASES)
+
+# Kernels compiled ahead for `make gpu` on a machine whose Python is GPU_PYTHON; needs no GPU.
+gpu-cache: $(READY)
+	$(BIN)/python benchmarks/gpu_cache.py --python $(or $(GPU_PYTHON),3.12)
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

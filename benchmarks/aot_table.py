@@ -18,15 +18,13 @@ import importlib.util
 import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import timing
+from hdpissa.benchmarks import launch_capture, timing
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 # What kernels share, and what chooses between them.
@@ -46,7 +44,7 @@ class Target:
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_90": Target("cuda", 90, 32, launch_capture.SHARED_BYTES),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
 
@@ -90,20 +88,12 @@ def compile_case(kernel: str, index: int, target_name: str) -> dict[str, Any]:
 
 
 def _read_nvidia(asm: Mapping[str, Any]) -> dict[str, Any]:
-    """Registers and spills of a cubin, by the tool that Triton brings; matrix instructions of its PTX."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # a function's stack frame holds what is spilled; local memory is counted too, should a compiler use it
-    figure = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    """Registers and spills of a cubin; matrix instructions of its PTX."""
+    registers, spilled = launch_capture.registers_and_spills(asm["cubin"])
     instructions = re.sub(r"\.(?:mma_async|sync|aligned|row|col)\b", "", asm["ptx"])
     return {
-        "registers": figure["REG"],
-        "spilled": figure["STACK"] + figure["LOCAL"],
+        "registers": registers,
+        "spilled": spilled,
         "matrix instructions": _distinct(r"\bw?g?mma\.m\d[\w.]+", instructions),
     }
 

@@ -5,6 +5,7 @@ python benchmarks/bench_delta_apply.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -58,19 +59,25 @@ def row(shape: shapes.Shape, slices: int, wire: torch.dtype, precision: str, ban
     }  # fmt: skip
 
 
-def main() -> None:
-    timing.need_gpu()
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
     bandwidth = timing.copy_bandwidth()
     fp32, bf16 = torch.float32, torch.bfloat16
     cases = [(s, fp32, "fp32") for s in SLICES] + [(8, bf16, "fp32"), (8, fp32, "tf32")]
     weights = (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B)
-    rows = [row(shape, *case, bandwidth) for shape in weights for case in cases]
+    yield from (row(shape, *case, bandwidth) for shape in weights for case in cases)
+
+
+def main() -> None:
+    timing.need_gpu()
+    measured = list(rows())
+    bandwidth = timing.copy_bandwidth()
     note = (
         f"W ← W − D on a split fp32 shard, r = {RANK}, the splitting of the factors included; copy bandwidth "
         f"{bandwidth / 1e12:.2f} TB/s. Limit: 80 % of it up to 8 slices."
     )
     kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"r": RANK, **timing.ONE_RUN}}
-    timing.write("bench_delta_apply", rows, COLUMNS, note, **kept)
+    timing.write("bench_delta_apply", measured, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python benchmarks/bench_dense_delta.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,20 @@ def row(shape: shapes.Shape, slices: int, dtype: torch.dtype, bandwidth: float) 
     return {**name, **times, "% of copy bandwidth": share}
 
 
-def main() -> None:
-    timing.need_gpu()
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
     bandwidth = timing.copy_bandwidth()
     weights = (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B)
     cases = [(slices, dtype) for slices in (1, 4) for dtype in (torch.bfloat16, torch.float32)]
-    rows = [row(shape, *case, bandwidth) for shape in weights for case in cases]
+    yield from (row(shape, *case, bandwidth) for shape in weights for case in cases)
+
+
+def main() -> None:
+    timing.need_gpu()
+    measured = list(rows())
     note = f"D of the own slices, r = {RANK}; the least traffic is writing the result once."
     kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"r": RANK, **timing.ONE_RUN}}
-    timing.write("bench_dense_delta", rows, COLUMNS, note, **kept)
+    timing.write("bench_dense_delta", measured, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ python benchmarks/bench_low_rank_forward.py
 
 from __future__ import annotations
 
-from hdpissa.benchmarks.thin_products import Layer, compare
+from collections.abc import Iterator
+from typing import Any
+
+from hdpissa.benchmarks.thin_products import Layer, compare, write
 from hdpissa.kernels import api
 
 
@@ -14,13 +17,13 @@ def call(layer: Layer, impl: str):
     return lambda: api.low_rank_forward(layer.x, layer.A, impl=impl)
 
 
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
+    return compare(call, lambda layer: layer.x.nbytes + layer.A.nbytes)
+
+
 def main() -> None:
-    compare(
-        "bench_low_rank_forward",
-        "p = x Aᵀ; the least traffic is one reading of x.",
-        call,
-        lambda layer: layer.x.nbytes + layer.A.nbytes,
-    )
+    write("bench_low_rank_forward", "p = x Aᵀ; the least traffic is one reading of x.", list(rows()))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ python benchmarks/bench_low_rank_grad_A.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
-from hdpissa.benchmarks.thin_products import Layer, compare
+from hdpissa.benchmarks.thin_products import Layer, compare, write
 from hdpissa.kernels import api
 
 
@@ -17,12 +20,16 @@ def call(layer: Layer, impl: str):
     return lambda: api.low_rank_grad_A_([grad], [q], layer.x, impl=impl)
 
 
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
+    return compare(call, lambda layer: layer.x.nbytes + 2 * layer.A.nbytes)
+
+
 def main() -> None:
-    compare(
+    write(
         "bench_low_rank_grad_A",
         "grad A += qᵀ x; the least traffic is one reading of x, grad A read and written.",
-        call,
-        lambda layer: layer.x.nbytes + 2 * layer.A.nbytes,
+        list(rows()),
     )
 
 

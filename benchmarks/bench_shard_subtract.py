@@ -5,6 +5,7 @@ python benchmarks/bench_shard_subtract.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -33,14 +34,19 @@ def row(form: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     return {"shard": form, "delta": str(dtype)[6:], **times, "% of copy bandwidth": share}
 
 
-def main() -> None:
-    timing.need_gpu()
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
     bandwidth = timing.copy_bandwidth()
     forms = ("split", "master and half", "fp32")
-    rows = [row(form, dtype, bandwidth) for form in forms for dtype in (torch.bfloat16, torch.float32)]
+    yield from (row(form, dtype, bandwidth) for form in forms for dtype in (torch.bfloat16, torch.float32))
+
+
+def main() -> None:
+    timing.need_gpu()
+    measured = list(rows())
     note = f"W ← W − D over {NUMEL} weights, each tensor once."
     kept: dict[str, Any] = {"identity": IDENTITY, "configuration": {"weights": NUMEL, **timing.ONE_RUN}}
-    timing.write("bench_shard_subtract", rows, COLUMNS, note, **kept)
+    timing.write("bench_shard_subtract", measured, COLUMNS, note, **kept)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python benchmarks/bench_slice_adam.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,17 @@ def row(numel: int, wire: torch.dtype, bandwidth: float) -> dict[str, Any]:
     return {"elements": numel, "wire": str(wire)[6:], **times, "% of copy bandwidth": share}
 
 
+def rows() -> Iterator[dict[str, Any]]:
+    """One by one, as they are measured."""
+    bandwidth = timing.copy_bandwidth()
+    yield from (row(numel, wire, bandwidth) for numel in SIZES for wire in (torch.float32, torch.bfloat16))
+
+
 def main() -> None:
     timing.need_gpu()
-    bandwidth = timing.copy_bandwidth()
-    rows = [row(numel, wire, bandwidth) for numel in SIZES for wire in (torch.float32, torch.bfloat16)]
-    note = f"Adam over flat buffers; copy bandwidth {bandwidth / 1e12:.2f} TB/s."
-    timing.write("bench_slice_adam", rows, COLUMNS, note, identity=IDENTITY, configuration=timing.ONE_RUN)
+    measured = list(rows())
+    note = f"Adam over flat buffers; copy bandwidth {timing.copy_bandwidth() / 1e12:.2f} TB/s."
+    timing.write("bench_slice_adam", measured, COLUMNS, note, identity=IDENTITY, configuration=timing.ONE_RUN)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,24 +93,24 @@ def row(name: str, r: int, ms: dict[str, float]) -> dict[str, Any]:
     return {"layer": name, "r": r, **times, **ratios, "limit": LIMITS[r]}
 
 
-def measure_model(groups: Sequence[Group], **how: Any) -> list[dict[str, Any]]:
+def measure_model(groups: Sequence[Group], **how: Any) -> Iterator[dict[str, Any]]:
     """Groups as a decoder layer calls them with their sum, then every distinct shape that is in a group alone."""
-    rows = []
     for r in LIMITS:
-        grouped = [measure(group, r, **how) for group in groups]
-        rows += grouped
+        grouped = []
+        for group in groups:
+            grouped.append(measure(group, r, **how))
+            yield grouped[-1]
         total = {variant: sum(g[f"{variant} ms"] for g in grouped) for variant in ("frozen", "ours", "lora")}
-        rows.append(row(f"{groups[0].name.split(' ')[0]} decoder layer", r, total))
+        yield row(f"{groups[0].name.split(' ')[0]} decoder layer", r, total)
         shared = [g for g in groups if len(g.members) > 1]
         alone = [Group(f"{s.name} alone", (s,)) for s in shapes.distinct(shared)]
-        rows += [measure(group, r, **how) for group in alone]
-    return rows
+        yield from (measure(group, r, **how) for group in alone)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = timing.need_gpu()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for groups in (shapes.LLAMA_2_7B_GROUPS, shapes.LLAMA_3_70B_GROUPS):
         rows += measure_model(groups, tokens=TOKENS, device=device, time=timing.samples_ms)
     over = [f"{r['layer']} r{r['r']}" for r in rows if r["ours / frozen"] > r["limit"]]

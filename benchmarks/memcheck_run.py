@@ -2,18 +2,19 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck_run.py
 
-Without torch's cache every tensor is an allocation of its own, so that a read one element behind it is seen.
+That nothing was found is the exit code's to say. Without torch's cache every tensor is an allocation of its own, so
+that a read one element behind it is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hdpissa.benchmarks import timing
+from hdpissa.benchmarks import gpu_rows, timing
 from hdpissa.kernels import api
 
 T, O, I, R = 67, 131, 259, 17
@@ -45,17 +46,19 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     }
 
 
-def run(device: torch.device) -> list[str]:
-    """Launches all, for bf16 and fp32 operands; the stems."""
-    names = []
+def rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Launches all, for bf16 and fp32 operands; each has ended before its row."""
     for dtype in (torch.bfloat16, torch.float32):
         for name, call in calls(device, dtype).items():
-            call()
-            names.append(name)
-    return names
+
+            def ended(call: Callable[[], object] = call) -> dict[str, Any]:
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                return {"outcome": "ended"}
+
+            yield gpu_rows.attempt({"kernel": name, "operands": str(dtype)[6:]}, ended)
 
 
 if __name__ == "__main__":
-    done = run(timing.need_gpu())
-    torch.cuda.synchronize()
-    print(f"launched {len(done)}: {', '.join(sorted(set(done)))}")
+    raise SystemExit(gpu_rows.record_all(rows(timing.need_gpu())))

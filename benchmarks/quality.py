@@ -366,7 +366,7 @@ def main() -> int:
         whole = plan_of(args, arms)
         refuse_mixture(args, whole, found)
         work = task.make_task(args, test_rows=args.test_rows, test_dataset_name=args.test_dataset_name)
-        work.order(args, slices=args.slices, seed=args.seeds[0])  # refuses too few rows before any run
+        work.micro_batches(args, slices=args.slices, seed=args.seeds[0])  # refuses too few rows before any run
         ending = sweep(args, arms, work.digest)
         found = read_records(args)
     records, whole = select(found, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as calendar
 import gc
+import itertools
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hdpissa.benchmarks import methods, task, throughput_worker, timing
 from hdpissa.benchmarks.method_base import DivergedError
@@ -29,8 +31,8 @@ from hdpissa.benchmarks.quality_record import (
     write_whole,
 )
 from hdpissa.engine import answers, zero3
-from hdpissa.engine.batches import EvalBatches, count_target_tokens
 from hdpissa.engine.generation import generate
+from hdpissa.launch.alpaca import IGNORE
 
 # Of a loss, between training's forward pass and a plain model's in fp32: rounding of W, and of activations to 8 bits.
 MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -53,23 +55,24 @@ def learning_rates(lr: float, steps: int, warmup_ratio: float) -> list[float]:
     return rates
 
 
-def validate(method: methods.Method, batches: EvalBatches) -> float:
+def validate(method: methods.Method, batches: DataLoader) -> float:
     """Loss per target token."""
     total, tokens = 0.0, 0
-    for batch, _ in batches:
-        count = count_target_tokens(batch["labels"])
+    for batch in batches:
+        count = int((batch["labels"][:, 1:] != IGNORE).sum())
         total += float(method.loss(batch)) * count if count else 0.0
         tokens += count
     return total / max(tokens, 1)
 
 
-def train(method: methods.Method, job: Job, args: Training, work: task.Task, order: task.Order, steps: int) -> Log:
+def train(method: methods.Method, job: Job, args: Training, work: task.Task, data: DataLoader, steps: int) -> Log:
     """All optimizer steps of a run, with the validation loss before, in between and at the end.
 
     A loss that is not finite, or a step that the method refuses, ends it; `Log.diverged` says so.
     """
     log, start = Log(), time.perf_counter()
-    batches = eval_batches(work.held_out, args, work.tokenizer)
+    batches = work.batches(work.held_out, args.eval_batch)
+    micro_batches = itertools.chain.from_iterable(itertools.repeat(data))
     rates = learning_rates(job.lr, steps, args.warmup_ratio)
     spent = tokens = 0.0
     for done in range(steps + 1):
@@ -90,7 +93,7 @@ def train(method: methods.Method, job: Job, args: Training, work: task.Task, ord
             spent = tokens = 0.0
         if done < steps:
             before, losses = time.perf_counter(), []
-            for batch in order.micro_batches(done):
+            for batch in itertools.islice(micro_batches, args.accumulation):
                 losses.append(method.micro_step(batch))
                 tokens += int(batch["attention_mask"].sum())
                 log.tokens += int(batch["attention_mask"].sum())
@@ -107,12 +110,6 @@ def train(method: methods.Method, job: Job, args: Training, work: task.Task, ord
             log.train_time += time.perf_counter() - before
             log.memory.append(memory_now())
     return log
-
-
-def eval_batches(rows: Any, args: Training, tokenizer: Any) -> EvalBatches:
-    return EvalBatches(
-        rows.dataset, rank=0, world_size=1, batch_size=args.eval_batch, pad_token_id=tokenizer.pad_token_id
-    )
 
 
 def memory_now() -> int:
@@ -171,7 +168,7 @@ def test(model: nn.Module, job: Job, args: Training, work: task.Task) -> dict[st
     start = time.perf_counter()
     assert work.test is not None
     assert work.test_rows is not None
-    loss = validate(Plain(model), eval_batches(work.test, args, work.tokenizer))  # type: ignore[arg-type]
+    loss = validate(Plain(model), work.batches(work.test, args.eval_batch))  # type: ignore[arg-type]
     prompts = [work.template.render(str(text)) for text in work.test_rows[args.prompt_field]]
     references = [str(text) for text in work.test_rows[args.response_field]]
     found = generate(
@@ -193,7 +190,7 @@ def test(model: nn.Module, job: Job, args: Training, work: task.Task) -> dict[st
 
 def test_trained(model: nn.Module, job: Job, args: Training, work: task.Task, log: Log) -> dict[str, Any]:
     """The last row of a record's metrics: loss of the validation again, loss and answers of the test."""
-    loss = validate(Plain(model), eval_batches(work.held_out, args, work.tokenizer))  # type: ignore[arg-type]
+    loss = validate(Plain(model), work.batches(work.held_out, args.eval_batch))  # type: ignore[arg-type]
     if job.method:
         refuse_other_model(loss, log.metrics[-1]["valid loss"], args.dtype)
     return {"valid loss": loss, "train loss": mean(log.losses[-args.eval_steps :]), **test(model, job, args, work)}
@@ -215,8 +212,8 @@ def run(job: Job) -> dict[str, Any]:
     started, begin = calendar.datetime.now(calendar.UTC).isoformat(timespec="seconds"), time.perf_counter()
     args = Training(**job.arguments)
     work = task.make_task(args, test_rows=args.test_rows, test_dataset_name=args.test_dataset_name)
-    order = work.order(args, slices=args.slices, seed=job.seed)
-    steps = count_steps(args, order) if job.method else 0
+    data = work.micro_batches(args, slices=args.slices, seed=job.seed)
+    steps = count_steps(args, data) if job.method else 0
     throughput_worker.restart_peak()
     initial, log = memory_now(), Log()
     weights: dict[str, Tensor] = {}
@@ -224,12 +221,13 @@ def run(job: Job) -> dict[str, Any]:
     if job.method:
         method = methods.build(job.method, setting_of(job, args))
         cpu.append(time.process_time())
-        log = train(method, job, args, work, order, steps)
+        log = train(method, job, args, work, data, steps)
         cpu.append(time.process_time())
         weights = trained_weights(method)
         del method
         gc.collect()
     model = plain_model(args, weights)
+    truncated = sum(ids[-1] != work.tokenizer.eos_token_id for ids in work.train["input_ids"])
     last: dict[str, Any] = {"step": steps, "train samples": steps * samples(args), "train total tokens": log.tokens}
     if log.diverged:
         last |= {"step": len(log.losses), "valid loss": None}
@@ -249,7 +247,7 @@ def run(job: Job) -> dict[str, Any]:
             "cpu_time": {name: after - before for name, before, after in zip(phases, [0.0, *cpu], cpu, strict=False)},
             "losses": [loss if math.isfinite(loss) else None for loss in log.losses],
             "memory": {"start": initial, **log.peaks},
-            "rows": {"train": len(work.train.dataset), "truncated": work.train.truncated},
+            "rows": {"train": len(work.train), "truncated": truncated},
             "revision": timing.environment()["revision"],
             "device": timing.environment()["device"],
         },
@@ -271,8 +269,8 @@ def setting_of(job: Job, args: Training) -> methods.Setting:
     )
 
 
-def count_steps(args: Training, order: task.Order) -> int:
-    return args.steps or max(1, int(args.num_train_epochs * order.data.steps_per_epoch))
+def count_steps(args: Training, data: DataLoader) -> int:
+    return args.steps or max(1, int(args.num_train_epochs * (len(data) // args.accumulation)))
 
 
 def run_and_write(job: Job) -> None:

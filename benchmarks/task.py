@@ -1,32 +1,36 @@
 """The task that methods are compared on: rows of a file or the arithmetic generator, one order for all methods.
 
-Reading, masking and order are the training script's own (`engine.data`, `engine.batches`). The order is that of the
-largest number of slices in the comparison; a method without slices takes the same micro-batches one after another.
+Reading, masking and order are the training script's own. The order is that of the largest number of slices in the
+comparison; a method without slices takes the same micro-batches one after another.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import torch
+import trl
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
 
-from hdpissa.engine.batches import SliceBatches
-from hdpissa.engine.data import TokenizedRows, load_rows, tokenize_rows
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.prompts import PromptTemplate, resolve_template
 from hdpissa.engine.slicing import SlicePlan
-from hdpissa.launch import demo_data
+from hdpissa.launch import demo_data, run_checks, train_rows
+from hdpissa.launch.alpaca import IGNORE, AlpacaEncoder
 from hdpissa.launch.command_line import make_parser, one_of, option, read
 from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
-from hdpissa.launch.train_checks import check_vocabulary, read_model_config, read_tokenizer
+from hdpissa.launch.script_arguments import Arguments, ScriptArguments
+from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
 
 
 @dataclass
@@ -107,44 +111,34 @@ def refuse_slices(slices: list[int], accumulation: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, rows to choose by, rows to test with (None without a test), tokenised.
+    """Rows to train on, rows to choose by, rows to test with (None without a test): `input_ids` and `labels`.
 
     `test_rows` are the last ones as text; `digest` is the SHA-256 of all rows' text.
     """
 
-    train: TokenizedRows
-    held_out: TokenizedRows
-    test: TokenizedRows | None
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    test: datasets.Dataset | None
     test_rows: datasets.Dataset | None
     tokenizer: Any
     template: PromptTemplate
     digest: str
 
-    def order(self, args: TaskArguments, *, slices: int, seed: int) -> Order:
-        """The order of one run."""
-        plan = SlicePlan(slices, world_size=1, rank=0)
-        data = SliceBatches(
-            self.train.dataset,
-            slices=slices,
-            micro_batches_per_slice=plan.micro_batches_per_slice(args.accumulation),
-            micro_batch_size=args.micro_batch,
-            seed=seed,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return Order(data, plan.schedule(args.accumulation))
+    def micro_batches(self, args: TaskArguments, *, slices: int, seed: int) -> DataLoader:
+        """Those of an epoch of one run: `accumulation` of a step, in it the first slice's before the second's."""
+        order = SliceOrder(SlicePlan(slices, world_size=1, rank=0), args.accumulation, args.micro_batch)
+        return self.batches(self.train, args.micro_batch, SliceSampler(len(self.train), order, seed))
+
+    def batches(self, rows: datasets.Dataset, size: int, sampler: SliceSampler | None = None) -> DataLoader:
+        """Rows in order, or in that of a sampler, padded on the right to the longest of a batch."""
+        return DataLoader(rows, size, sampler=sampler, collate_fn=collator(self.tokenizer))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Order:
-    """Micro-batches by step; all methods get the same ones."""
-
-    data: SliceBatches
-    schedule: list[tuple[int, int]]
-
-    def micro_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """Those of one optimizer step, counted from 0, the first slice's before the second's."""
-        for slice_id, micro_batch in self.schedule:
-            yield self.data.batch(step, slice_id, micro_batch)
+def collator(tokenizer: Any) -> Callable[[list[dict]], dict[str, Tensor]]:
+    """Rows to `input_ids`, `attention_mask` and `labels`, (rows, longest)."""
+    tokenizer.padding_side = "right"
+    pad = DataCollatorForSeq2Seq(tokenizer)
+    return lambda rows: dict(pad(rows))
 
 
 def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str | None = None) -> Task:
@@ -157,34 +151,49 @@ def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str
         ConfigError: no such model, file or column, or too few rows.
     """
     datasets.disable_progress_bars()
-    model = SimpleNamespace(model_name_or_path=args.model_name_or_path, trust_remote_code=False)
-    config, template = read_model_config(model), resolve_template(args.prompt_template)
-    tokenizer = read_tokenizer(model)
+    template = resolve_template(args.prompt_template)
+    tokenizer = run_checks.read_tokenizer(args.model_name_or_path, "main", trust_remote_code=False)
     if args.dataset_name is None:
         args.prompt_field, args.response_field = "instruction", "response"
     parts = split(args, 0 if test_dataset_name else test_rows)
     if test_dataset_name:
-        test = load_rows(test_dataset_name, split=args.dataset_split)
+        test = load(test_dataset_name, args.dataset_split)
         parts = [*parts[:2], test.select(range(min(test_rows, len(test))))]
-
-    def encode(part: datasets.Dataset) -> TokenizedRows:
-        return tokenize_rows(
-            part,
-            tokenizer,
-            prompt_field=args.prompt_field,
-            response_field=args.response_field,
-            template=template,
-            max_length=args.max_length,
-        )
-
-    train, held_out = encode(parts[0]), encode(parts[1])
-    check_vocabulary(SimpleNamespace(train=train, held_out=held_out), None, config)
-    test_rows_found = parts[2] if len(parts[2]) else None
-    test_encoded = encode(parts[2]) if test_rows_found else None
+    fields = (args.prompt_field, args.response_field)
+    for part, field in itertools.product(parts, fields):
+        if field not in part.column_names:
+            raise ConfigError(f"column {field!r} is not in the dataset; its columns are {', '.join(part.column_names)}")
+    encoder = AlpacaEncoder(tokenizer, template, *fields)
+    train, held_out, *tests = [encode(part, encoder, args.max_length) for part in parts if len(part)]
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps([part[field][:] for field in (args.prompt_field, args.response_field)]).encode())
-    return Task(train, held_out, test_encoded, test_rows_found, tokenizer, template, digest.hexdigest())
+        digest.update(json.dumps([part[field][:] for field in fields]).encode())
+    test_rows_found = parts[2] if tests else None
+    return Task(train, held_out, tests[0] if tests else None, test_rows_found, tokenizer, template, digest.hexdigest())
+
+
+def load(name: str, split: str) -> datasets.Dataset:
+    """A dataset by the name of a file, a folder, or on the hub."""
+    script = Arguments(ScriptArguments(), None, trl.DatasetMixtureConfig(), frozenset())
+    return train_rows.load(script, name, split, streaming=False)
+
+
+def encode(rows: datasets.Dataset, encoder: AlpacaEncoder, max_length: int) -> datasets.Dataset:
+    """Rows as the model sees them, cut at `max_length`; without those whose answer lies behind it.
+
+    Raises:
+        ConfigError: no row is left.
+    """
+
+    def cut(batch: Mapping[str, list]) -> dict[str, list]:
+        found = encoder(batch)
+        kept = [any(label != IGNORE for label in row[1:max_length]) for row in found["labels"]]  # 0 is not predicted
+        return {name: [row[:max_length] for row in itertools.compress(rows, kept)] for name, rows in found.items()}
+
+    encoded = rows.map(cut, batched=True, remove_columns=rows.column_names)
+    if not len(encoded):
+        raise ConfigError(f"--max_length {max_length} leaves no answer token in any row; raise it")
+    return encoded
 
 
 def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
@@ -196,7 +205,7 @@ def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
         except ValueError as error:
             raise ConfigError(f"--train_rows {args.train_rows} and {held_out} rows held out: {error}") from None
     else:
-        rows = load_rows(args.dataset_name, split=args.dataset_split)
+        rows = load(args.dataset_name, args.dataset_split)
     left = len(rows) - held_out
     if left < 1:
         raise ConfigError(f"{held_out} rows held out of {len(rows)} leave none to train on; lower --eval_rows")

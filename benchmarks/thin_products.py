@@ -47,27 +47,27 @@ COLUMNS = ["layer", "r", "triton ms", "torch ms", "torch / triton", "least bytes
 
 
 def compare(
-    name: str,
-    note: str,
-    calls: Callable[[Layer, str], Callable[[], object]],
-    nbytes: Callable[[Layer], int],
-) -> None:
-    """Times `calls(layer, impl)` for both implementations over all layers and writes the table.
+    calls: Callable[[Layer, str], Callable[[], object]], nbytes: Callable[[Layer], int]
+) -> Iterator[dict[str, Any]]:
+    """Times `calls(layer, impl)` for both implementations: a row for each layer.
 
     Args:
         nbytes: what the operation has to read and write at least, each operand once.
     """
     bandwidth = timing.copy_bandwidth()
-    rows = []
     for layer in layers():
         times = timing.medians({f"{impl} ms": calls(layer, impl) for impl in ("triton", "torch")})
         moved = nbytes(layer)
-        rows.append({
+        yield {
             "layer": layer.name, "r": layer.r, **times,
             "torch / triton": times["torch ms"] / times["triton ms"], "least bytes MB": moved / 1e6,
             "% of copy bandwidth": 100 * moved / (times["triton ms"] * 1e-3) / bandwidth,
-        })  # fmt: skip
-    note = f"{note} {TOKENS} tokens, bf16; copy bandwidth {bandwidth / 1e12:.2f} TB/s."
+        }  # fmt: skip
+
+
+def write(name: str, note: str, rows: list[dict[str, Any]]) -> None:
+    """Writes the table of `compare`'s rows."""
+    note = f"{note} {TOKENS} tokens, bf16; copy bandwidth {timing.copy_bandwidth() / 1e12:.2f} TB/s."
     timing.write(name, rows, COLUMNS, note, identity=IDENTITY, configuration=configuration())
 
 

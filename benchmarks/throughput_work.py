@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hdpissa.benchmarks import method_models
 from hdpissa.benchmarks.methods import Setting
-from hdpissa.engine.batches import collate
 from hdpissa.launch import plan_model
 
 FLOP_RULE = (
@@ -55,8 +55,10 @@ def work(setting: Setting, *, max_length: int, vocabulary: int, rank: int) -> Wo
     batches, lengths = [], []
     for _ in range(setting.accumulation):
         sizes = torch.randint(shortest, max_length + 1, (setting.micro_batch,), generator=lengths_draw).tolist()
-        ids = [torch.randint(0, vocabulary, (size,), generator=draw).tolist() for size in sizes]
-        batches.append(collate([{"input_ids": row, "labels": row} for row in ids], pad_token_id=0))
+        ids = [torch.randint(0, vocabulary, (size,), generator=draw) for size in sizes]
+        labels = pad_sequence(ids, batch_first=True, padding_value=-100)
+        attention_mask = (labels >= 0).long()
+        batches.append({"input_ids": labels * attention_mask, "attention_mask": attention_mask, "labels": labels})
         lengths += sizes
     return Work(batches, lengths)
 

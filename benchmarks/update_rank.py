@@ -18,6 +18,7 @@ the first-order part, in which A and B stay what they were; each step's ΔB ΔA 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
@@ -185,7 +186,7 @@ def measure(variant: Variant, args: Arguments) -> dict[Group, list[tuple[dict[st
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    order = task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)
+    data = task.make_task(args).micro_batches(args, slices=max(args.slices), seed=args.seed)
     setting = methods.Setting(
         model=args.model_name_or_path,
         r=args.r,
@@ -199,8 +200,9 @@ def measure(variant: Variant, args: Arguments) -> dict[Group, list[tuple[dict[st
     before = {name: w.double() for name, w in method.weights()}
     before = {name: before[name] for name in choose_weights(list(before), args.layers)}
     found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
+    micro_batches = itertools.chain.from_iterable(itertools.repeat(data))
     for step in range(max(args.steps)):
-        for batch in order.micro_batches(step):
+        for batch in itertools.islice(micro_batches, args.accumulation):
             method.micro_step(batch)
         method.step(args.lr)
         for name, after in method.weights() if step + 1 in args.steps else ():
@@ -340,7 +342,9 @@ def main() -> int:
     check(args)
     configuration = configuration_of(args)
     timing.refuse_other(args.name, configuration, folder=Path(args.folder), force=args.force)
-    task.make_task(args).order(args, slices=max(args.slices), seed=args.seed)  # refuses before anything is trained
+    task.make_task(args).micro_batches(
+        args, slices=max(args.slices), seed=args.seed
+    )  # refuses before anything is trained
     found: dict[Group, list[tuple[dict[str, Any], Tensor]]] = {}
     for variant in variants(args):
         found |= apart.call(measure, variant, args)

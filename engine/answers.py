@@ -6,8 +6,6 @@ How a reference states its result says how an answer has to:
 | --- | --- |
 | `boxed` | what stands in the last `\\boxed{…}` |
 | `mark` | what follows the first `####`, to the end of the line, as GSM8K writes it |
-| `said` | what follows the last "The answer is", to the end of the line, as MetaMathQA writes it |
-| `number` | the last number |
 | `text` | all of it |
 
 Two results are the same letter by letter, or as numbers: 1,234 and 1234, 0.5 and 1/2 and `\\frac{1}{2}`.
@@ -19,13 +17,11 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-Style = Literal["boxed", "mark", "said", "number", "text"]
+Style = Literal["boxed", "mark", "text"]
 
 MARK = "####"
 LONGEST, LARGEST_EXPONENT = 50, 400  # of numbers: characters, and the power of ten that is written with "e"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_SAID = re.compile(r"answer is:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _EXPONENT = re.compile(r"e([-+]?\d[\d_]*)", re.IGNORECASE)
 _NOISE = re.compile(r"\\left|\\right|\\!|\\,|\\ |\\%|%|\\\$|\$|\\text\{\s*[^}]*\}$|\s+")
@@ -35,11 +31,7 @@ def style_of(reference: str) -> Style:
     """How a text states its result."""
     if _BOXED.search(reference):
         return "boxed"
-    if MARK in reference:
-        return "mark"
-    if _SAID.search(reference):
-        return "said"
-    return "number" if _NUMBER.search(reference) else "text"
+    return "mark" if MARK in reference else "text"
 
 
 def result_of(text: str, style: Style) -> str | None:
@@ -49,12 +41,6 @@ def result_of(text: str, style: Style) -> str | None:
     if style == "mark":
         _, found, after = text.partition(MARK)
         return _tidy(after.strip().split("\n")[0]) if found else None
-    if style == "said":
-        said = _SAID.findall(text)
-        return _tidy(said[-1]) if said else None
-    if style == "number":
-        numbers = _NUMBER.findall(text)
-        return _tidy(numbers[-1]) if numbers else None
     return text.strip()
 
 

@@ -65,7 +65,7 @@ def initialize(
         model: built under `zero.Init` (see `load_pretrained`), or whole on every rank; then rank 0's
             values are taken and the model is sharded here.
         config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
-            Trainer would fill become: micro-batch 1, accumulation 1, no clipping.
+            Trainer would fill become: micro-batch 1, accumulation 1, no clipping, bf16 on a GPU.
         lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
         resume_from: a checkpoint, or a folder of them whose latest counts; its factors and state are taken, and
             nothing is decomposed. `engine.load_checkpoint` does the same later, after a decomposition.

@@ -171,8 +171,9 @@ class HDPissaEngine:
 
     def _vote(self) -> Vote:
         mean_loss = self._loss / (self._accumulation * self.plan.world_size)
-        flags = self._loss.new_tensor([self._stop_requested, self._saver.failed])
-        return self.optimizer.vote(torch.cat([torch.stack([mean_loss, self._tokens]), flags]))
+        # filled on the device: a tensor made of a list would be copied there, and the host wait for it
+        flags = [self._loss.new_full((), flag) for flag in (self._stop_requested, self._saver.failed)]
+        return self.optimizer.vote(torch.stack([mean_loss, self._tokens, *flags]))
 
     def _refuse_unreached(self) -> None:
         """A weight that gets no gradient anywhere would be left out in silence for the whole run."""

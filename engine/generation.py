@@ -9,53 +9,11 @@ same position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from .data import IGNORE
-from .progress import Progress, untold
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt as the model reads it and as text, and the answer that is expected; None where none is known."""
-
-    ids: list[int]
-    text: str
-    reference: str | None = None
-
-
-def questions(
-    rows: datasets.Dataset, tokenizer: Any, *, limit: int | None = None, max_length: int | None = None
-) -> list[Question]:
-    """The first rows with a prompt, as questions: what comes before the last answer, and that answer.
-
-    Rows that are all answer (plain text) have no question. An answer that was cut at `max_length` has lost its
-    result, so it is no reference, and left out.
-
-    Args:
-        rows: tokenised, with `labels`. limit: None for all.
-    """
-    found: list[Question] = []
-    for number in range(len(rows)):
-        if limit is not None and len(found) >= limit:
-            break
-        row = rows[number]
-        ids, labels = list(row["input_ids"]), list(row["labels"])
-        stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORE), 0)
-        start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORE), 0)
-        cut = max_length is not None and len(ids) >= max_length and ids[-1] != tokenizer.eos_token_id
-        if start and not cut:
-            prompt, answer = (
-                tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:stop])
-            )
-            found.append(Question(ids[:start], prompt, answer.strip()))
-    return found
 
 
 def generate(
@@ -68,13 +26,11 @@ def generate(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    progress: Progress = untold,
 ) -> list[str]:
     """Greedy answers in the order of the prompts, on every rank; collective where there are several.
 
     Args:
         model: in eval mode; has `generate` and `generation_config`, or a `module` that has the latter.
-        progress: called with how many of this rank's prompts are answered, and of how many.
     """
     if not prompts:
         return []
@@ -82,7 +38,6 @@ def generate(
     mine, longest_share = order[rank::world_size], -(-len(order) // world_size)
     stops = _stop_tokens(model, tokenizer)
     answers: dict[int, str] = {}
-    progress(0, longest_share)
     for start in range(0, longest_share, batch_size):
         chosen = mine[start : start + batch_size]
         inputs = _pad_left([prompts[i] for i in chosen or order[:1]], tokenizer.pad_token_id)
@@ -96,7 +51,6 @@ def generate(
         if chosen:
             new = ids[:, inputs["input_ids"].shape[1] :]
             answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
-        progress(min(start + batch_size, longest_share), longest_share)
     if world_size > 1:
         told: list[Any] = [None] * world_size
         dist.all_gather_object(told, answers)

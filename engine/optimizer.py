@@ -136,7 +136,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in pieces])
         norm = torch.linalg.vector_norm(norms) * self.grad_scale
         once = norm.square() / self.store.plan.ranks_per_slice  # sharers hold equal copies
-        own = [once, self._bad[0].to(once), once.new_tensor(abs(self.param_groups[0]["lr"]))]
+        own = [once, self._bad[0].to(once), once.new_full((), abs(self.param_groups[0]["lr"]))]
         if self.beside is not None:
             own.append(self.beside.square().to(once))
         ballot = torch.cat([torch.stack(own), tallies.to(once)])

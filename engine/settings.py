@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def resolve_config(
     config: str | Path | dict, *, lr: float | None = None
 ) -> tuple[dict, HDPissaConfig, ds_config.TrainValues]:
-    """Checks a config and fills its "auto" values with `initialize`'s defaults."""
+    """Checks a config and fills its "auto" values with `initialize`'s defaults; of bf16 that is: on a GPU."""
     raw, hd = ds_config.split_section(ds_config.read_ds_config(config))
     ds_config.check_ds_config(raw)
     defaults = ds_config.TrainValues(
@@ -34,7 +34,7 @@ def resolve_config(
         world_size=zero3.read_launcher()[1],
         max_grad_norm=0.0,
         learning_rate=2e-5 if lr is None else lr,
-        bf16=False,
+        bf16=zero3.device().type != "cpu",
         given=frozenset() if lr is None else frozenset({"learning_rate"}),
     )
     filled, values = ds_config.fill_auto(raw, defaults)

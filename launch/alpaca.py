@@ -1,6 +1,6 @@
-"""Instructions and answers as published: the Alpaca prompt, the answer, a line break, EOS; and rows as a model sees them.
+"""Instructions and answers as published: the Alpaca prompt, the answer, a line break, EOS; and how a model sees rows.
 
-What is masked is the prompt by the number of its own tokens, also where the last of them merges with the answer's first.
+The prompt is masked by the number of its own tokens, also where the last of them merges with the answer's first.
 """
 
 from __future__ import annotations

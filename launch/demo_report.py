@@ -16,7 +16,6 @@ def report(folder: Path) -> str:
     lines += ["answer before training", *_indent(before["answer"]), "answer after training", *_indent(after["answer"])]
     lines += [
         f"evaluation loss {losses[0]:.4f} -> {losses[-1]:.4f} ({losses[-1] / losses[0] - 1:+.1%})",
-        f"report     {folder}/report.html (open it in a browser)",
         f"metrics    {folder}/metrics.jsonl",
         f"run        {folder}/run.json",
         f"model      {folder}/model (AutoModelForCausalLM.from_pretrained loads it)",

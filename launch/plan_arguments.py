@@ -1,7 +1,7 @@
 """The command line of plan.py, and how it and a DeepSpeed JSON become a run.
 
-Argument names and defaults are train.py's, the keys of `hd_pissa` among them. Where the JSON says something and the command line says something else,
-that is an error, not a choice.
+Argument names and defaults are train.py's, the keys of `hd_pissa` among them. Where the JSON says something and the
+command line says something else, that is an error, not a choice.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any],
     if help_pages.answered(words, pages, HELP):
         raise SystemExit(0)
     parser = command_line.make_parser(pages)
-    values, given = command_line.read(parser, words, dict.fromkeys(("num_accelerators", "num_gpus"), "use --gpus"))
+    values, given = command_line.read(parser, words, {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"})
     args = PlanArguments(**{f.name: values[f.name] for f in fields(PlanArguments)})
     args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)

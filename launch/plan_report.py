@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hdpissa.engine.run_record import counted
+from hdpissa.engine.metrics import counted
 from hdpissa.launch import plan_hardware, plan_memory, plan_step
 from hdpissa.launch.plan_hardware import GIB
 from hdpissa.launch.plan_memory import Memory

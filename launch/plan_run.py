@@ -83,7 +83,7 @@ class Run:
     policy: Policy
     zero: dict[str, Any] = field(default_factory=dict)
     said: dict[str, Any] = field(default_factory=dict)
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
 
     @cached_property
     def plan(self) -> SlicePlan:

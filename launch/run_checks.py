@@ -102,7 +102,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_zero_init(training: Any) -> Iterator[None]:
-    """TrainingArguments have every model shard itself as it is made; one that is only looked at has nothing to shard."""
+    """TrainingArguments have every model shard itself as it is made; one that is only looked at has no weights."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

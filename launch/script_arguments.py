@@ -10,9 +10,10 @@ import argparse
 import difflib
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
+import torch
 import trl
 import yaml
 
@@ -28,7 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Where TRL's defaults differ. docs/training.md has the table.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "max_grad_norm": 0.0,
-    "logging_steps": 1, "gradient_checkpointing": False, "bf16": False,
+    "logging_steps": 1, "gradient_checkpointing": False, "bf16": torch.cuda.is_available(),
 }  # fmt: skip
 SFT_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-5, "per_device_train_batch_size": 1, "max_length": 512, "loss_normalization": "mean",
@@ -231,8 +232,3 @@ def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:
         values["eval_strategy"] = "steps"
     if "eval_on_start" not in given:
         values["eval_on_start"] = not values["resume_from_checkpoint"]
-
-
-def described(arguments: Arguments) -> dict[str, Any]:
-    """For run.json: what only the script knows."""
-    return asdict(arguments.script) | {"datasets": [asdict(part) for part in arguments.mixture.datasets]}

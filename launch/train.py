@@ -15,7 +15,6 @@ import functools
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError, LostError, StopError
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> bool:
     arguments = script_arguments.parse(list(sys.argv[1:] if argv is None else argv))
     script, args = arguments.script, arguments.training
     empty = run_checks.check(arguments)
-    tokenizer = run_checks.read_tokenizer(script.model_name_or_path, script.model_revision, args.trust_remote_code)
+    tokenizer = run_checks.read_tokenizer(str(script.model_name_or_path), script.model_revision, args.trust_remote_code)
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> bool:
         preview(make(empty) if arguments.kind == "sft" else None, rows, tokenizer, script.preview, args.process_index)
         return True
     trainer = ends.trainer = make(script.model_name_or_path)
-    trainer.run_record.describe(script=script_arguments.described(arguments))
+    trainer.run_record.describe(**ends.description())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     zero3.part()  # a launcher ends all ranks when one has left
     zero3.shut_down()
@@ -76,11 +75,13 @@ def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any]
 
 
 def callbacks(arguments: Any, ends: Any) -> list[Any]:
-    """Early stopping, where it is asked for, and what happens at the ends of the run."""
+    """What happens at the ends of the run, its pictures, and early stopping where it is asked for."""
     from transformers import EarlyStoppingCallback
 
+    from hdpissa.launch.trainers.pictures import RunPictures
+
     patience = arguments.script.early_stopping_patience
-    return [ends, *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [ends, RunPictures(ends), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
 def rewards(script: Any) -> list[Any]:

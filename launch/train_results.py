@@ -1,10 +1,10 @@
-"""What train.py adds at both ends of a run: answers to sample prompts, the last evaluation, exports with their cards."""
+"""What train.py adds at the ends of a run: answers to sample prompts, the last evaluation, exports and their cards."""
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from transformers import TrainerCallback
 
 from hdpissa.engine import folders, model_card, pulse, zero3
 from hdpissa.engine.generation import add_stops, generate
-from hdpissa.engine.metrics import write_json
-from hdpissa.engine.run_record import RunRecord
+from hdpissa.engine.metrics import RunFiles, write_json
 from hdpissa.launch.alpaca import prompt_ids
 from hdpissa.launch.script_arguments import Arguments
 from hdpissa.launch.train_rows import Rows
@@ -40,6 +39,21 @@ class RunEnds(TrainerCallback):
     def __init__(self, arguments: Arguments, rows: Rows, tokenizer: Any) -> None:
         self._arguments, self._rows, self._tokenizer = arguments, rows, tokenizer
         self._folder = Path(arguments.training.output_dir)
+
+    def description(self) -> dict[str, Any]:
+        """For run.json, checkpoints and cards: what was trained from what, and how a prompt is put."""
+        script, rows, chat = self._arguments.script, self._rows, self._tokenizer.chat_template
+        datasets = [asdict(part) for part in self._arguments.mixture.datasets]
+        paths = [part["path"] for part in datasets]
+        names = [script.model_name_or_path, script.dataset_name, script.eval_dataset_name, *paths]
+        mixed = {"dataset_name": " ".join(paths), "datasets": datasets} if datasets else {}
+        return {
+            "arguments": asdict(script) | self._arguments.training.to_dict() | mixed,
+            "local": sorted({name for name in names if name and os.path.exists(os.path.expanduser(name))}),
+            "template": rows.template.text if rows.template else chat,
+            "chat_template": chat if rows.chat else None,
+            "stop_token_ids": end_of_turn(self._tokenizer) if rows.chat else None,
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0 and args.process_index == 0 and self._arguments.script.overwrite_output_dir:
@@ -107,19 +121,9 @@ class RunEnds(TrainerCallback):
 
     def _write_card(self, folder: Path, report: dict[str, Any], step: int) -> None:
         """README.md; what goes wrong with it is a warning, the model is complete."""
-        trainer, script = self.trainer, self._arguments.script
         try:
-            trained = model_card.Trained(
-                base=str(script.model_name_or_path),
-                arguments=asdict(script) | trainer.args.to_dict(),
-                section=trainer.run_config.section.model_dump(mode="json"),
-                slices=trainer.engine.plan.slices,
-                world_size=trainer.args.world_size,
-                step=step,
-                template=self._rows.template.text if self._rows.template else self._tokenizer.chat_template,
-                figures=model_card.figures(RunRecord.read(self._folder), step),
-                versions={name: version(name) for name in ("hdpissa", "torch", "transformers", "trl", "deepspeed")},
-            )
+            template = self.description()["template"]
+            trained = model_card.from_record(RunFiles.read(self._folder), step=step, template=template)
             model_card.write_card(folder, trained, report)
         except Exception as error:
             logger.warning("no model card: %s: %s", type(error).__name__, " ".join(str(error).split())[:200])

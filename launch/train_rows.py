@@ -50,8 +50,8 @@ def read_rows(arguments: Arguments, tokenizer: Any) -> Rows:
         name = script.eval_dataset_name or script.dataset_name
         held_out = load(arguments, str(name), script.dataset_test_split or "train", streaming=False)
     template, chat = _kind_of(train, arguments)
-    sets = [rows and _mapped(rows, arguments, tokenizer, template) for rows in (train, held_out)]
-    return Rows(*sets, template, chat)
+    train, held_out = (rows and _mapped(rows, arguments, tokenizer, template) for rows in (train, held_out))
+    return Rows(train, held_out, template, chat)
 
 
 def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
@@ -87,12 +87,12 @@ def _kind_of(rows: Any, arguments: Arguments) -> tuple[PromptTemplate | None, bo
     first = next(iter(rows), None)
     if first is None:
         raise ConfigError(f"dataset {arguments.script.dataset_name}: has no rows; give one that has some")
-    if arguments.kind == "sft" and _instructions(rows, arguments):
+    if arguments.kind == "sft" and instruction_columns(rows, arguments):
         return resolve_template(arguments.script.prompt_template), False
     return None, trl.is_conversational(trl.maybe_convert_to_chatml(dict(first)))
 
 
-def _instructions(rows: Any, arguments: Arguments) -> dict[str, str]:
+def instruction_columns(rows: Any, arguments: Arguments) -> dict[str, str]:
     """The encoder's columns, by name; none where TRL reads the rows itself."""
     script, columns = arguments.script, _columns(rows)
     prompt = script.prompt_field or "instruction"
@@ -120,7 +120,7 @@ def _mapped(rows: Any, arguments: Arguments, tokenizer: Any, template: PromptTem
         tokenizer,
         template,
         learn_prompt=arguments.training.completion_only_loss is False,
-        **_instructions(rows, arguments),
+        **instruction_columns(rows, arguments),
     )
     with arguments.training.main_process_first(desc="tokenising"):
         return rows.map(encoder, batched=True, remove_columns=_columns(rows))

@@ -62,7 +62,7 @@ def train_tiny(
     for step in range(steps):
         engine.optimizer.param_groups[0]["lr"] = lr[step] if isinstance(lr, list) else lr
         for slice_id, micro in engine.plan.schedule(accumulation):
-            loss = engine(**tiny_batch(step, slice_id, micro)).loss
+            loss = engine(**zero3.to_device(tiny_batch(step, slice_id, micro))).loss
             if poison == (dist.get_rank(), step):
                 loss = loss * poison_with
             engine.backward(loss)

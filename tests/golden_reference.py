@@ -8,6 +8,7 @@ metrics.jsonl, and the trained weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -16,27 +17,28 @@ from pathlib import Path
 import golden_train
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
+from hdpissa.benchmarks import task
 from hdpissa.benchmarks.methods import Setting, build
 from hdpissa.engine import zero3
-from hdpissa.engine.batches import SliceBatches
-from hdpissa.engine.data import load_rows, tokenize_rows
 from hdpissa.engine.prompts import resolve_template
+from hdpissa.engine.slicing import SlicePlan
+from hdpissa.launch.alpaca import AlpacaEncoder
+from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
 
 SLICES, R, MICRO, PER_SLICE, LR, SEED = 2, 16, 2, 2, 2e-4, 42
 
 
-def read(model: str, data: str) -> SliceBatches:
-    """The recording's rows, slice by slice."""
+def read(model: str, data: str, plan: SlicePlan, accumulation: int) -> DataLoader:
+    """The recording's micro-batches: of a step every rank's first one, then every rank's second one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = load_rows(data, split="train[:80]")
-    fields = {"prompt_field": "question", "response_field": "answer", "template": resolve_template("alpaca")}
-    tokens = tokenize_rows(rows, tokenizer, max_length=256, **fields).dataset
-    pad = tokenizer.pad_token_id
-    counts = {"slices": SLICES, "micro_batches_per_slice": PER_SLICE, "micro_batch_size": MICRO}
-    return SliceBatches(tokens, **counts, seed=SEED, pad_token_id=pad)
+    encoder = AlpacaEncoder(tokenizer, resolve_template("alpaca"), "question", "answer")
+    rows = task.encode(task.load(data, "train[:80]"), encoder, max_length=256)
+    sampler = SliceSampler(len(rows), SliceOrder(plan, accumulation, MICRO), SEED)
+    return DataLoader(rows, MICRO, sampler=sampler, collate_fn=task.collator(tokenizer))
 
 
 def main() -> None:
@@ -50,16 +52,16 @@ def main() -> None:
     if args.lanes:
         golden_train.install(args.lanes)
     zero3.init_distributed()
-    data = read(args.model, args.data)
     accumulation = SLICES * PER_SLICE // dist.get_world_size()
     method = build("reference", Setting(args.model, r=R, slices=SLICES, micro_batch=MICRO, accumulation=accumulation))
-    losses = []
-    for step in range(data.steps_per_epoch):
-        schedule = method.plan.schedule(accumulation)
-        total = sum(method.micro_step(data.batch(step, i, j)) for i, j in schedule)
+    data = read(args.model, args.data, method.plan, accumulation)
+    own = itertools.islice(data, dist.get_rank(), None, dist.get_world_size())
+    losses, steps = [], len(data) // (SLICES * PER_SLICE)
+    for step in range(steps):
+        total = sum(method.micro_step(batch) for batch in itertools.islice(own, accumulation))
         dist.all_reduce(total)
         losses.append(total.item() / (SLICES * PER_SLICE))
-        method.step(lr=0.5 * LR * (1 + math.cos(math.pi * step / data.steps_per_epoch)))
+        method.step(lr=0.5 * LR * (1 + math.cos(math.pi * step / steps)))
         if dist.get_rank() == 0:
             print(f"step {step}  loss {losses[-1]:.7f}", flush=True)
     if dist.get_rank() == 0:

@@ -27,14 +27,13 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
 errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
-    buckets prompts progress tensor_file results leaf_modules families data_formats hub_errors data_files
-    data_sources
+    buckets prompts progress tensor_file results leaf_modules families hub_errors
 launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record pictures
     run_pictures
-zero3 shared_input layer exchange data data_encode data_packing data_stream chat_template metrics display reporters
-    batches ds_config slice_cache streams hf_folder stacks report model_card
+zero3 shared_input layer exchange metrics display reporters
+    ds_config slice_cache streams hf_folder stacks report model_card
 recorder generation settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained
-    sharded_load evaluate nonfinite slice_figures integrity spectra
+    sharded_load nonfinite slice_figures integrity spectra
 saver checkpoint
 engine
 build

@@ -52,13 +52,16 @@ def test_json(capsys, folder):
         "model": {"family", "parameters", "targets", "target_parameters", "traced"},
         "gpu": set(plan_hardware.figures(GPUS["H100"])),
         "run": {
-            "trainer", "cross_entropy", "reference", "gpus", "nodes", "slices", "r", "max_length", "per_device_train_batch_size",
+            "trainer", "cross_entropy", "reference", "gpus", "nodes", "slices", "r", "max_length",
+            "per_device_train_batch_size",
             "gradient_accumulation_steps", "gradient_checkpointing", "compute_dtype", "offload_param", "master_format",
             "zero_hpz_partition_size",
         },
         "fits": bool,
         "advice": type(None),
-        "memory_per_gpu": {"available", "peak", "peak_when", "persistent", "computing", "updating", "generating", "reserve"},
+        "memory_per_gpu": {
+            *("available", "peak", "peak_when", "persistent", "computing", "updating", "generating", "reserve")
+        },
         "host_memory": {"per_process", "per_node"},
         "bytes_per_step": {"sent_per_gpu", "host_link_per_gpu"},
         "seconds_per_step": {

@@ -203,3 +203,15 @@ def test_scripts_of_trl(name, model_folder, tmp_path):
     losses = run_ranks(2, trl_script, name, model_folder, str(data), str(tmp_path / "out"), str(ds), **more)[0]
     assert len(losses) == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_dpo_with_a_precomputed_reference(model_folder, tmp_path):
+    """The reference's log-probabilities come from the model before training: the same run without a second model."""
+    more = {"gradient_accumulation_steps": 1, "file": str(tmp_path / "rows.jsonl")}  # TRL caches beside a file
+    trl_data("dpo").to_json(more["file"])
+    held = trl("dpo", model_folder, tmp_path, **more)[0]
+    before = trl("dpo", model_folder, tmp_path / "p", precompute_ref_log_probs=True, **more)[0]
+    assert [r["loss"] for r in before["log"]] == pytest.approx([r["loss"] for r in held["log"]], rel=1e-6)
+    for name, weight in held["weights"].items():
+        torch.testing.assert_close(before["weights"][name], weight, rtol=0, atol=1e-6)

@@ -158,8 +158,8 @@ def digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(set(text)) for text in completions]
 
 
-def trl_run(kind: str, model: str, folder: str, section: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
-    """Three steps of one of TRL's trainers on a model given by name; `section` may be the path of a whole JSON."""
+def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], *, file: str = "", **more: Any):
+    """Three steps of one of TRL's trainers on a model given by name; `file`: of rows, else they are made here."""
     prepare_trl(folder)
     from hdpissa.launch import trainers
 
@@ -173,10 +173,10 @@ def trl_run(kind: str, model: str, folder: str, section: dict[str, Any] | str, *
         settings |= {"per_device_train_batch_size": len(trl_data(kind)) // 2}
     if kind == "grpo":
         settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
-    ds = section if isinstance(section, str) else config(**section)
-    args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=ds, **{**settings, **more})
+    data = datasets.load_dataset("json", data_files=file, split="train") if file else trl_data(kind)
+    args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=config(**section), **{**settings, **more})
     extra = {"reward_funcs": digits} if kind == "grpo" else {}
-    trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=trl_data(kind), **extra)
+    trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=data, **extra)
     trainer.train()
     return {
         "log": [row for row in trainer.state.log_history if "loss" in row],

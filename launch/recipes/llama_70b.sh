@@ -5,7 +5,7 @@
 #
 # MODEL and OUTPUT name another base and another folder, GPU the kind that the plan reckons with.
 set -euo pipefail
-data=${1:?a file, a hub name, or a mix} && shift
+data=${1:?a file, a folder, or a hub name} && shift
 if [ -e "$data" ]; then data=$(realpath "$data"); fi
 cd "$(dirname "$0")/../.."
 MODEL=${MODEL:-meta-llama/Llama-3.1-70B}

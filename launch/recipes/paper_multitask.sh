@@ -6,15 +6,14 @@
 #
 # The authors' code does not say which rows are mixed. This is a reading of the paper's twelve benchmarks: GSM8K and
 # MATH, HumanEval and MBPP, and eight of common sense, each with the training rows that PiSSA's authors keep for it.
-# MODEL, DATA and OUTPUT name another base and other folders, GPU the kind that the plan reckons with.
+# paper_multitask.yaml names the three sets. MODEL and OUTPUT name another base and another folder, GPU the kind that
+# the plan reckons with.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
-DATA=${DATA:-data/pissa-dataset}
 
 hdpissa plan --model_name_or_path "$MODEL" --gpu "${GPU:-H100}" --gpus 8 \
     --per_device_train_batch_size 2 --gradient_accumulation_steps 8
-exec hdpissa train launch/recipes/paper.yaml --num_accelerators 8 --model_name_or_path "$MODEL" \
-    --dataset_name "$DATA/metamath:100000 $DATA/python:100000 $DATA/commonsense:100000" \
+exec hdpissa train launch/recipes/paper_multitask.yaml --num_accelerators 8 --model_name_or_path "$MODEL" \
     --prompt_field instruction --response_field output \
     --output_dir "${OUTPUT:-outputs/paper_multitask}" --save_total_limit 1 --resume_from_checkpoint auto "$@"

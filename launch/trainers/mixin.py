@@ -340,6 +340,7 @@ class HDPissaMixin(_Base):
                 state.stateful_callbacks[name] = own
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         client_state = {"scheduler": _plain(self.lr_scheduler.state_dict()), "data": self._data_identity()}
+        client_state |= self.run_record.described
         try:
             self.engine.save_checkpoint(
                 run_dir,

@@ -43,13 +43,16 @@ class RunRecord(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._folder, self._rank = Path(trainer.args.output_dir), trainer.args.process_index
-        self._extra: dict[str, Any] = {}
+        self.described: dict[str, Any] = {}
         self._step, self._begun = 0, 0.0
         self._seconds, self._steps, self._tokens = 0.0, 0, 0  # since the last row
 
     def describe(self, **more: Any) -> None:
-        """Adds to run.json what only a script knows."""
-        self._extra |= more
+        """Adds what only a script knows to run.json and, for exports from them, to checkpoints.
+
+        `arguments` join TrainingArguments.
+        """
+        self.described |= more
 
     # --- the run ---------------------------------------------------------------------------------------
 
@@ -164,9 +167,9 @@ class RunRecord(TrainerCallback):
     def _description(self) -> dict[str, Any]:
         trainer = self._trainer
         engine, plan = trainer.engine, trainer.engine.plan
-        return self._extra | {
+        return self.described | {
             "trainer": type(trainer).__name__,
-            "arguments": trainer.args.to_dict(),
+            "arguments": trainer.args.to_dict() | self.described.get("arguments", {}),
             "ds_config": trainer.run_config.ds,
             "world_size": plan.world_size,
             "slices": plan.slices,

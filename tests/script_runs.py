@@ -1,0 +1,85 @@
+"""What the ranks of tests/test_train_script.py do; functions here run inside `ranks.run_ranks`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from launch_runs import captured_stderr, forbid_weights, prepare_process, train_here
+
+
+def values(argv: list[str], names: list[str], cache: str) -> dict[str, Any]:
+    """The values of options after the whole command line and the JSON were read."""
+    from hdpissa.launch import script_arguments
+
+    prepare_process(cache)
+    found = script_arguments.parse(argv)
+    known = {**vars(found.script), **vars(found.training)}
+    return {name: getattr(known[name], "value", known[name]) for name in names} | {
+        "section": found.training.deepspeed["hd_pissa"]
+    }
+
+
+def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
+    """Exit code and standard error of each command line, none of which may come to read a weight."""
+    from hdpissa.launch import train
+
+    prepare_process(cache)
+    forbid_weights("a weight was read")
+    found = []
+    for argv in cases:
+        with captured_stderr() as told:
+            code = train.run(argv)
+        found.append({"code": code, "stderr": "".join(told)})
+    return found
+
+
+def stopped(argv: list[str], cache: str, output: str) -> dict[str, Any]:
+    """`train_here` of a run that gets SIGTERM once its third step is recorded."""
+
+    def kill() -> None:
+        metrics = Path(output, "metrics.jsonl")
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill, daemon=True).start()
+    return train_here(argv, cache)
+
+
+def printed(argv: list[str], cache: str) -> tuple[int, str]:
+    """Exit code and standard output, of a run that reads no weights."""
+    from hdpissa.launch import train
+
+    prepare_process(cache)
+    forbid_weights("a weight was read")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        code = train.run(argv)
+    return code, told.getvalue()
+
+
+def encoded(folder: str) -> tuple[list[dict[str, list]], list[list[int]], list[list[int]]]:
+    """(rows of the encoder, ids of prompt + answer + line break + EOS, ids of the prompt)."""
+    from transformers import AutoTokenizer
+
+    from hdpissa.engine.prompts import resolve_template
+    from hdpissa.launch.alpaca import AlpacaEncoder
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = resolve_template("alpaca")
+    batch = {"q": ["2 + 3?", "1 + 1?"], "a": [":) 5", "\n2"]}  # answers whose first characters can join the prompt's
+    prompts = [template.render(q) for q in batch["q"]]
+    texts = [p + a + "\n" + tokenizer.eos_token for p, a in zip(prompts, batch["a"], strict=True)]
+    found = AlpacaEncoder(tokenizer, template, "q", "a")(batch)
+    return found, tokenizer(texts)["input_ids"], tokenizer(prompts)["input_ids"]
+
+
+def short(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward for GRPO, found by its import path."""
+    return [-float(len(text)) for text in completions]
