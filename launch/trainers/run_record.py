@@ -98,8 +98,9 @@ class RunRecord(TrainerCallback):
         somebody has written already, and so does that ranks were lost (`lost`).
         """
         path = self._folder / STATE
-        if not self._folder.is_dir() or ((self._rank or lost) and _says_failed(path)):
+        if (self._rank or lost) and _says_failed(path):
             return
+        self._folder.mkdir(parents=True, exist_ok=True)  # a host may have one of its own
         text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"
         whose = "" if lost or self._rank == 0 or isinstance(error, StopError) else f"rank {self._rank}: "
         write_json(path, {"state": "failed", "step": self._step, "message": whose + text}, rank=self._rank)
