@@ -24,6 +24,7 @@ READING = (
     "completion_only_loss",
     "assistant_only_loss",
 )  # SFT's
+OPTIONS = (*ROWS, *COLUMNS, *READING)
 
 
 def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> Any:

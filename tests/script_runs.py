@@ -27,7 +27,7 @@ def values(argv: list[str], names: list[str], cache: str) -> dict[str, Any]:
 
 
 def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
-    """Exit code and standard error of each command line, none of which may come to read a weight."""
+    """Exit code (or what came out of `run`) and standard error of each command line, none of which may come to read a weight."""
     from hdpissa.launch import train
 
     prepare_process(cache)
@@ -35,7 +35,10 @@ def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
     found = []
     for argv in cases:
         with captured_stderr() as told:
-            code = train.run(argv)
+            try:
+                code: Any = train.run(argv)
+            except Exception as error:  # a weight was read, or a refusal is no ConfigError
+                code = repr(error)
         found.append({"code": code, "stderr": "".join(told)})
     return found
 
