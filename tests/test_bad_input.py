@@ -40,7 +40,7 @@ TRAIN = {
     "accumulation that does not fit the slices": {"ds": {"hd_pissa": {"r": 2, "slices": 3}}},
     "another optimizer for Trainer": {"optim": "adafactor"},
     "weight decay": {"weight_decay": 0.1},
-    "another order of rows": {"group_by_length": True},
+    "another order of rows": {"train_sampling_strategy": "group_by_length"},
     "no such model": {"model_name_or_path": "DIR/none"},
     "broken config.json": {"model_name_or_path": "DIR/broken_model"},
     "an encoder-decoder": {"model_name_or_path": "DIR/t5"},

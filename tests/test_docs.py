@@ -162,7 +162,7 @@ def test_python(block):
 
 
 # Options of programs that are not ours, or that have no parser to ask.
-OTHERS = {"help", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
+OTHERS = {"help", "config", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
 OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode", "logdir", "apply_chat_template"}
 
 
