@@ -90,8 +90,6 @@ def figures(record: RunFiles, step: int) -> dict[str, str]:
         value = f"{row['eval_loss']:.4f}"
         if row.get("perplexity") is not None:
             value += f" (perplexity {row['perplexity']:.2f})"
-        if row.get("eval_exact_match") is not None:
-            value += f", right answers {row['eval_exact_match']:.1%}"
         found[f"validation loss {when}"] = value
     rows = [row for row in record.having("loss") if row["step"] <= step]
     if rows and rows[-1]["loss"] is not None:

@@ -282,6 +282,9 @@ def wrap(model: nn.Module, ds_config: dict) -> Any:
     Where nothing else is trainable the anchor is in the model while DeepSpeed looks for parameters, and no longer:
     whoever lists the model's afterwards (an export, TRL's weight sync) finds the base model's names and no other.
     """
+    for module in model.modules():  # an earlier engine's, which would go on gathering in backward, by its own order
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(module).pop(name, None)
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = leaf_modules.fill(ds_config, model, full_numel)
     if trainable:

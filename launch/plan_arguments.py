@@ -81,7 +81,7 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any],
     if help_pages.answered(words, pages, HELP):
         raise SystemExit(0)
     parser = command_line.make_parser(pages)
-    values, given = command_line.read(parser, words, dict.fromkeys(("num_accelerators", "num_gpus"), "use --gpus"))
+    values, given = command_line.read(parser, words, {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"})
     args = PlanArguments(**{f.name: values[f.name] for f in fields(PlanArguments)})
     args.ds_config = shipped_configs.locate(args.ds_config)
     _check(args)

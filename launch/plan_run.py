@@ -135,7 +135,9 @@ class Run:
     @cached_property
     def trace(self) -> Trace | None:
         """None for models that cannot run without numbers."""
-        return _trace(self.model, self.targets, self.batch.rows * self.batch.sequences, self.batch.length)
+        found = _trace(self.model, self.targets, self.batch.rows * self.batch.sequences, self.batch.length)
+        chunked = found is not None and self.objective.chunked
+        return plan_trace.head_read_by_the_model(found, self.model.module) if chunked else found  # type: ignore[arg-type]
 
     @cached_property
     def work(self) -> Work:
@@ -231,7 +233,7 @@ def _gathers(run: Run, trace: Trace, updated: frozenset[int] | None) -> Gathers:
     """The order of modules, and so the answer, is the same for every batch and every number of GPUs."""
     module, checkpointing = run.model.module, run.batch.checkpointing
     leaves = leaf_modules.find(module, run.zero)
-    key = (module, tuple(leaves), run.policy, checkpointing, updated)
+    key = (module, tuple(leaves), run.policy, checkpointing, updated, run.objective.chunked)
     if key not in _simulated:
         seen = plan_trace.gathered_whole(trace, module, leaves) if leaves else trace
         _simulated[key] = simulate(seen, run.policy, checkpointing=checkpointing, updated=updated)

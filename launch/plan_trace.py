@@ -111,6 +111,19 @@ def gathered_whole(trace: Trace, module: nn.Module, leaves: list[nn.Module]) -> 
     return replace(trace, visits=visits, params=params, below=below, leaves=frozenset(inside.values()))
 
 
+def head_read_by_the_model(trace: Trace, module: nn.Module) -> Trace:
+    """The trace as ZeRO-3 sees it under TRL's chunked head, which takes `lm_head.weight` and never calls lm_head.
+
+    DeepSpeed then counts the weight among the whole model's own parameters, and holds it through each pass.
+    """
+    head = next((i for i, m in enumerate(module.modules()) if m is module.get_output_embeddings()), None)
+    if head is None:
+        return trace
+    params = [*trace.params]
+    params[0], params[head] = sorted({*params[0], *params[head]}), []
+    return replace(trace, params=params, visits=[visit for visit in trace.visits if visit.module != head])
+
+
 @contextmanager
 def _trainable(module: nn.Module, targets: list) -> Iterator[None]:
     """Targets as the engine runs them: frozen weights, one slice of factors each."""

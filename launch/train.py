@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> bool:
     arguments = script_arguments.parse(list(sys.argv[1:] if argv is None else argv))
     script, args = arguments.script, arguments.training
     empty = run_checks.check(arguments)
-    tokenizer = run_checks.read_tokenizer(arguments)
+    tokenizer = run_checks.read_tokenizer(str(script.model_name_or_path), script.model_revision, args.trust_remote_code)
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,6 +96,38 @@ def memory_of_pretrained(folder: str, config: dict) -> dict[str, int]:
     return initialize(model=load_pretrained(folder, config), config=config).memory_bytes()
 
 
+def measure_dpo(model: str, folder: str, zero: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What HDPissaDPOTrainer gathers in a step and holds gathered, in elements; and the bytes of its reference."""
+    import datasets
+    import trainer_runs
+    from transformers import TrainerCallback
+
+    from hdpissa.launch import trainers
+
+    trainer_runs.prepare_trl(folder)
+    rows = datasets.load_dataset("json", data_files=f"{folder}/pairs.jsonl", split="train", cache_dir=f"{folder}/cache")
+    settings = {"max_steps": 3, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": True}
+    settings |= {"per_device_train_batch_size": 2, "gradient_checkpointing": False, **more}
+    ds = trainer_runs.config() | {"zero_optimization": {"stage": 3, **zero}}
+    args = trainers.HDPissaDPOConfig(folder, deepspeed=ds, **settings)
+    trainer = trainers.HDPissaDPOTrainer(model=model, args=args, train_dataset=rows)
+    reference, seen = trainer.ref_model, {}
+
+    class EachStep(TrainerCallback):  # DeepSpeed records the order of modules in the first, and follows it later
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not seen and reference is not None:
+                seen["reference"] = Gathers(SimpleNamespace(module=reference.module, ds=reference))
+            if "policy" not in seen:
+                seen["policy"] = Gathers(trainer.engine)
+            for each in seen.values():
+                each.start()
+
+    trainer.add_callback(EachStep())
+    trainer.train()
+    held = [p.ds_tensor.nbytes for p in reference.module.parameters()] if reference is not None else []
+    return {"shards": sum(held)} | {name: (each.peak, each.gathered) for name, each in seen.items()}
+
+
 class Gathers:
     """Elements that ZeRO-3 gathers in micro-batches, those of them that it gathers of the shards of all ranks, those
     that it gathers after an update (`again`), and the most that it holds at a time; looks into DeepSpeed."""
@@ -104,6 +137,7 @@ class Gathers:
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
         self.params = [p for n, p in engine.module.named_parameters() if "_hdpissa" not in n]
+        self.own = {id(p) for p in self.params}  # beside a reference, say
         self.flying = engine.module.ds_inflight_param_registry
         self.start()
         self.persistent, step = engine.ds.optimizer.persistent_parameters, engine.ds.step
@@ -128,7 +162,7 @@ class Gathers:
             setattr(owner, name, original)
 
     def _gather(self, original, coordinator, params, *args, **kwargs):
-        missing = [p for p in params if p.ds_status.name == "NOT_AVAILABLE"]
+        missing = [p for p in params if p.ds_status.name == "NOT_AVAILABLE" and id(p) in self.own]
         self.gathered += sum(p.ds_numel for p in missing)
         self.first += sum(p.ds_numel for p in missing if p.ds_secondary_tensor is None)
         result = original(coordinator, params, *args, **kwargs)

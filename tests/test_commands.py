@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import cli, env_report, help_pages, plan_arguments, script_arguments, shipped_configs, train_launcher
+from hdpissa.launch import (
+    cli,
+    env_report,
+    help_pages,
+    plan_arguments,
+    script_arguments,
+    shipped_configs,
+    train_launcher,
+)
 from hdpissa.launch.command_line import option
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from plan_runs import measure, memory_of_pretrained
+from launch_runs import save_model
+from plan_runs import measure, measure_dpo, memory_of_pretrained
 from ranks import run_ranks
 from tiny import ds_settings, tiny_llama
+from trainer_runs import pairs, trl_data
 
 from hdpissa.launch import plan_arguments, plan_memory, plan_step
 
@@ -112,6 +114,29 @@ def test_what_stays_gathered_is_gathered_anew_after_an_update(planned, measured,
     if not run.copy_ranks:
         assert step.wire.get(plan_step.AGAIN, 0) == width * run.gathers.again * (ranks - 1) // ranks
     assert (step.again > 0) == (run.gathers.again > 0)
+
+
+def test_dpo_and_its_reference(tmp_path):
+    """Its shards, and what both models gather, planned and counted on two ranks; precomputing leaves one model."""
+    model, zero = tmp_path / "model", {"stage3_prefetch_bucket_size": 3000, "stage3_max_reuse_distance": 0}
+    zero |= {"stage": 3, "stage3_param_persistence_threshold": 100}
+    save_model(model, [text for row in pairs() for text in row.values()])
+    trl_data("dpo").to_json(tmp_path / "pairs.jsonl")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": zero, "hd_pissa": {"r": 2}}))
+    words = ["--model", str(model), "--gpus", "2", "--ds_config", str(file), "--trainer", "dpo", "--max_length", "16"]
+    for more in ({}, {"precompute_ref_log_probs": True}):
+        run = plan_arguments.resolve(*plan_arguments.parse(words + [f"--{name}" for name in more]))
+        memory = plan_memory.memory(run)
+        planned = {"shards": memory.persistent.get(plan_memory.REFERENCE, 0)}
+        if not more:
+            planned["reference"] = (run.reference_gathers.peak, run.reference_gathers.gathered)
+        planned["policy"] = (run.gathers.peak, run.gathers.gathered)
+        assert run_ranks(2, measure_dpo, str(model), str(tmp_path), zero, **more) == [planned] * 2
+        assert (memory.persistent.keys() | memory.computing.keys() >= REFERENCE_PARTS) == (not more)
+
+
+REFERENCE_PARTS = {plan_memory.REFERENCE, plan_memory.REFERENCE_GATHERED}
 
 
 def test_memory_of_a_real_model(tmp_path):
