@@ -55,7 +55,7 @@ def _step(argv: list[str]) -> dict[str, Any]:
 
 
 def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
-    """Exit code (or what came out of `run`) and standard error of each command line, none of which may come to read a weight."""
+    """Exit code, or what came out of `run`, and standard error of each command line; none may read a weight."""
     from hdpissa.launch import train
 
     prepare_process(cache)

@@ -162,8 +162,8 @@ def test_python(block):
 
 
 # Options of programs that are not ours, or that have no parser to ask.
-OTHERS = {"help", "config", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
-OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode", "logdir", "apply_chat_template"}
+OTHERS = {"help", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
+OTHERS |= {"config", "rank", "base_model", "json", "write", "signal", "import-mode", "logdir", "apply_chat_template"}
 
 
 @pytest.fixture(scope="module")
