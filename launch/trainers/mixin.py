@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -343,21 +344,31 @@ class HDPissaMixin(_Base):
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         client_state = {"scheduler": _plain(self.lr_scheduler.state_dict()), "data": self._data_identity()}
         client_state |= self.run_record.described
+        save = functools.partial(
+            self.engine.save_checkpoint,
+            run_dir,
+            f"checkpoint-{state.global_step}",
+            client_state,
+            kind=option(args, "checkpoint_kind"),
+            async_save=option(args, "async_save") and not self.preempted,  # that one must be known to be there
+            save_total_limit=args.save_total_limit,
+            best=best,
+            extra_files={TRAINER_STATE: text},
+        )
         try:
-            self.engine.save_checkpoint(
-                run_dir,
-                f"checkpoint-{state.global_step}",
-                client_state,
-                kind=option(args, "checkpoint_kind"),
-                async_save=option(args, "async_save"),
-                save_total_limit=args.save_total_limit,
-                best=best,
-                extra_files={TRAINER_STATE: text},
-            )
+            save()
         except SaveError as error:
             self._save_failed(str(error))
+            if self.preempted:  # there is no other step to save after
+                self._save_last(save)
         if args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{state.global_step}"))
+
+    def _save_last(self, save: Callable[[], Any]) -> None:
+        try:
+            save()
+        except SaveError as error:
+            self.run_record.message = f"asked to stop after step {self.state.global_step}, and not saved: {error}"
 
     def _save_failed(self, message: str) -> None:
         if option(self.args, "stop_on_save_error"):

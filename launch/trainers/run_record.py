@@ -44,6 +44,7 @@ class RunRecord(TrainerCallback):
         self._trainer = trainer
         self._folder, self._rank = Path(trainer.args.output_dir), trainer.args.process_index
         self.described: dict[str, Any] = {}
+        self.message = ""  # of run_state.json, beside the state
         self._step, self._begun = 0, 0.0
         self._seconds, self._steps, self._tokens = 0.0, 0, 0  # since the last row
 
@@ -163,7 +164,7 @@ class RunRecord(TrainerCallback):
     def _state(self, state: str) -> None:
         if self._rank == 0:
             with pulse.alone("state"):
-                write_json(self._folder / STATE, {"state": state, "step": self._step, "message": ""})
+                write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
 
     def _description(self) -> dict[str, Any]:
         trainer = self._trainer
