@@ -213,15 +213,9 @@ class HDPissaMixin(_Base):
         return loss
 
     def _after_step(self, step: Any) -> None:
-        """Raises StopError, on all ranks alike, where going on makes no sense; collective."""
         self._steps_since_log.append(step)
         if step.failed_save:
             self._save_failed(step.failed_save)
-        most, in_a_row = option(self.args, "max_skipped_steps"), self.engine.skipped_in_a_row
-        if most and in_a_row >= most:
-            raise StopError(
-                f"step {step.step} was skipped, and {in_a_row} in a row are enough (max_skipped_steps): {step.refusal}"
-            )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._count_tokens(inputs)
