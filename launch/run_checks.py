@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def _without_zero_init(training: Any) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(training.hf_deepspeed_config)
+
+
+def choose_reference(arguments: Arguments, rows: Any) -> None:
+    """DPO precomputes its reference's log-probabilities where memory asks for it, and the user has said nothing."""
+    from hdpissa.launch import plan_reference
+
+    with _without_zero_init(arguments.training):
+        said = plan_reference.choose(arguments, rows, plan_reference.smallest_gpu())
+    if said and arguments.training.process_index == 0:
+        print(said, file=sys.stderr)
 
 
 def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:

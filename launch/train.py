@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> bool:
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"
+    if arguments.kind == "dpo":
+        run_checks.choose_reference(arguments, rows.train)
     ends = RunEnds(arguments, rows, tokenizer)
     make = functools.partial(make_trainer, arguments, rows, tokenizer, callbacks(arguments, ends))
     if script.preview:

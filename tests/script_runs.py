@@ -54,6 +54,29 @@ def _step(argv: list[str]) -> dict[str, Any]:
     }
 
 
+def reference_choices(argv: list[str], cache: str) -> list[bool]:
+    """Whether DPO precomputes: on a GPU as its plan, a byte smaller, on CPUs, where the user refuses, of a stream."""
+    from hdpissa.launch import plan_memory, plan_reference, run_checks, script_arguments
+
+    prepare_process(cache)
+    found = []
+
+    def choose(less: int | None, *more: str, rows: Any = ()) -> None:
+        arguments = script_arguments.parse([*argv, *more])
+        with run_checks._without_zero_init(arguments.training):
+            enough = plan_memory.memory(plan_reference.planned(arguments)).peak
+            told = plan_reference.choose(arguments, rows, None if less is None else enough - less)
+        assert bool(told) == (arguments.training.precompute_ref_log_probs and len(more) == 0)
+        found.append(arguments.training.precompute_ref_log_probs)
+
+    choose(0)
+    choose(1)
+    choose(None)
+    choose(1, "--precompute_ref_log_probs", "false")
+    choose(1, rows=iter(()))
+    return found
+
+
 def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
     """Exit code, or what came out of `run`, and standard error of each command line; none may read a weight."""
     from hdpissa.launch import train

@@ -76,6 +76,12 @@ def test_recipes_are_read(recipe, inputs, tmp_path):
     assert {name: found[name] for name in names} == {name: content[name] for name in names}
 
 
+def test_dpo_precomputes_where_the_reference_does_not_fit(inputs, tmp_path):
+    argv = flags({**inputs, "trainer": "dpo", "output_dir": str(tmp_path)})
+    found = run_ranks(2, script_runs.reference_choices, argv, str(tmp_path))
+    assert found == [[False, True, False, False, False]] * 2
+
+
 def test_the_tokens_are_as_published(inputs):
     rows, texts, prompts = script_runs.encoded(inputs["model_name_or_path"])
     assert rows["input_ids"] == texts

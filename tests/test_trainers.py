@@ -105,6 +105,17 @@ def test_dpo(model_folder, tmp_path):
     assert_equal(one[0]["weights"], two[0]["weights"])
 
 
+def test_dpo_goes_on_from_a_checkpoint(model_folder, tmp_path):
+    """Of two ranks, on one: the rows are the same, though TRL's columns of them are made anew in every process."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trl("dpo", model_folder, tmp_path, **saving, gradient_accumulation_steps=1)
+    folder = str(tmp_path / "dpo2" / "checkpoint-2")
+    again = trl("dpo", model_folder, tmp_path, world=1, resume=folder, gradient_accumulation_steps=2)
+    assert again[0]["log"][-1]["loss"] == pytest.approx(whole[0]["log"][-1]["loss"], rel=1e-5)
+    for name, weight in again[0]["weights"].items():
+        torch.testing.assert_close(weight, whole[0]["weights"][name], rtol=0, atol=1e-6)
+
+
 def test_grpo(model_folder, tmp_path):
     """KL to the reference begins at 0 and grows."""
     log = trl("grpo", model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]

@@ -158,7 +158,9 @@ def digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(set(text)) for text in completions]
 
 
-def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], *, file: str = "", **more: Any):
+def trl_run(
+    kind: str, model: str, folder: str, section: dict[str, Any], *, file: str = "", resume: Any = None, **more: Any
+):
     """Three steps of one of TRL's trainers on a model given by name; `file`: of rows, else they are made here."""
     prepare_trl(folder)
     from hdpissa.launch import trainers
@@ -177,7 +179,7 @@ def trl_run(kind: str, model: str, folder: str, section: dict[str, Any], *, file
     args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=config(**section), **{**settings, **more})
     extra = {"reward_funcs": digits} if kind == "grpo" else {}
     trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=data, **extra)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "weights": whole_weights(trainer.engine),

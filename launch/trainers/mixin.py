@@ -98,6 +98,7 @@ class HDPissaMixin(_Base):
         self._check(args)
         run_config.check_targets(model, self.run_config, getattr(args, "model_init_kwargs", None) or {})
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
+        self._rows = getattr(more.get("train_dataset"), "_fingerprint", None)
         with self._sharded_loading(model, args):
             super().__init__(model, args=args, **more)
         self._signals, self.run_record = StopOnSignals(self), RunRecord(self)
@@ -278,7 +279,9 @@ class HDPissaMixin(_Base):
             "rows of a micro-batch": self._train_batch_size,
             "rows of a step": order.rows,
             "rows": len(self.train_dataset) if known else None,
-            "fingerprint": getattr(self.train_dataset, "_fingerprint", None) if known else None,
+            "fingerprint": self._rows
+            if known
+            else None,  # as given: that of DPO's own columns is another one in every process
         }
 
     # --- evaluation ------------------------------------------------------------------------------------
