@@ -18,5 +18,5 @@ FOLDERS = ("engine", "kernels", "launch", "launch/trainers", "benchmarks", "ds_c
 setup(
     packages=[f"hdpissa.{folder.replace('/', '.')}" for folder in FOLDERS],
     package_dir={f"hdpissa.{folder.replace('/', '.')}": folder for folder in FOLDERS},
-    package_data={"hdpissa.ds_configs": ["*.json"], "hdpissa.engine": ["*.jinja"]},
+    package_data={"hdpissa.ds_configs": ["*.json"], "hdpissa.engine": ["*.jinja"], "hdpissa.launch": ["*.jinja"]},
 )

@@ -19,8 +19,8 @@ A phase has a time limit, and the next one goes on when it has failed; the exit 
 `gpu.log` and, in the end, `gpu.md`. --dry runs the same phases on the CPU with toy sizes.
 
 Runs with the Python that starts it; the package is used from this checkout, it need not be installed. Wheels in `.whl/`
-are installed beside it for the time of the run, without network, and a Triton cache in `.triton-cache/` (`make
-gpu-cache`) is used. benchmarks/README.md says how to carry them. Imports nothing but the standard library.
+are installed beside it for the time of the run, without network, and the Triton cache in `.triton-cache.tar.xz`
+(`make gpu-cache`) is used. benchmarks/README.md says how to carry them. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -44,7 +45,7 @@ else:
     import gpu_rows  # type: ignore[no-redef]
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".triton-cache"
+CACHE = ROOT / ".triton-cache.tar.xz"
 # By the names that they are imported under: what the phases import themselves, and what DeepSpeed brings no wheel for.
 NEEDED = (
     *("torch", "triton", "transformers", "peft", "pytest", "hypothesis", "deepspeed", "pydantic", "datasets"),
@@ -111,16 +112,17 @@ def prepare(folder: Path) -> dict[str, str]:
         subprocess.run(install, check=True)
         paths.append(folder / "site")
         found["PATH"] = f"{folder / 'site' / 'bin'}{os.pathsep}{os.environ['PATH']}"  # the deepspeed launcher
-    if CACHE.is_dir():  # a copy: what is compiled here stays out of the checkout
-        move_cache(CACHE, folder / "triton")
+    if CACHE.is_file():
+        unpack_cache(CACHE, folder / "triton")
         found["TRITON_CACHE_DIR"] = str(folder / "triton")
     paths += [Path(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {**os.environ, **found, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
-def move_cache(source: Path, target: Path) -> None:
-    """Copies a Triton cache, whose files name each other by absolute paths."""
-    shutil.copytree(source, target)
+def unpack_cache(archive: Path, target: Path) -> None:
+    """Unpacks a Triton cache, whose files name each other by absolute paths: those of where it was made."""
+    with tarfile.open(archive) as files:
+        files.extractall(target, filter="data")
     for group in target.glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.with_name(name)) for name in names}}))

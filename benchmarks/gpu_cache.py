@@ -4,7 +4,8 @@ Every launch that gpu.py's phases tests, step, kernels and memcheck make, and th
 an H100 or H200 as there (launch_capture.py), without a GPU. A kernel's key holds a digest of Triton's library, which
 differs between Python's versions: that of the GPU machine's Python (--python) is taken from Triton's wheel, the version
 installed here, which pip fetches once. Only what a launch reads is kept: machine code and its description, not what the
-compiler wrote on the way.
+compiler wrote on the way. They stay in `.triton-cache/`, from which the next call goes on, and are packed into
+`.triton-cache.tar.xz`, which gpu.py unpacks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -155,9 +157,12 @@ def kernels() -> None:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(timing, **here))
         stack.enter_context(mock.patch("torch.nn.functional.linear", product))
-        # both Llamas have sizes that divide by 128: the same kernels
-        stack.enter_context(mock.patch.object(shapes, "LLAMA_3_70B", []))
         stack.enter_context(mock.patch.object(thin_products, "layers", list(_layers(thin_products, shapes)).copy))
+        # where blocks do not depend on sizes, small ones that divide as those do: the same kernels
+        stack.enter_context(mock.patch.object(shapes, "LLAMA_2_7B", [shapes.Shape("small", 1024, 1024)]))
+        stack.enter_context(mock.patch.object(shapes, "LLAMA_3_70B", []))
+        stack.enter_context(mock.patch.object(gpu_kernels.module_of("shard_subtract"), "NUMEL", 2**20))
+        stack.enter_context(mock.patch.object(gpu_kernels.module_of("slice_adam"), "SIZES", (2**20,)))
         stack.enter_context(mock.patch("torch.randn", torch.zeros))
         stack.enter_context(capture())
         for row in gpu_kernels.kernels():
@@ -216,10 +221,18 @@ def prune(folder: Path) -> None:
             path.rmdir()
 
 
+def pack(folder: Path) -> Path:
+    """The archive beside the folder."""
+    archive = folder.with_name(f"{folder.name}.tar.xz")
+    with tarfile.open(archive, "w:xz") as files:
+        files.add(folder, ".")
+    return archive
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="3.12", help="version of the GPU machine's (default 3.12)")
-    parser.add_argument("--folder", type=Path, default=gpu.CACHE)
+    parser.add_argument("--folder", type=Path, default=gpu.ROOT / ".triton-cache")
     parser.add_argument("--only", choices=PROGRAMS, help="one program, in this process; TRITON_CACHE_DIR is set")
     return parser.parse_args()
 
@@ -236,12 +249,11 @@ def main() -> int:
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         failures = list(filter(None, pool.map(lambda name: run(name, args.folder, args.python), PROGRAMS)))
     prune(args.folder)
-    files = [path for path in args.folder.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files) / 1e6
-    count = sum(path.suffix == ".cubin" for path in files)
+    archive = pack(args.folder)
+    count, size = len(list(args.folder.glob("*/*.cubin"))), archive.stat().st_size / 1e6
     print("\n".join(failures), file=sys.stderr)
     seconds = time.monotonic() - start
-    print(f"carry {args.folder}: {count} kernels for Python {args.python}, {size:.1f} MB, in {seconds:.0f} s")
+    print(f"carry {archive}: {count} kernels for Python {args.python}, {size:.1f} MB, in {seconds:.0f} s")
     return 1 if failures else 0
 
 

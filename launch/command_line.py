@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
+import difflib
 import os
 import re
 import sys
@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.foreign_names import hint
 
 NAME_MAX, PATH_MAX = 255, 4095  # of Linux
 
@@ -77,11 +76,8 @@ def read(
 
 
 def _hint(name: str, options: Collection[str]) -> str:
-    if not name.startswith("-"):
-        several = ", several in quotes: --dataset_name 'a.jsonl b.jsonl'" if "--dataset_name" in options else ""
-        return f"a value stands behind its option{several}"
-    said = hint(name.lstrip("-"), [known.lstrip("-") for known in options])
-    return said.replace("did you mean ", "did you mean --")
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    return f"did you mean {near[0]}?" if near else "see --help"
 
 
 def at_least(args: Any, limit: int, *names: str) -> None:
@@ -91,36 +87,6 @@ def at_least(args: Any, limit: int, *names: str) -> None:
         if value is not None and not value >= limit:
             rule = "must not be negative" if limit == 0 else f"must be at least {limit}"
             raise ConfigError(f"--{name} is {value}: {rule}")
-
-
-def at_most(args: Any, limit: int, *names: str, why: str) -> None:
-    """Raises ConfigError for the first option of these that is larger; None is none given."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value > limit:
-            raise ConfigError(f"--{name} is {value}: must be at most {limit}, {why}; give a smaller one")
-
-
-def above_0(args: Any, *names: str) -> None:
-    """Raises ConfigError for the first option of these that is not greater than 0."""
-    for name in names:
-        if not getattr(args, name) > 0:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1, or a share of all steps below 1")
-
-
-def whole_or_share(args: Any, *names: str) -> None:
-    """Makes numbers of steps of at least 1 integers; below 1 they are shares of all steps, as in transformers.
-
-    Raises:
-        ConfigError: what is neither.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is None or value < 1:
-            continue
-        if not float(value).is_integer():
-            raise ConfigError(f"--{name} is {value}: must be a whole number, or a share of all steps below 1")
-        setattr(args, name, int(value))
 
 
 def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
@@ -157,18 +123,6 @@ def _refuse_hidden(name: str, value: str | None) -> None:
         raise ConfigError(f"--{name} {value}: permission denied; give a path that you may read") from None
     except (OSError, ValueError):  # not there, or no path at all: whoever reads it says so
         pass
-
-
-def json_object(args: Any, name: str) -> dict[str, Any]:
-    """An option whose value is a JSON object; empty where it is not given. ConfigError when it is something else."""
-    text = getattr(args, name)
-    try:
-        found = {} if text is None else json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--{name} {text}: not valid JSON ({error}); quote it as '{{\"key\": 1}}'") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"--{name} {text}: must be a JSON object; give '{{\"key\": 1}}'")
-    return found
 
 
 def exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

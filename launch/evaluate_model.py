@@ -111,7 +111,8 @@ def locate(name: str) -> Located:
     """Finds out what a name stands for; ConfigError where there is no model and no adapter."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    path, run, folder = Path(name).expanduser(), {}, name
+    path, folder = Path(name).expanduser(), name
+    run: dict[str, Any] = {}
     if path.is_dir():
         folders, files = (path, path / "model", path / "adapter"), ("config.json", "adapter_config.json")
         found = [place for place in folders if any((place / name).is_file() for name in files)]
@@ -147,20 +148,22 @@ def evaluate(args: argparse.Namespace, found: Located, scratch: str) -> tuple[di
     config = tried("--model", args.model, lambda: AutoConfig.from_pretrained(found.base or found.folder, **trust))
     tokenizer = read_tokenizer(args, found)
     rows = read_rows(asked, tokenizer)
-    tokens, collate = evaluate_rows.prepare(asked, rows.train, tokenizer, config)
-    limit = vars(args).get("eval_max_samples")
-    questions = evaluate_rows.questions(asked, rows, tokenizer, limit) if "eval_exact_match" in args else []
+    tokens, collate, positions = evaluate_rows.prepare(asked, rows.train, tokenizer, config)
+    limits = {"batch_size": int(args.batch_size), "max_new_tokens": vars(args).get("max_new_tokens", 256)}
+    questions = []
+    if "eval_exact_match" in args:  # the last token of an answer needs no position
+        longest = math.inf if positions is None else positions + 1 - limits["max_new_tokens"]
+        questions = evaluate_rows.questions(asked, rows, tokenizer, vars(args).get("eval_max_samples"), longest)
     model = tried(
         "--model", args.model, lambda: load(AutoModelForCausalLM, found.folder, args.device, dtype="auto", **trust)
     )
     dtype, dataset = str(model.dtype).removeprefix("torch."), asked.script.dataset_name
     print(f"{found.folder}, {dtype} on {model.device}; {len(tokens)} rows of {dataset}", flush=True)
     figures: dict[str, Any] = {"model": found.folder, "base": found.base, "dataset": dataset, "dtype": dtype}
-    loss, count = mean_loss(model, tokens, collate, int(args.batch_size))
+    loss, count = mean_loss(model, tokens, collate, limits["batch_size"])
     figures |= _told({"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": count})
     if not questions:
         return figures, []
-    limits = {"batch_size": int(args.batch_size), "max_new_tokens": vars(args).get("max_new_tokens", 256)}
     graded = answer(model, tokenizer, questions, rows.chat, limits)
     right = sum(row["right"] for row in graded) / len(graded)
     return figures | limits | _told({"eval_exact_match": right, "eval_samples": len(graded)}), graded
@@ -258,7 +261,7 @@ def lm_eval_command(args: argparse.Namespace, found: Located, more: list[str]) -
     """lm-eval's command line, as its users would type it; ConfigError where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('--tasks needs lm-eval, which is not installed: pip install "lm-eval[hf]"')
-    model = {"pretrained": found.base or found.folder, "dtype": "auto"}
+    model: dict[str, str] = {"pretrained": found.base or found.folder, "dtype": "auto"}
     if found.base:
         model["peft"] = found.folder
         if any(Path(found.folder).glob("tokenizer*")):  # which has the template that was trained with
@@ -267,7 +270,7 @@ def lm_eval_command(args: argparse.Namespace, found: Located, more: list[str]) -
         model["trust_remote_code"] = "True"
     if any("," in value for value in model.values()):
         raise ConfigError(f"--model {args.model}: lm-eval takes no comma in a name; rename the folder")
-    options = {"model": "hf", "model_args": ",".join(f"{key}={value}" for key, value in model.items())}
+    options: dict[str, Any] = {"model": "hf", "model_args": ",".join(f"{key}={value}" for key, value in model.items())}
     options |= {name: vars(args).get(name) for name in ("tasks", *TASKS, "batch_size", "device", "output_path")}
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     # -P: neither this folder nor the current one answers in place of a package that lm-eval imports

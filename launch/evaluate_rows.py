@@ -24,6 +24,7 @@ READING = (
     "completion_only_loss",
     "assistant_only_loss",
 )  # SFT's
+OPTIONS = (*ROWS, *COLUMNS, *READING)
 
 
 def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> Any:
@@ -39,42 +40,42 @@ def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> An
     class Config(trl.SFTConfig):
         place_model_on_device = False  # type: ignore[assignment]  # it has no weights
 
-    given, script = vars(args), run.get("script") or {}
-    named = {name: script.get(name) for name in COLUMNS if script.get(name) is not None}
-    if "dataset_name" not in given and script.get("trainer", "sft") == "sft":
-        named |= _evaluation_rows(script)
+    given, of_run = vars(args), run.get("arguments") or {}
+    named: dict[str, Any] = {name: of_run.get(name) for name in COLUMNS if of_run.get(name) is not None}
+    if "dataset_name" not in given and of_run.get("trainer", "sft") == "sft":
+        named |= _evaluation_rows(of_run)
     named |= {name: given[name] for name in (*COLUMNS, *ROWS) if name in given}
     if not named.get("dataset_name"):
         raise ConfigError(
             f"--model {args.model}: no run.json names its evaluation rows; give --dataset_name, or --tasks"
         )
-    trained = run.get("arguments") or {}
     reading = {"max_length": SFT_DEFAULTS["max_length"]}
-    reading |= {name: trained[name] for name in READING if trained.get(name) is not None}
+    reading |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
     reading |= {name: given[name] for name in READING if name in given}
     fixed = {
         "output_dir": scratch,
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
     }
     fixed |= {"trust_remote_code": args.trust_remote_code}
     training = tried("--model", args.model, lambda: Config(**fixed, **reading))
     return Arguments(ScriptArguments(**named), training, trl.DatasetMixtureConfig(), frozenset(given))
 
 
-def _evaluation_rows(script: dict[str, Any]) -> dict[str, Any]:
-    """ROWS of a run's evaluation rows, by its ScriptArguments; none where it had none."""
-    name, split = script.get("eval_dataset_name"), script.get("dataset_test_split")
+def _evaluation_rows(of_run: dict[str, Any]) -> dict[str, Any]:
+    """ROWS of a run's evaluation rows, by its arguments; none where it had none."""
+    name, split = of_run.get("eval_dataset_name"), of_run.get("dataset_test_split")
     if not name and not split:
         return {}
-    found = {n: script[n] for n in ("dataset_config", "dataset_revision") if script.get(n) is not None}
-    return found | {"dataset_name": name or script.get("dataset_name"), "dataset_train_split": split or "train"}
+    found = {n: of_run[n] for n in ("dataset_config", "dataset_revision") if of_run.get(n) is not None}
+    return found | {"dataset_name": name or of_run.get("dataset_name"), "dataset_train_split": split or "train"}
 
 
-def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
-    """(what SFTTrainer makes of the rows: `input_ids` and `labels`, cut at max_length; its collator).
+def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, Any, int | None]:
+    """(`input_ids` and `labels` as SFTTrainer makes them, cut at max_length; its collator; the model's positions).
+
+    Positions are None where the model has no table of them.
 
     Args:
         config: of the model, which is made without weights: TRL wants one.
@@ -88,7 +89,7 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
     import trl
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.launch.position_checks import table_size
+    from hdpissa.launch.model_work import table_size
 
     name, trust = str(asked.script.dataset_name), asked.training.trust_remote_code
     with torch.device("meta"):
@@ -112,7 +113,7 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
         raise ConfigError(
             f"--dataset_name {name}: rows have {longest} tokens; give --max_length {table}, as the model's"
         )
-    return found, trainer.data_collator
+    return found, trainer.data_collator, table
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,12 @@ class Question:
     reference: str
 
 
-def questions(asked: Any, rows: Any, tokenizer: Any, limit: int | None) -> list[Question]:
-    """The first `limit` questions of the rows that `train_rows.read_rows` has read; ConfigError where there is none."""
+def questions(asked: Any, rows: Any, tokenizer: Any, limit: int | None, longest: float) -> list[Question]:
+    """The first `limit` questions of the rows that `train_rows.read_rows` has read.
+
+    Raises:
+        ConfigError: there is none; one has more than `longest` tokens.
+    """
     from hdpissa.launch.train_rows import instruction_columns, load
 
     texts, columns = rows.train, {}
@@ -136,6 +141,10 @@ def questions(asked: Any, rows: Any, tokenizer: Any, limit: int | None) -> list[
     chosen = list(itertools.islice(filter(None, found), limit))
     if not chosen:
         raise ConfigError("--eval_exact_match: no row has a prompt and an answer; leave it out")
+    if (most := max(len(question.ids) for question in chosen)) > longest:
+        raise ConfigError(
+            f"--max_new_tokens: with prompts of {most} tokens the model has too few positions; give fewer"
+        )
     return chosen
 
 
@@ -154,11 +163,12 @@ def _question(row: dict[str, Any], tokenizer: Any, template: Any, columns: dict[
         return None
     if not trl.is_conversational(row):
         return Question(prompt_ids(tokenizer, row["prompt"]), row["prompt"], row["completion"].strip())
-    if row["completion"][-1]["role"] != "assistant":
+    *_, answer = row.pop("completion")  # beside which TRL would cut the prompt to where the two diverge
+    if answer["role"] != "assistant":
         return None
     text = trl.apply_chat_template(row, tokenizer)["prompt"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Question(ids, text, str(row["completion"][-1]["content"]).strip())
+    return Question(ids, text, str(answer["content"]).strip())
 
 
 def tried(option: str, name: str, read: Callable[[], Any]) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 from hdpissa.engine import model_card
 from hdpissa.engine.checkpoint_format import Manifest
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.metrics import RunFiles
 from hdpissa.engine.prompts import resolve_template
-from hdpissa.engine.run_record import RunRecord
 from hdpissa.launch.export_template import TEMPLATE, lost_template
 
 
@@ -21,7 +21,7 @@ def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -
         reader: of the checkpoint. report: of the export. base_model: where the base is now, if it has moved.
     """
     manifest = reader.manifest
-    record = RunRecord.read(reader.folder.absolute().parent)
+    record = RunFiles.read(reader.folder.absolute().parent)
     arguments = _arguments(manifest)
     template = _template(manifest.client_state if arguments else {"arguments": record.arguments}, record.run, folder)
     if record.run:

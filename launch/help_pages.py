@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import speaking_rank
-from hdpissa.launch.foreign_names import LAUNCHERS, instead
 
 HELP = ("-h", "--help")
 WIDTH = 100  # of what is written into a file or a pipe
@@ -24,13 +23,12 @@ class Page:
 
     Attributes:
         title: what the command does, one sentence. usage: lines of the first page.
-        required: names of options that must be given. synonyms: other programs' names → ours, for the search.
+        required: names of options that must be given.
     """
 
     title: str
     usage: Sequence[str]
     required: Sequence[str] = ()
-    synonyms: Mapping[str, str] = field(default_factory=dict)
 
 
 def answered(argv: Sequence[str], sections: Mapping[str, type], page: Page) -> bool:
@@ -51,29 +49,17 @@ def show(sections: Mapping[str, type], page: Page, topic: str = "") -> None:
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    chosen = _chosen(sections, page.synonyms.get(topic.lstrip("-"), topic))
+    chosen = _chosen(sections, topic)
     if not topic and len(sections) > 1:
         _first_page(sections, page, console)
     elif not chosen:
-        _unknown(topic, sections, console)
+        choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
+        raise ConfigError(f"--help {topic}: no option has that word; {choice}")
     else:
         if not topic:
             _head(page, console)
         for name, options in chosen.items():
             console.print(_table(name, options, page, several=len(sections) > 1))
-
-
-def _unknown(topic: str, sections: Mapping[str, type], console: Any) -> None:
-    """What is there in place of another program's option; ConfigError for a word that nobody knows."""
-    name = topic.lstrip("-").replace("-", "_")
-    if advice := instead(name, [option.name for section in sections.values() for option in fields(section)]):
-        console.print(f"there is no --{name} here: {advice}", markup=False)
-        return
-    if name in LAUNCHERS and "run" in sections:
-        console.print(f"--{name} is the launcher's: see deepspeed --help, or torchrun --help", markup=False)
-        return
-    choice = f"sections: {', '.join(sections)}, or all" if len(sections) > 1 else "--help alone shows all"
-    raise ConfigError(f"--help {topic}: no option has that word; {choice}")
 
 
 def _chosen(sections: Mapping[str, type], topic: str) -> dict[str, list[Field[Any]]]:

@@ -48,8 +48,8 @@ def plan_table(run: Any, *, capped: bool) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Reads, plans, prints."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args, given = plan_arguments.parse(argv)
-    run = plan_arguments.resolve(args, given)
+    args, flags, given = plan_arguments.parse(argv)
+    run = plan_arguments.resolve(args, flags, given)
 
     from rich.console import Console
 

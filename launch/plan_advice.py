@@ -1,8 +1,9 @@
 """The cheapest change that makes a run fit, in words that can be typed.
 
-Tried in order of cost: gradient checkpointing (a third more compute), smaller micro-batches with more accumulation
-(the same step, less efficient), no second copy of W (hpZ; the network), shards and masters in host memory (the host
-link), more GPUs.
+Tried in order of cost: no reference model (its log-probabilities are computed beforehand), gradient checkpointing (a
+third more compute), smaller micro-batches with more accumulation (the same step, less efficient), generation with
+weights gathered layer by layer (slow), no second copy of W (hpZ; the network), shards and masters in host memory (the
+host link), more GPUs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.plan_memory import memory
+from hdpissa.launch.plan_objective import PRECOMPUTED
 from hdpissa.launch.plan_run import Run
 
 MOST_GPUS = 1024
@@ -33,10 +35,16 @@ def cheapest_change(run: Run, *, file: str = "") -> str:
 
 
 def _candidates(run: Run) -> Iterator[Run]:
-    """From the cheapest on. Checkpointing stays once it was not enough; micro-batches are as large as can be."""
+    """From the cheapest on. What was not enough stays; micro-batches are as large as can be."""
+    if run.objective.reference and run.objective.trainer in PRECOMPUTED:
+        run = run.with_objective(reference=False)
+        yield run
     if not run.batch.checkpointing and run.model.checkpointing:
         run = run.with_batch(checkpointing=True)
     yield from _smaller_batches(run)
+    if run.objective.generates and run.objective.gathers_to_generate and memory(run).busiest == "generating":
+        run = run.with_objective(gathers_to_generate=False)
+        yield from _smaller_batches(run)
     if run.copy_ranks:
         run = run.without_second_copy()
         yield from _smaller_batches(run)
@@ -69,12 +77,16 @@ def _more_gpus(run: Run) -> Iterator[Run]:
 
 def _words(run: Run, changed: Run, file: str) -> str:
     flags: list[tuple[str, str]] = []
+    if run.objective.reference and not changed.objective.reference:
+        flags.append(("--precompute_ref_log_probs", ""))
     if changed.batch.checkpointing and not run.batch.checkpointing:
         flags.append(("--gradient_checkpointing", ""))
     if changed.batch.rows != run.batch.rows:
         flags.append((f"--per_device_train_batch_size {changed.batch.rows}", "train_micro_batch_size_per_gpu"))
     if changed.batch.accumulation != run.batch.accumulation:
         flags.append((f"--gradient_accumulation_steps {changed.batch.accumulation}", "gradient_accumulation_steps"))
+    if run.objective.gathers_to_generate and not changed.objective.gathers_to_generate:
+        flags.append(("--ds3_gather_for_generation false", ""))
     if changed.placement.offload and not run.placement.offload:
         flags.append(("--offload_param", "zero_optimization.offload_param.device"))
     if changed.cluster.gpus != run.cluster.gpus:

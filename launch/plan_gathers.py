@@ -70,6 +70,17 @@ def without_trace(
     return Gathers(peak, passes * whole, passes * len(numel), first)
 
 
+def forward(trace: Trace, policy: Policy) -> Gathers:
+    """Replays a forward pass without gradient."""
+    return _Coordinator(trace, policy, None).run([_Event(v.module, v.enters, False) for v in trace.visits])
+
+
+def forward_without_trace(numel: list[int], policy: Policy) -> Gathers:
+    """The same for a model whose forward pass cannot be traced."""
+    whole = sum(numel)
+    return Gathers(min(whole, policy.max_live_parameters + max(numel)), whole, len(numel), whole)
+
+
 @dataclass(frozen=True)
 class _Event:
     module: int

@@ -1,11 +1,13 @@
 """Memory of a planned run, per GPU and per node, by component; bytes.
 
 What stays for the whole run is counted exactly as the engine does (`HDPissaEngine.memory_bytes`). What comes and goes
-is counted at two moments: at the turn from forward to backward, and while an optimizer step updates the weights.
+is counted at three moments: at the turn from forward to backward, while an optimizer step updates the weights, and
+while GRPO generates.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from hdpissa.engine.shards import STAGED_ELEMENTS
@@ -20,7 +22,11 @@ FRAGMENTATION = 0.05
 PROCESS = 4 * GIB
 # fp32 at the height of the loss's backward pass: log-probabilities, their gradient, the gradient of the logits.
 LOSS_BYTES = 12
+# TRL's head projects tiles of so many tokens and vocabulary entries (trl 1.16, kernels/chunked_logprob.py), and keeps
+# seven fp32 numbers per token: running sums, log-probability, its gradient.
+TILE_TOKENS, TILE_VOCABULARY, TILE_STATISTICS = 4096, 32768, 7
 SECOND_COPY = "second copy (hpZ)"
+REFERENCE, REFERENCE_GATHERED = "reference shards", "reference: gathered weights"
 # Gradients in flight within a block, as a share of what the block keeps for backward.
 IN_FLIGHT = 0.5
 
@@ -31,31 +37,35 @@ class Memory:
 
     Attributes:
         persistent: on the GPU for the whole run. computing: on top, at its height in a micro-batch.
-        updating: on top, while weights are updated. host: per process, in host memory for the whole run.
+        updating: on top, while weights are updated. generating: on top, while GRPO generates; else empty.
+        host: per process, in host memory for the whole run.
     """
 
     persistent: dict[str, int]
     computing: dict[str, int]
     updating: dict[str, int]
+    generating: dict[str, int]
     reserve: int
     host: dict[str, int]
 
     @property
     def peak(self) -> int:
         """The GPU's peak."""
-        return sum(self.persistent.values()) + self.reserve + max(self._most(), sum(self.updating.values()))
+        return sum(self.persistent.values()) + self.reserve + max(self._moments().values())
 
     @property
     def busiest(self) -> str:
-        """When that is: "computing" or "updating"."""
-        return "computing" if self._most() >= sum(self.updating.values()) else "updating"
+        """When that is: "computing", "updating" or "generating"."""
+        moments = self._moments()
+        return max(moments, key=lambda name: moments[name])
 
-    def _most(self) -> int:
-        return _height(self.computing)
+    def _moments(self) -> dict[str, int]:
+        sums = {"updating": sum(self.updating.values()), "generating": sum(self.generating.values())}
+        return {"computing": _height(self.computing), **sums}
 
 
 # The loss and a block's backward pass do not meet: only the larger one counts.
-EITHER = ("logits and loss (fp32)", "block in backward")
+EITHER = ("logits and loss", "block in backward")
 
 
 def _height(computing: dict[str, int]) -> int:
@@ -66,15 +76,15 @@ def _height(computing: dict[str, int]) -> int:
 def memory(run: Run) -> Memory:
     """All of it."""
     weights, factors = _weights(run), _factors(run)
-    on_host = {"bf16 shards", "fp32 shards", "other weights", SECOND_COPY} if run.placement.offload else set()
+    on_host = (
+        {"bf16 shards", "fp32 shards", "other weights", SECOND_COPY, REFERENCE} if run.placement.offload else set()
+    )
     if run.placement.offload or run.placement.master_on_cpu:
         on_host |= {"fp32 remainder", "fp32 master"}
     persistent = {name: n for name, n in (weights | factors).items() if name not in on_host}
     host = {name: n for name, n in weights.items() if name in on_host}
-    computing, updating = _computing(run), _updating(run)
-    allocated = sum(persistent.values()) + max(_height(computing), sum(updating.values()))
-    reserve = CONTEXT + int(FRAGMENTATION * allocated)
-    return Memory(persistent, computing, updating, reserve, {**host, "process": PROCESS})
+    found = Memory(persistent, _computing(run), _updating(run), _generating(run), 0, {**host, "process": PROCESS})
+    return dataclasses.replace(found, reserve=CONTEXT + int(FRAGMENTATION * found.peak))
 
 
 def _weights(run: Run) -> dict[str, int]:
@@ -90,7 +100,8 @@ def _weights(run: Run) -> dict[str, int]:
     master = "fp32 remainder" if run.placement.master_format == "split" else "fp32 master"
     held = {shards: width * target_numel, master: run.placement.master_bytes * target_numel}
     held = {name: n for name, n in held.items() if n} | {"other weights": width * (every - target_numel)}
-    return held | ({SECOND_COPY: width * every * (world // run.copy_ranks)} if run.copy_ranks else {})
+    held |= {SECOND_COPY: width * every * (world // run.copy_ranks)} if run.copy_ranks else {}
+    return held | ({REFERENCE: width * every} if run.objective.reference else {})
 
 
 def _factors(run: Run) -> dict[str, int]:
@@ -115,12 +126,31 @@ def _computing(run: Run) -> dict[str, int]:
         held, block = inputs + outside, int((1 + IN_FLIGHT) * largest)
     else:
         held, block = sum(kept) + outside, int(IN_FLIGHT * largest)
-    return {
-        "gathered weights": run.placement.width * run.gathers.peak,
-        "activations": held,
-        EITHER[0]: LOSS_BYTES * logits,
-        EITHER[1]: block,
-    }
+    width = run.placement.width
+    reference = {REFERENCE_GATHERED: width * run.reference_gathers.peak} if run.objective.reference else {}
+    loss = chunked_loss(run) if run.objective.chunked else LOSS_BYTES * logits
+    gathered = {"gathered weights": width * run.gathers.peak} | reference
+    return gathered | {"activations": held, EITHER[0]: loss, EITHER[1]: block}
+
+
+def chunked_loss(run: Run) -> int:
+    """Of TRL's head at the height of its backward pass: a tile of logits, the tokens' last hidden states once more,
+    and their gradient in fp32 and in the compute dtype."""
+    tokens, width, m = run.batch.tokens, run.placement.width, run.model
+    tile = width * min(tokens, TILE_TOKENS) * min(m.vocabulary, TILE_VOCABULARY)
+    return tile + tokens * ((2 * width + 4) * m.hidden + 4 * TILE_STATISTICS)
+
+
+def _generating(run: Run) -> dict[str, int]:
+    """All rows of a step are generated at once, by TRL's default; their keys and values are kept until the end."""
+    if not run.objective.generates:
+        return {}
+    m, world, width = run.model, run.plan.world_size, run.placement.width
+    gathered = run.forward_gathers.peak
+    if run.objective.gathers_to_generate and run.must_gather:
+        gathered = sum(world * -(-p.numel() // world) for p in m.module.parameters())
+    cache = 2 * width * m.layers * m.kv_width * run.batch.tokens * run.batch.accumulation
+    return {"gathered weights": width * gathered, "key-value cache": cache}
 
 
 def activations(run: Run) -> tuple[list[int], int, int, int]:

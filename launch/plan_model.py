@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.hub_errors import explain, reason
 from hdpissa.launch.model_work import products, size
 
 ATTENTION = "hdpissa_plan"  # see plan_trace
@@ -52,8 +53,6 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    from hdpissa.launch.train_checks import explained
-
     path = Path(os.path.expanduser(name))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
         raise ConfigError(
@@ -62,32 +61,33 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file leads to
-        said, remedy = explained(str(path), error, "give a Hugging Face folder, config.json or name")
+        known = None if path.exists() else explain(error)
+        said, remedy = known or (reason(error), "give a Hugging Face folder, config.json or name")
         raise ConfigError(f"--model_name_or_path {name}: no usable config.json there ({said}); {remedy}") from None
 
 
-def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool) -> Model:
-    """The model on the meta device.
+def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool, reward: bool = False) -> Model:
+    """The model on the meta device; of a reward model one number per sequence stands in place of the logits.
 
     Raises:
         ConfigError: it is no causal language model.
     """
     import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from hdpissa.launch import plan_trace
-    from hdpissa.launch.train_checks import reason
 
+    config, kind = copy.deepcopy(config), AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    if reward:
+        config.num_labels, config.pad_token_id = 1, config.pad_token_id or 0  # as RewardTrainer has them
     AttentionInterface.register(ATTENTION, plan_trace.attention)
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.bfloat16 if bf16 else torch.float32}
     try:
         with torch.device("meta"):
             try:
-                module = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config), attn_implementation=ATTENTION, **options
-                )
+                module = kind.from_config(copy.deepcopy(config), attn_implementation=ATTENTION, **options)
             except (ValueError, ImportError, KeyError):  # an architecture with an attention of its own
-                module = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+                module = kind.from_config(copy.deepcopy(config), **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"--model_name_or_path {name}: cannot be built ({reason(error)}); give a causal language model"
@@ -134,14 +134,19 @@ class Work:
     low_rank: float
     low_rank_flops: float
 
-    def floor_flops(self, *, recompute: bool) -> float:
-        """Forward and input gradient: 4 per weight. Flash attention's backward costs 2.5 forwards."""
-        again = self.forward + self.attention if recompute else 0.0
-        return 2 * (self.forward + self.head) + 3.5 * self.attention + again
+    def floor_flops(self, *, recompute: bool, passes: int = 0) -> float:
+        """Forward and input gradient: 4 per weight. Flash attention's backward costs 2.5 forwards.
 
-    def floor_bytes(self, *, recompute: bool) -> float:
-        """Element-wise traffic; the forward's third once more when it is recomputed."""
-        return self.elementwise * (4 / 3 if recompute else 1)
+        Args:
+            passes: forward passes without gradient beside.
+        """
+        again = self.forward + self.attention if recompute else 0.0
+        beside = passes * (self.forward + self.head + self.attention)
+        return 2 * (self.forward + self.head) + 3.5 * self.attention + again + beside
+
+    def floor_bytes(self, *, recompute: bool, passes: int = 0) -> float:
+        """Element-wise traffic; the forward's third once more when it is recomputed, and per pass beside."""
+        return self.elementwise * (3 + recompute + passes) / 3
 
     @property
     def useful_flops(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hdpissa.engine.run_record import counted
+from hdpissa.engine.metrics import counted
 from hdpissa.launch import plan_hardware, plan_memory, plan_step
 from hdpissa.launch.plan_hardware import GIB
 from hdpissa.launch.plan_memory import Memory
@@ -16,6 +16,9 @@ from hdpissa.launch.plan_run import Run
 from hdpissa.launch.plan_step import Step
 
 NOTE = "Modelled from closed forms, not measured. --explain prints formulas and assumptions."
+
+
+MOMENTS = {"computing": "in a micro-batch", "updating": "in an update", "generating": "in generation"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def as_dict(plan: Plan, advice: str | None) -> dict[str, Any]:
             "persistent": memory.persistent,
             "computing": memory.computing,
             "updating": memory.updating,
+            "generating": memory.generating,
             "reserve": memory.reserve,
         },
         "host_memory": {"per_process": memory.host, "per_node": plan_memory.host_per_node(run, memory)},
@@ -82,6 +86,9 @@ def _model(run: Run) -> dict[str, Any]:
 def _run(run: Run) -> dict[str, Any]:
     batch, placement = run.batch, run.placement
     return {
+        "trainer": run.objective.trainer,
+        "cross_entropy": "chunked" if run.objective.chunked else "model",
+        "reference": run.objective.reference,
         "gpus": run.cluster.gpus,
         "nodes": run.cluster.nodes,
         "slices": run.plan.slices,
@@ -161,9 +168,10 @@ def show(plan: Plan, advice: str | None, console: Console) -> None:
         f"[bold]{facts['family']}[/], {facts['parameters'] / 1e9:.2f} G parameters, {facts['targets']} targets with "
         f"{facts['target_parameters'] / 1e9:.2f} G, on {here['gpus']} × {run.cluster.gpu.name} ({here['nodes']} "
         f"{'node' if here['nodes'] == 1 else 'nodes'}): r {here['r']}, {counted(here['slices'], 'slice')}, micro-batch "
-        f"{here['per_device_train_batch_size']} × {here['max_length']} tokens, accumulation "
+        f"{here['per_device_train_batch_size']} × {'2 × ' if run.batch.sequences == 2 else ''}{here['max_length']} "
+        f"tokens, accumulation "
         f"{here['gradient_accumulation_steps']}, checkpointing {'on' if here['gradient_checkpointing'] else 'off'}, "
-        f"{here['compute_dtype']}"
+        f"{here['compute_dtype']}, {here['trainer']}{' with a reference model' if here['reference'] else ''}"
     )
     console.print(_memory_table(plan))
     console.print(_bytes_table(plan))
@@ -185,9 +193,11 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(f"forward and backward: {name}", size(nbytes))
     for name, nbytes in memory.updating.items():
         table.add_row(f"update: {name}", size(nbytes))
+    for name, nbytes in memory.generating.items():
+        table.add_row(f"generation: {name}", size(nbytes))
     table.add_row("context, libraries, fragmentation", size(memory.reserve))
     table.add_section()
-    table.add_row(f"peak, {'in a micro-batch' if memory.busiest == 'computing' else 'in an update'}", size(memory.peak))
+    table.add_row(f"peak, {MOMENTS[memory.busiest]}", size(memory.peak))
     table.add_row("host memory per node", size(plan_memory.host_per_node(plan.run, memory)))
     return table
 

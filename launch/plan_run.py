@@ -14,9 +14,10 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.slicing import ShardRange, SlicePlan
 from hdpissa.engine.targets import Target
 from hdpissa.launch import plan_trace
-from hdpissa.launch.plan_gathers import Gathers, Policy, simulate, without_trace
+from hdpissa.launch.plan_gathers import Gathers, Policy, forward, forward_without_trace, simulate, without_trace
 from hdpissa.launch.plan_hardware import Cluster
 from hdpissa.launch.plan_model import Model, Work, work_per_token
+from hdpissa.launch.plan_objective import Objective
 from hdpissa.launch.plan_trace import Trace
 
 
@@ -28,11 +29,12 @@ class Batch:
     length: int
     accumulation: int
     checkpointing: bool
+    sequences: int = 1  # of a row
 
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
-        return self.rows * self.length
+        return self.rows * self.sequences * self.length
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Run:
 
     Attributes:
         zero: the section `zero_optimization`, of which `policy` is what steers single gathers.
+        said: the same as the JSON has it, "auto" included: a reference is made from that, by TRL.
 
     Raises ConfigError where slices, ranks, accumulation and matrices do not go together, in the engine's words.
     """
@@ -79,6 +82,8 @@ class Run:
     placement: Placement
     policy: Policy
     zero: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
 
     @cached_property
     def plan(self) -> SlicePlan:
@@ -88,6 +93,11 @@ class Run:
         plan.micro_batches_per_slice(self.batch.accumulation)
         if problems := ds_config.second_copy_problems(self.placement.hpz, world):
             raise ConfigError(problems[0])
+        if self.objective.reference and self.placement.hpz > 1:
+            raise ConfigError(
+                f"zero_hpz_partition_size is {self.placement.hpz} with a reference model: DeepSpeed forms hpZ's groups "
+                "for one model; set it to 1, or --precompute_ref_log_probs"
+            )
         return plan
 
     @property
@@ -125,7 +135,7 @@ class Run:
     @cached_property
     def trace(self) -> Trace | None:
         """None for models that cannot run without numbers."""
-        return _trace(self.model, self.targets, self.batch.rows, self.batch.length)
+        return _trace(self.model, self.targets, self.batch.rows * self.batch.sequences, self.batch.length)
 
     @cached_property
     def work(self) -> Work:
@@ -135,8 +145,8 @@ class Run:
     @cached_property
     def gathers(self) -> Gathers:
         """Of a micro-batch. A single rank without offload has nothing to gather."""
-        if self.plan.world_size == 1 and not self.placement.offload:
-            return Gathers(0, 0, 0, 0)
+        if not self.must_gather:
+            return NOTHING
         params = {p: number for number, p in enumerate(self.model.module.parameters())}
         updated = frozenset(params[t.param] for t in self.targets) if self.copy_ranks else None
         if self.trace is None:
@@ -147,6 +157,34 @@ class Run:
             return first
         later = _gathers(self, self.trace, None)
         return dataclasses.replace(first, peak=max(first.peak, later.peak))
+
+    @property
+    def must_gather(self) -> bool:
+        return self.plan.world_size > 1 or self.placement.offload
+
+    @cached_property
+    def forward_gathers(self) -> Gathers:
+        """Of a forward pass without gradient."""
+        return self._forward_gathers(self.policy, self.zero)
+
+    @cached_property
+    def reference_gathers(self) -> Gathers:
+        """Of the reference's forward pass. DeepSpeed takes "auto" for a key that is not there."""
+        if not self.objective.reference:
+            return NOTHING
+        said = {key: value for key, value in self.said.items() if "auto" not in (value, _classes(value))}
+        return self._forward_gathers(Policy.of(said), said)
+
+    def _forward_gathers(self, policy: Policy, zero: dict[str, Any]) -> Gathers:
+        if not self.must_gather:
+            return NOTHING
+        if self.trace is None:
+            return forward_without_trace([p.numel() for p in self.model.module.parameters()], policy)
+        leaves = leaf_modules.find(self.model.module, zero)
+        return forward(plan_trace.gathered_whole(self.trace, self.model.module, leaves), policy)
+
+    def with_objective(self, **changes: Any) -> Run:
+        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, **changes))
 
     def with_batch(self, **changes: Any) -> Run:
         return dataclasses.replace(self, batch=dataclasses.replace(self.batch, **changes))
@@ -160,6 +198,13 @@ class Run:
     def with_gpus(self, gpus: int, slices: int) -> Run:
         section = self.section.model_copy(update={"slices": slices})
         return dataclasses.replace(self, cluster=self.cluster.sized(gpus), section=section)
+
+
+NOTHING = Gathers(0, 0, 0, 0)
+
+
+def _classes(value: Any) -> Any:
+    return value.get("classes") if isinstance(value, dict) else None
 
 
 def _shape(target: Target) -> tuple[int, int, int]:

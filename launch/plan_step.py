@@ -19,6 +19,7 @@ LAUNCH_S, COLLECTIVE_S = 4.5e-6, 25e-6
 # Reads and writes of Adam per factor element: gradient, two moments, delta, running sum, the gradient's zeroing.
 ADAM_BYTES = 40
 GATHERS, COPY_GATHERS = "ZeRO-3 gathers", "gathers of second copies (hpZ)"
+PASS_GATHERS = "gathers of passes without gradient"
 AGAIN = "what stays gathered, after the update"
 NORM = "DeepSpeed's gradient norm"
 # Products of 16-bit parts that make up one of the update's: fp32 factors in two parts each, TF32's in one.
@@ -110,8 +111,10 @@ def step(run: Run) -> Step:
     """The closed forms, applied."""
     gpu, batch, work, plan = run.cluster.gpu, run.batch, run.work, run.plan
     tokens = batch.tokens * batch.accumulation
+    passes = run.objective.policy_passes + run.objective.reference_passes
     wire, link, gather_link = _gather_traffic(run, *_gathered(run))
     anew, again, _ = _gather_traffic(run, *_gathered_again(run))
+    passing, pass_link = _pass_traffic(run)
     from_host = _host_bytes_gathers(run)
     staged = _host_bytes_update(run)
     traffic = plan_exchange.update(run.shapes, plan, run.cluster, run.itemsize)
@@ -119,10 +122,10 @@ def step(run: Run) -> Step:
     own = sum(t.factor_numel(plan.slices_per_rank) for t in run.targets)
     return Step(
         tokens=tokens,
-        products=tokens * work.floor_flops(recompute=batch.checkpointing) / gpu.bf16,
-        elementwise=tokens * work.floor_bytes(recompute=batch.checkpointing) / gpu.hbm,
+        products=tokens * work.floor_flops(recompute=batch.checkpointing, passes=passes) / gpu.bf16,
+        elementwise=tokens * work.floor_bytes(recompute=batch.checkpointing, passes=passes) / gpu.hbm,
         low_rank=tokens * max(work.low_rank / gpu.hbm, work.low_rank_flops / gpu.bf16),
-        link=link,
+        link=link + pass_link,
         host=from_host / gpu.host,
         again=again,
         launches=batch.accumulation * _launches(run),
@@ -131,6 +134,7 @@ def step(run: Run) -> Step:
         adam=ADAM_BYTES * own / gpu.hbm,
         staging=staged / gpu.host,
         wire=wire
+        | passing
         | ({AGAIN: sum(anew.values())} if again else {})
         | {kind: t.sent for kind, t in traffic.items()}
         | {NORM: norm.sent},
@@ -148,6 +152,21 @@ def _gathered(run: Run) -> tuple[int, int]:
     every = steps * found.gathered
     of_all = found.first if run.copy_ranks else every
     return run.placement.width * of_all, run.placement.width * (every - of_all)
+
+
+def _passes_gather(run: Run) -> int:
+    """Bytes of the weights that passes without gradient gather in a step."""
+    objective, width = run.objective, run.placement.width
+    elements = objective.policy_passes * run.forward_gathers.gathered
+    elements += objective.reference_passes * run.reference_gathers.gathered
+    return width * run.batch.accumulation * elements
+
+
+def _pass_traffic(run: Run) -> tuple[dict[str, int], float]:
+    """(bytes that a rank sends for them, by kind; their seconds)."""
+    world = run.plan.world_size
+    sent = _passes_gather(run) * (world - 1) // world
+    return ({PASS_GATHERS: sent} if sent else {}), sent / run.cluster.gather_rate(world)
 
 
 def _gathered_again(run: Run) -> tuple[int, int]:
@@ -173,7 +192,7 @@ def _host_bytes_gathers(run: Run) -> int:
         return 0
     of_all, of_copies = map(sum, zip(_gathered(run), _gathered_again(run), strict=True))
     copies = (of_copies + of_all) // run.copy_ranks if run.copy_ranks else 0
-    return of_all // run.plan.world_size + copies
+    return (of_all + _passes_gather(run)) // run.plan.world_size + copies
 
 
 def _host_bytes_update(run: Run) -> int:
@@ -205,6 +224,8 @@ def apply_seconds(run: Run, flops: float) -> float:
 
 def _launches(run: Run) -> float:
     """Of a micro-batch."""
-    kernels = LAUNCHES_PER_LAYER * run.model.layers * (4 / 3 if run.batch.checkpointing else 1)
+    passes = run.objective.policy_passes + run.objective.reference_passes
+    thirds = 3 + passes + run.batch.checkpointing
+    kernels = LAUNCHES_PER_LAYER * run.model.layers * thirds / 3
     kernels += LAUNCHES_PER_LINEAR * sum(len(t.modules) for t in run.targets)
     return LAUNCH_S * kernels + COLLECTIVE_S * run.gathers.calls

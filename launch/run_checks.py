@@ -112,12 +112,11 @@ def _without_zero_init(training: Any) -> Iterator[None]:
         set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
-def read_tokenizer(arguments: Arguments) -> Any:
+def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
     """The model's tokenizer, with the EOS as pad token where it has none."""
     from transformers import AutoTokenizer
 
-    name, trust = str(arguments.script.model_name_or_path), arguments.training.trust_remote_code
-    more = {"revision": arguments.script.model_revision, "trust_remote_code": trust}
+    more = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _read(name, lambda: AutoTokenizer.from_pretrained(name, **more))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

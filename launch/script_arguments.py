@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
-import re
 import sys
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
+import torch
 import trl
 import yaml
-from pydantic import BaseModel
 
 from hdpissa.engine import ds_config, overrides
-from hdpissa.engine.config import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.launcher import read_launch
 from hdpissa.launch import shipped_configs, trainers
+from hdpissa.launch.section_flags import SectionArguments, section_of
 
 Kind = Literal["sft", "dpo", "grpo", "kto", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,7 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Where TRL's defaults differ. docs/training.md has the table.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "max_grad_norm": 0.0,
-    "logging_steps": 1, "gradient_checkpointing": False, "bf16": False,
+    "logging_steps": 1, "gradient_checkpointing": False, "bf16": torch.cuda.is_available(),
 }  # fmt: skip
 SFT_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-5, "per_device_train_batch_size": 1, "max_length": 512, "loss_normalization": "mean",
@@ -90,27 +88,6 @@ class ScriptArguments(trl.ScriptArguments):
         default=None, metadata={"help": "GRPO: names in trl.rewards, or import paths such as my_package.rewards.short."}
     )
     reward_model_name_or_path: str | None = field(default=None, metadata={"help": "GRPO: a reward model."})
-
-
-def _leaves(model: type[BaseModel] = HDPissaConfig, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Flag → path in the section: `r`, and `init_tol` for `init.tol`."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            found |= {flag: (name, *path) for flag, path in _leaves(info.annotation, f"{name}_").items()}
-        else:
-            found[prefix + name] = (name,)
-    return found
-
-
-FLAGS = _leaves()
-SectionArguments = make_dataclass(
-    "SectionArguments",
-    [
-        (flag, list[str] | None, field(default=None, metadata={"help": f"hd_pissa.{'.'.join(path)} of the JSON."}))
-        for flag, path in FLAGS.items()
-    ],
-)
 
 
 @dataclass(frozen=True)
@@ -241,41 +218,6 @@ def _agree(values: dict[str, Any], given: set[str]) -> None:
     _, agreed = ds_config.fill_auto(rest, asked, differ)
     unsaid = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")  # zero.Init asks
     values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": unsaid | merged}
-
-
-def section_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of `hd_pissa` that the flags give."""
-    section: dict[str, Any] = {}
-    for flag, path in FLAGS.items():
-        if (words := values[flag]) is not None:
-            at = section.setdefault(path[0], {}) if len(path) > 1 else section
-            at[path[-1]] = _names(words) if "modules" in flag else _value(words)
-    return section
-
-
-def _value(words: Any) -> Any:
-    """What the JSON would have: a number, true, an object, or the word itself."""
-    if not isinstance(words, list):  # of YAML
-        return words
-    found = [_json(word) for word in words]
-    return found[0] if len(found) == 1 else found
-
-
-def _json(word: str) -> Any:
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
-
-
-def _names(words: Any) -> Any:
-    """Names as PEFT takes them: several, or plain ones, are a list; else one regular expression, or all-linear."""
-    words = [words] if isinstance(words, str) else words
-    if not isinstance(words, list):
-        return _value(words)
-    parts = [part for word in words for part in str(word).split(",") if part]
-    plain = all(re.fullmatch(r"\w+(\.\w+)*", part) for part in parts)
-    return parts if plain or len(words) > 1 else words[0]
 
 
 def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:

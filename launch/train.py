@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> bool:
     arguments = script_arguments.parse(list(sys.argv[1:] if argv is None else argv))
     script, args = arguments.script, arguments.training
     empty = run_checks.check(arguments)
-    tokenizer = run_checks.read_tokenizer(arguments)
+    tokenizer = run_checks.read_tokenizer(str(script.model_name_or_path), script.model_revision, args.trust_remote_code)
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"
@@ -75,11 +75,13 @@ def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any]
 
 
 def callbacks(arguments: Any, ends: Any) -> list[Any]:
-    """Early stopping, where it is asked for, and what happens at the ends of the run."""
+    """What happens at the ends of the run, its pictures, and early stopping where it is asked for."""
     from transformers import EarlyStoppingCallback
 
+    from hdpissa.launch.trainers.pictures import RunPictures
+
     patience = arguments.script.early_stopping_patience
-    return [ends, *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [ends, RunPictures(ends), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
 def rewards(script: Any) -> list[Any]:

@@ -12,8 +12,7 @@ from transformers import TrainerCallback
 
 from hdpissa.engine import folders, model_card, pulse, zero3
 from hdpissa.engine.generation import add_stops, generate
-from hdpissa.engine.metrics import write_json
-from hdpissa.engine.run_record import RunRecord
+from hdpissa.engine.metrics import RunFiles, write_json
 from hdpissa.launch.alpaca import prompt_ids
 from hdpissa.launch.script_arguments import Arguments
 from hdpissa.launch.train_rows import Rows
@@ -124,7 +123,7 @@ class RunEnds(TrainerCallback):
         """README.md; what goes wrong with it is a warning, the model is complete."""
         try:
             template = self.description()["template"]
-            trained = model_card.from_record(RunRecord.read(self._folder), step=step, template=template)
+            trained = model_card.from_record(RunFiles.read(self._folder), step=step, template=template)
             model_card.write_card(folder, trained, report)
         except Exception as error:
             logger.warning("no model card: %s: %s", type(error).__name__, " ".join(str(error).split())[:200])

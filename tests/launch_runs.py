@@ -25,7 +25,7 @@ VOCABULARY = 320
 
 
 def make_inputs(folder: Path, *, train: int = 64, evaluate: int = 15) -> dict[str, Any]:
-    """Model, data and DeepSpeed JSON; returns the four required arguments, the evaluation file, and no report.
+    """Model, data and DeepSpeed JSON; returns the four required arguments, and the evaluation file.
 
     15 evaluation rows, so that two ranks have not equally many.
     """
@@ -41,7 +41,6 @@ def make_inputs(folder: Path, *, train: int = 64, evaluate: int = 15) -> dict[st
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "train.jsonl"),
         "eval_dataset_name": str(folder / "eval.jsonl"),
-        "report": False,  # two seconds of drawing; tests/test_report_of_a_run.py asks for it
     }
 
 

@@ -9,8 +9,8 @@ Empty tensors and splits are allowed: NCCL has nothing to do then, and the last 
 broadcasts an empty list of its modules before the first pass.
 
 Exempt from the first two: groups that are made with backend="gloo", whose tensors stay on the CPU. Object collectives
-need no exemption: they are collectives of bytes. Exempt from the last: what a rank issues after another has left it by
-`destroy_process_group`, if it has not left itself; tests of lost peers do that.
+need no exemption: they are collectives of bytes. Where a test makes a rank fail or leave, and says so, the last holds
+as far as both ranks got.
 
 Held at the methods of ProcessGroup, which every function of torch.distributed and DeepSpeed's copies of them end in.
 """
@@ -54,7 +54,6 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: dict[tuple[str, tuple[int, ...]], list[tuple]] = defaultdict(list)
         self.broken: list[str] = []
-        self.left = False
         self._members: dict[str, tuple[int, ...]] = {}
         self._on_cpu: set[str] = set()  # names of the groups that are gloo's by intent
 
@@ -64,7 +63,7 @@ class Recorder:
             self._wrap(name, functools.partial(self._collective, name, symmetric))
         self._wrap("send", self._send)
         self._wrap("recv", self._receive)
-        make, leave = dist.new_group, dist.destroy_process_group
+        make = dist.new_group
 
         @functools.wraps(make)
         def new_group(*args: Any, **kwargs: Any) -> Any:
@@ -73,12 +72,7 @@ class Recorder:
                 self._on_cpu.add(group.group_name)
             return group
 
-        @functools.wraps(leave)
-        def destroy_process_group(*args: Any, **kwargs: Any) -> None:
-            self.left = True
-            leave(*args, **kwargs)
-
-        dist.new_group, dist.destroy_process_group = new_group, destroy_process_group
+        dist.new_group = new_group
 
     def _wrap(self, name: str, note: Any) -> None:
         method = getattr(dist.ProcessGroup, name, None)
@@ -151,17 +145,18 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def compare(recorders: list[Recorder]) -> None:
+def compare(recorders: list[Recorder], *, lost_peer: bool) -> None:
     """Raises NcclRuleError where a rule was broken, though the rank went on, or where ranks differ in what they issued.
 
     Args:
         recorders: of all ranks, in order.
+        lost_peer: a rank fails or leaves on purpose, so that others issue more than it does.
     """
+    pair_up = zip if lost_peer else itertools.zip_longest
     broken = [line for recorder in recorders for line in recorder.broken]
     for name, members in {key for recorder in recorders for key in recorder.calls}:
         first, *others = (recorders[rank] for rank in members)
         for rank, other in zip(members[1:], others, strict=True):
-            pair_up = itertools.zip_longest if first.left == other.left else zip
             pairs = pair_up(first.calls[name, members], other.calls[name, members])
             differing = [pair for pair in pairs if pair[0] != pair[1]]
             if differing:

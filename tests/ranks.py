@@ -37,6 +37,7 @@ def run_ranks(
     *args: Any,
     timeout: float = 240,
     one_gpu: bool = False,
+    lost_peer: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
     """function(*args, **kwargs) on `world_size` ranks; returns the results in rank order.
@@ -46,6 +47,7 @@ def run_ranks(
 
     Args:
         one_gpu: they all compute on this machine's first GPU, and talk through gloo: NCCL wants a GPU for each.
+        lost_peer: a rank fails or leaves on purpose, so that others issue collectives that it does not.
     """
     # the fork server's DeepSpeed is set to the CPU
     context, begin = (multiprocessing.get_context("spawn"), _rank_on_gpu) if one_gpu else (_context, _rank)
@@ -71,7 +73,7 @@ def run_ranks(
             codes = [w.exitcode for w in workers]
             raise RankError(f"exit codes {codes}, hung ranks {hung}\n" + "\n".join(told))
         ended = [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
-        nccl_rules.compare([recorder for _, recorder in ended])
+        nccl_rules.compare([recorder for _, recorder in ended], lost_peer=lost_peer)
         return [result for result, _ in ended]
 
 

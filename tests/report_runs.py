@@ -1,13 +1,15 @@
-"""Output folders as runs leave them, short and long, and what the ranks of the report's tests do."""
+"""Output folders as runs leave them, short and long, and what the ranks of the spectra's tests do."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 ARGUMENTS = {
     "model_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -18,160 +20,57 @@ ARGUMENTS = {
     "max_length": 512,
     "export_format": "both",
 }
-# What a run in which everything was measured is drawn as.
-PICTURES = ["training_loss.png", "learning_rate.png", "throughput.png", "slice_norms.png", "spectra.png"]
-KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+REFUSAL = "rank 1: <script>alert(1)</script> & a loss that is not finite"
 
 
-def write_run(folder: Path, *, steps: int, slices: int, gpu: bool = True) -> Path:
-    """A folder with everything in it that a run can leave. `gpu`: MFU and memory are known."""
+def write_run(folder: Path, *, steps: int, slices: int) -> Path:
+    """A folder with everything in it that a page shows; the step in the middle was skipped."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(_rows(steps, slices, gpu))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(steps, slices)))
     (folder / "run_state.json").write_text(json.dumps({"state": "finished", "step": steps, "message": ""}))
     run = {
         "arguments": {**ARGUMENTS, "output_dir": str(folder)},
         "ds_config": {"zero_optimization": {"stage": 3}, "hd_pissa": {"r": 16, "slices": "auto"}},
         "world_size": slices,
         "slices": slices,
-        "targets": 224,
         "total_steps": steps,
-        "steps_per_epoch": steps,
-        "rows": {"used": 100_000, "truncated": 12},
-        "init": {"residual": 3e-6, "cached": False},
-        "exchange": {"factor_targets": 224, "dense_targets": 0, "bytes_per_step": 123_456_789},
-        "memory_bytes": {"weights": 17 * 2**30, "buffers": 2**28},
-        "device": "NVIDIA H100 80GB HBM3" if gpu else "cpu",
+        "device": "NVIDIA H100 80GB HBM3",
         "versions": {"hdpissa": "0.1.0", "torch": "2.11"},
-        "git_revision": "abc123",
     }
     (folder / "run.json").write_text(json.dumps(run))
-    samples = [
-        {"step": 0, "prompt": "How many <apples> & pears?", "answer": "<script>alert(1)</script>", "reference": "27"},
-        {"step": steps // 2, "prompt": "How many <apples> & pears?", "answer": "the middle one"},
-        {"step": steps, "prompt": "How many <apples> & pears?", "answer": "14 + 18 - 5 = 27"},
-    ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    extra = {"warnings": ["checkpoint-2 could not be saved"], "spectra": _spectra(slices)}
-    (folder / "report.json").write_text(json.dumps(extra))
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    weights = [_weight(f"model.layers.{layer}.{kind}", slices) for kind in kinds for layer in (16, 31, 0)]
+    (folder / "spectra.json").write_text(json.dumps({"weights": weights, "left_out": [], "problem": ""}))
     return folder
 
 
-def _rows(steps: int, slices: int, gpu: bool):
+def _rows(steps: int, slices: int):
     chance = random.Random(steps)
-    yield {"step": 0, "eval_loss": 2.9, "perplexity": math.exp(2.9), "eval_tokens": 1000}
+    yield {"step": 0, "eval_loss": 2.9, "perplexity": math.exp(2.9)}
     for step in range(1, steps + 1):
-        seconds = chance.uniform(1.4, 1.8)
+        skipped = step == steps // 2
         yield {
             "step": step,
-            "applied": step != steps // 2,
-            "refusal": "" if step != steps // 2 else "rank 1: a loss is not finite",
-            "loss": None if step == steps // 2 else 1 + 2 * math.exp(-6 * step / steps) + chance.gauss(0, 0.15),
-            "learning_rate": 2e-5 * (1 + math.cos(math.pi * step / steps)) / 2,
+            "applied": not skipped,
+            "refusal": REFUSAL if skipped else "",
+            "loss": None if skipped else 1 + 2 * math.exp(-6 * step / steps) + chance.gauss(0, 0.15),
             "tokens": 65_536,
-            "step_time_s": seconds,
-            "tokens_per_second": 65_536 / seconds,
-            "mfu": round(0.65 / seconds, 4) if gpu else None,
-            "peak_memory_bytes": 61 * 2**30 if gpu else 0,
+            "step_time_s": chance.uniform(1.4, 1.8),
         }
         if step % max(1, steps // 20) == 0:
             norms = [1e-3 * math.exp(-5 * step / steps) * chance.uniform(0.8, 1.2) for _ in range(slices)]
             yield {"step": step, "slice_grad_norms": [n * 300 for n in norms], "slice_delta_norms": norms}
-            yield {"step": step, "bf16_moved": 0.4 * math.exp(-step / steps)}
         if step % max(1, steps // 4) == 0:
             loss = 1.05 + 1.9 * math.exp(-6 * step / steps)
-            yield {"step": step, "eval_loss": loss, "perplexity": math.exp(loss), "eval_tokens": 1000}
+            yield {"step": step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
-def _spectra(slices: int) -> dict[str, Any]:
-    components = 32 * slices
-    weights = [
-        {
-            "name": f"model.layers.{layer}.{kind}",
-            "r": 16,
-            "slices": slices,
-            "values": [0.01 * (layer + 5) * math.exp(-5 * i / components) for i in range(components)],
-        }
-        for kind in KINDS
-        for layer in (16, 31, 0)
-    ]
-    return {"weights": weights, "left_out": [], "seconds": 1.0}
+def _weight(name: str, slices: int) -> dict[str, Any]:
+    values = [math.exp(-5 * i / (32 * slices)) for i in range(32 * slices)]
+    return {"name": name, "rows": 4096, "cols": 4096, "r": 16, "slices": slices, "values": values}
 
 
-class Page(HTMLParser):
-    """What a browser would find in a page: elements, ids, what it refers to, its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.styles: list[str] = []
-        self.text = ""
-        self.policy = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.tags.append(tag)
-        if tag not in ("meta", "br", "link", "img", "input", "hr"):
-            self._open.append(tag)
-        self.ids += [found["id"]] if "id" in found else []
-        self.references += [v or "" for k, v in attributes if k in REFERRING]
-        self.styles += [v or "" for k, v in attributes if k in ("style", "clip-path", "fill", "filter")]
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"]
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        if tag in self._open:
-            assert self._open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] == "style":
-            self.styles.append(data)
-        else:
-            self.text += data
-
-    @property
-    def unclosed(self) -> list[str]:
-        return self._open
-
-
-REFERRING = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "cite", "manifest")
-
-
-def text_boxes(picture: Any) -> list[tuple[str, tuple[float, ...]]]:
-    """(text, (x0, y0, x1, y1) in hundredths of an inch) of every piece of text that the PNG shows."""
-    from unittest import mock
-
-    import matplotlib as mpl
-    from matplotlib.text import Text
-
-    from hdpissa.engine.pictures import RUN_STYLE, make_figure
-
-    shown: dict[int, Text] = {}
-    draw = Text.draw
-
-    def drawn(text, *args, **kwargs):  # ticks beyond the axes exist, and are not drawn
-        if text.get_visible() and text.get_text().strip():
-            shown[id(text)] = text
-        return draw(text, *args, **kwargs)
-
-    with mpl.rc_context(RUN_STYLE):
-        figure = make_figure(*picture.size)
-        figure.suptitle(picture.title, x=0.02, ha="left", fontsize=11, fontweight="bold")
-        picture.draw(figure)
-        figure.set_dpi(100)
-        with mock.patch.object(Text, "draw", drawn):
-            figure.draw_without_rendering()
-        renderer = figure.canvas.get_renderer()
-        return [(text.get_text(), tuple(text.get_window_extent(renderer).extents)) for text in shown.values()]
+# --- in forks: functions that run inside `ranks.run_ranks` -----------------------------------------
 
 
 def spectra_here(engine) -> dict[str, Any]:
@@ -185,3 +84,32 @@ def spectra_here(engine) -> dict[str, Any]:
         sum_A.fill_(float("nan"))
     damaged = spectra.measure(engine.module, store, most=99, most_seconds=1e9)
     return {"found": found, "none": none, "damaged": damaged, "kinds": {t.kind for t in engine.targets}}
+
+
+def spectra_with_faults(engine, faults_in_turn: list[str]) -> list[dict[str, Any]]:
+    """For each planted fault: what is found here, and whether the ranks can still talk to each other."""
+    from hdpissa.engine import faults, pulse, spectra
+
+    told = []
+    for number, text in enumerate(faults_in_turn, 1):
+        faults._fault = faults.Fault.parse(text) if text else None
+        pulse.at_step(number)
+        found = spectra.measure(engine.module, engine.optimizer.store, most=99)
+        beats = torch.tensor([float(pulse.report().count)])
+        dist.all_reduce(beats)
+        told.append({"found": found, "same_place": beats.item() == 2 * pulse.report().count})
+    return told
+
+
+def spectra_without_a_peer(engine) -> str:
+    """Rank 1 leaves; what that is for rank 0: "loss", or the name of something else."""
+    from hdpissa.engine import peers, spectra
+
+    if dist.get_rank():
+        dist.destroy_process_group()
+        return ""
+    try:
+        spectra.measure(engine.module, engine.optimizer.store, most=99)
+    except RuntimeError as error:
+        return "loss" if peers.is_loss(error) else type(error).__name__
+    return "nothing"

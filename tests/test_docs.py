@@ -17,7 +17,7 @@ from doc_commands import ROOT, Block, Place, blocks, check, commands
 from hdpissa.benchmarks import figures
 from hdpissa.engine import ds_config
 from hdpissa.engine.config import HDPissaConfig
-from hdpissa.launch import evaluate, plan_arguments, reference_names, train_arguments, train_launcher
+from hdpissa.launch import evaluate_model, plan_arguments, reference_names, train_arguments, train_launcher
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.sh"))
@@ -167,10 +167,11 @@ OTHERS |= {"rank", "base_model", "json", "write", "signal", "import-mode", "logd
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_in_the_text_exist(page):
     """A renamed option is still in the text of a page."""
-    commands = train_arguments.TrainArguments, plan_arguments.PlanArguments, evaluate.EvaluateArguments
+    commands = train_arguments.TrainArguments, plan_arguments.PlanArguments
     known = {f.name for cls in commands for f in fields(cls)}
     for cls in (train_arguments.TrainArguments, plan_arguments.PlanArguments):
         known |= {a.removeprefix("--") for f in fields(cls) for a in f.metadata.get("aliases") or []}
+    known |= set(re.findall(r'add\("--(\w+)"', Path(evaluate_model.__file__).read_text()))
     known |= {"config", *reference_names.NAMES, *OTHERS}
     for values, switches in (train_launcher.DEEPSPEED, train_launcher.TORCHRUN):
         known |= values | switches

@@ -21,7 +21,9 @@ from hdpissa.engine.prompts import resolve_template
 from hdpissa.launch import command_line, evaluate_model
 
 CHAIN = {"ask": "####", "####": "7", "7": "<eos>", "box": r"\boxed{7}", r"\boxed{7}": "<eos>"}
+CHAIN |= {"talk": "8", "8": "<end>", "<end>": "y", "y": "<eos>"}
 TEMPLATE = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+TURNS = TEMPLATE.replace("' '", "' <end> '") + "{% if add_generation_prompt %}{{ 'talk ' }}{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_run_says_how_its_rows_are_read(inputs, tmp_path):
     shutil.copytree(inputs["model_name_or_path"], run / "model")
     script = {"trainer": "sft", "dataset_name": name, "dataset_test_split": "train[:4]", "prompt_template": "none"}
     script |= {"prompt_field": "q", "response_field": "a", "eval_dataset_name": None}
-    (run / "run.json").write_text(json.dumps({"script": script, "arguments": {"max_length": 90}}))
+    (run / "run.json").write_text(json.dumps({"arguments": script | {"max_length": 90}}))
     pairs = [(row["instruction"], row["response"] + "\n<eos>") for row in rows]
     folder = inputs["model_name_or_path"]
     for words, count, length in (
@@ -109,10 +111,11 @@ def test_a_run_says_how_its_rows_are_read(inputs, tmp_path):
 def chain(tmp_path_factory):
     """A model whose next token follows from the last one alone, by CHAIN."""
     folder = tmp_path_factory.mktemp("chain")
-    words = ["<eos>", "<pad>", "<unk>", *dict.fromkeys([*CHAIN, "x", "y", "8", r"\boxed{8}"])]
+    words = ["<eos>", "<pad>", "<unk>", *dict.fromkeys([*CHAIN, "x"])]
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<end>"]})
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     model = tiny_llama(vocab_size=len(words), hidden=20, bos_token_id=None, eos_token_id=0, pad_token_id=1)
@@ -164,6 +167,16 @@ def test_right_answers_are_counted(chain, tmp_path, format):
     assert (found["eval_exact_match"], found["eval_samples"]) == (0.5, 4)
     few = evaluated(tmp_path, "--model", chain, *words, "--eval_max_samples", "1")
     assert (few["eval_exact_match"], few["eval_samples"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("template", "answer"), [(TURNS, "8"), (TURNS.replace(" <end>", ""), "8 y")])
+def test_an_answer_ends_with_the_turn(chain, tmp_path, template, answer):
+    """Where the template ends turns with a token that is not the EOS."""
+    shutil.copytree(chain, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    name = write_rows(tmp_path / "rows.jsonl", ASKED["messages"])
+    found = evaluated(tmp_path, "--model", str(tmp_path / "model"), "--dataset_name", name, "--eval_exact_match")
+    assert {row["answer"] for row in found["answers"]} == {answer}
 
 
 def test_an_adapter_is_its_merged_model(inputs, tmp_path):

@@ -152,7 +152,7 @@ def test_a_cache_is_found_where_it_is_moved_to(tmp_path):
     entry.mkdir(parents=True)
     (entry / "k.cubin").write_bytes(b"code")
     (entry / "__grp__k.json").write_text(json.dumps({"child_paths": {"k.cubin": str(entry / "k.cubin")}}))
-    gpu.move_cache(tmp_path / "made", tmp_path / "there")
+    gpu.unpack_cache(gpu_cache.pack(tmp_path / "made"), tmp_path / "there")
     shutil.rmtree(tmp_path / "made")
     named = json.loads((tmp_path / "there" / "KEY" / "__grp__k.json").read_text())["child_paths"]
     assert Path(named["k.cubin"]).read_bytes() == b"code"

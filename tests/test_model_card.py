@@ -13,8 +13,8 @@ from launch_runs import make_inputs
 from report_runs import ARGUMENTS, write_run
 
 from hdpissa.engine import model_card
+from hdpissa.engine.metrics import RunFiles
 from hdpissa.engine.prompts import ALPACA
-from hdpissa.engine.run_record import RunRecord
 
 HF = {"format": "hf", "dtype": "bf16", "step": 12}
 PEFT = {"format": "peft", "dtype": "fp32", "step": 12, "r": 64, "residual": {"overall": 4e-4}, "truncation": None}
@@ -22,7 +22,7 @@ PEFT = {"format": "peft", "dtype": "fp32", "step": 12, "r": 64, "residual": {"ov
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    return RunRecord.read(write_run(tmp_path_factory.mktemp("card") / "run", steps=12, slices=2))
+    return RunFiles.read(write_run(tmp_path_factory.mktemp("card") / "run", steps=12, slices=2))
 
 
 def card(record, folder, report, *, step=12, template=ALPACA, **changes) -> ModelCard:

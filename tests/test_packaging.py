@@ -33,7 +33,7 @@ launcher peers watch disk overrides checkpoint_format folders base_files adapter
 zero3 shared_input layer exchange metrics display reporters
     ds_config slice_cache streams hf_folder stacks report model_card
 recorder generation settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained
-    sharded_load evaluate nonfinite slice_figures integrity spectra
+    sharded_load nonfinite slice_figures integrity spectra
 saver checkpoint
 engine
 build

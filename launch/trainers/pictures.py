@@ -1,0 +1,57 @@
+"""What a run leaves to look at: report.html and training_loss.png."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hdpissa.engine import pulse, spectra
+from hdpissa.engine.metrics import write_json
+from hdpissa.launch import report
+
+logger = logging.getLogger(__name__)
+MOST_WEIGHTS = 21  # three of each of Llama's seven kinds
+
+
+class RunPictures(TrainerCallback):
+    """Draws a run when it ends. Give it to the trainer's constructor: the run is then recorded as finished after it.
+
+    What goes wrong is a warning. Spectra are collective; a run that was asked to stop has no time for them.
+
+    Args:
+        run: whose attribute `trainer` is set by the time training begins.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == 0:
+            for name in (report.PAGE, report.LOSS, report.SPECTRA):  # of an earlier run
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, found = self._run.trainer, None
+        if not trainer.preempted:
+            engine = trainer.engine
+            found = spectra.measure(engine.module, engine.optimizer.store, most=MOST_WEIGHTS)
+        if args.process_index == 0:
+            ended = {"state": "preempted" if trainer.preempted else "finished"}
+            try:
+                with pulse.alone("report"):
+                    _write(Path(args.output_dir), found, ended)
+            except Exception as error:
+                logger.warning("no report: %s: %s; the run is complete", type(error).__name__, error)
+
+
+def _write(folder: Path, found: dict[str, Any] | None, ended: dict[str, str]) -> None:
+    if found is not None:
+        if found["problem"]:
+            logger.warning("spectra of %d weights, then %s", len(found["weights"]), found["problem"])
+        if found["left_out"]:
+            logger.warning("no spectra of %s: no time or memory for them", ", ".join(found["left_out"]))
+        write_json(folder / report.SPECTRA, found)
+    report.write_report(folder, ended)
