@@ -152,7 +152,7 @@ def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str
     """
     datasets.disable_progress_bars()
     template = resolve_template(args.prompt_template)
-    tokenizer = run_checks.read_tokenizer(script(args.model_name_or_path))
+    tokenizer = run_checks.read_tokenizer(args.model_name_or_path, "main", trust_remote_code=False)
     if args.dataset_name is None:
         args.prompt_field, args.response_field = "instruction", "response"
     parts = split(args, 0 if test_dataset_name else test_rows)
@@ -172,15 +172,10 @@ def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str
     return Task(train, held_out, tests[0] if tests else None, test_rows_found, tokenizer, template, digest.hexdigest())
 
 
-def script(model: str | None = None) -> Arguments:
-    """The training script's arguments, all of them its defaults but the model."""
-    training = SimpleNamespace(trust_remote_code=False)
-    return Arguments(ScriptArguments(model_name_or_path=model), training, trl.DatasetMixtureConfig(), frozenset())
-
-
 def load(name: str, split: str) -> datasets.Dataset:
     """A dataset by the name of a file, a folder, or on the hub."""
-    return train_rows.load(script(), name, split, streaming=False)
+    script = Arguments(ScriptArguments(), None, trl.DatasetMixtureConfig(), frozenset())
+    return train_rows.load(script, name, split, streaming=False)
 
 
 def encode(rows: datasets.Dataset, encoder: AlpacaEncoder, max_length: int) -> datasets.Dataset:
