@@ -247,4 +247,4 @@ def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:
     if "eval_strategy" not in given and "eval_steps" in given:
         values["eval_strategy"] = "steps"
     if "eval_on_start" not in given:
-        values["eval_on_start"] = not values["resume_from_checkpoint"]
+        values["eval_on_start"] = True

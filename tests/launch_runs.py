@@ -99,11 +99,15 @@ def flags(arguments: dict[str, Any]) -> list[str]:
 # --- in forks: functions that run inside `ranks.run_ranks` -----------------------------------------
 
 
-def train_here(argv: list[str], cache: str) -> dict[str, Any]:
-    """launch/train.py's `run` on this rank: exit code, standard error, and the exception if one came out."""
+def train_here(argv: list[str], cache: str, *, draw: bool = False) -> dict[str, Any]:
+    """launch/train.py's `run` on this rank: exit code, standard error, and the exception if one came out.
+
+    Args:
+        draw: with the report at the end, which takes longer than a tiny run.
+    """
     from hdpissa.launch import train
 
-    prepare_process(cache)
+    prepare_process(cache, draw=draw)
     code, error = None, None
     with captured_stderr() as told:
         try:
@@ -132,10 +136,15 @@ def forbid_weights(message: str) -> None:
     AutoModelForCausalLM.from_pretrained = PreTrainedModel.from_pretrained = zero3.load_pretrained = refuse
 
 
-def prepare_process(cache: str) -> None:
-    """What HF_HOME and the like would do in a process that has not imported its libraries yet."""
+def prepare_process(cache: str, *, draw: bool = False) -> None:
+    """What HF_HOME and the like would do in a process that has not imported its libraries yet; `draw` as above."""
     import datasets
 
+    from hdpissa.launch import report, train
+
+    train.PATIENCE_S = 0.5  # no launcher ends the other ranks, which have nothing to add
+    if not draw:
+        report.write_report = lambda *args, **kwargs: []
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     datasets.disable_progress_bars()
 
@@ -168,7 +177,7 @@ def train_ranks(ranks: int, arguments: dict[str, Any], cache: Path | str, **how:
     """`train_here` on so many ranks, every one of which has to succeed; `how` is for `run_ranks`."""
     from ranks import run_ranks
 
-    results = run_ranks(ranks, train_here, flags(arguments), str(cache), **how)
+    results = run_ranks(ranks, train_here, flags(arguments), str(cache), draw=True, **how)
     assert_success(results, ranks)
     return results
 
@@ -202,9 +211,7 @@ def command(launcher: str, arguments: dict[str, Any], *, ranks: int = 2) -> list
 def start(command: list[str], cache: Path, log: Path) -> subprocess.Popen:
     """Starts a command in an environment without any launcher's variables; its output goes to `log`."""
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    dropped = [*launchers, "DS_ACCELERATOR"]
-    if "HDPISSA_IGNORED" not in os.environ:  # of options_ignored.py
-        dropped.append("PYTHONPATH")
+    dropped = (*launchers, "DS_ACCELERATOR")
     environment = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "DEEPSPEED_TIMEOUT": "2"}

@@ -121,7 +121,7 @@ def ask_in_step(argv, cache, *, rank, step):
     from engine_runs import in_step
 
     in_step(rank, step, lambda: signal.raise_signal(signal.SIGUSR1))
-    return train_here(argv, cache)
+    return train_here(argv, cache, draw=True)
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over(folder, inputs, cache, whole):
@@ -196,8 +196,8 @@ def test_a_refused_resume_costs_a_finished_run_nothing(folder, inputs, cache, wh
 def test_other_data_begin_anew_where_that_is_wanted(inputs, cache, whole, tmp_path):
     """--ignore_data_skip: what would be refused goes on, and its checkpoints are of the new data."""
     changes = {"resume_from_checkpoint": str(whole / "checkpoint-4"), "seed": 7, "ignore_data_skip": True}
-    results = run_here(arguments(inputs, tmp_path / "out", save_steps=1, **changes), cache)
+    results = run_here(arguments(inputs, tmp_path / "out", **changes), cache)
     assert [r["code"] for r in results] == [0, 0], results
-    manifest = read_json(tmp_path / "out" / "checkpoint-5" / "checkpoint.json")
+    manifest = read_json(tmp_path / "out" / "checkpoint-6" / "checkpoint.json")
     assert manifest["content"]["client_state"]["data"]["seed"] == 7
     assert [row["step"] for row in read_metrics(tmp_path / "out")[0]] == [5, 6]

@@ -184,6 +184,8 @@ class HDPissaMixin(_Base):
         self.accelerator.deepspeed_engine_wrapped = None  # accelerate would destroy it
         lock_folder(Path(self.args.output_dir), self.args.process_index)
         self._reader = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
+        if self._reader is not None:
+            self.args.eval_on_start = False  # that was before the first step
         self._steps_since_log: list[StepResult] = []
         with self._signals.listening(), self._watching():
             try:
