@@ -16,7 +16,8 @@ Steps are what `at_step` was last told: optimizer steps from 1, and 0 before the
 The points of a run, in order; those with a dot after "step" are beats of `pulse` too, and are passed by every rank:
 
     start.model start.shards start.slices     weights are read, sharded, decomposed
-    step.data step.forward step.backward      per micro-batch; forward of evaluation and generation is `eval`
+    step.data                                 before a step's rows are fetched
+    step.forward step.backward                per micro-batch; forward of evaluation and generation is `eval`
     loss loss.value                           spoils the loss; only the number that is voted on, and not the gradients
     grad.A grad.B                             spoils the own gradients of the first bucket, before sharers sum them
     step.reduce step.vote step.voted          sharers sum; before and after the vote
@@ -28,8 +29,8 @@ The points of a run, in order; those with a dot after "step" are beats of `pulse
     save saved                                around a checkpoint (`disk` and `folders` have points, too)
     export                                    per tensor
     spectra pairs.prepare                     before the spectra; per weight, before ranks hand each other its pair
-    alone.NAME                                rank 0 is about to write NAME: run.json, run_state.json, metrics, samples,
-                                              tokenizer, sample_after_training.json, folder
+    alone.NAME                                rank 0 is about to write NAME: record (run.json), state (run_state.json), metrics,
+                                              samples, card (and tokenizer), report, folder
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def hub_name(name: str, local: Collection[str] = ()) -> str | None:
     return name
 
 
-FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")  # no name on the hub ends so
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")  # no name on the hub ends so
 
 
 def dataset_names(arguments: Mapping[str, Any], local: Collection[str] = ()) -> list[str]:

@@ -29,6 +29,8 @@ import transformers.integrations.deepspeed
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 
+import matplotlib.figure
+
 import hdpissa.engine
 import hdpissa.kernels
 import hdpissa.launch

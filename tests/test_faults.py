@@ -42,8 +42,8 @@ HANGS = {
     "step.data:1:3:SLEEP": (2, "rank 1 on {host} hangs in step 3, data"),
     "step.backward:0:2:SLEEP": (2, "rank 0 on {host} hangs in step 2, backward"),
     "step.exchange:2:2:SLEEP": (4, "rank 2 on {host} hangs in step 2, exchange"),
-    "alone.run.json:0:0:SLEEP": (2, "rank 0 on {host} hangs in alone: run.json, before the first step"),
-    "alone.tokenizer:0:4:SLEEP": (2, "rank 0 on {host} hangs in step 4, alone: tokenizer"),
+    "alone.record:0:0:SLEEP": (2, "rank 0 on {host} hangs in alone: record, before the first step"),
+    "alone.card:0:4:SLEEP": (2, "rank 0 on {host} hangs in step 4, alone: card"),
     "export:1:4:SLEEP:3": (2, "rank 1 on {host} hangs in step 4, export"),
     "step.vote:1:2:STOP": (3, "rank 1 on {host} does not answer: stopped"),
     "step.forward:0:2:STOP": (2, "rank 0 on {host} does not answer: stopped"),
@@ -54,9 +54,9 @@ DEATHS = {
     "step.forward:0:2:KILL": (2, "rank 0 on {host} ended early (killed, or"),
     "apply.weight:1:2:RAISE:7": (2, "rank 1 on {host} failed in step 2, apply (RuntimeError: HDPISSA_FAULT"),
     "alone.metrics:0:2:RAISE": (3, "rank 0 on {host} failed in step 2, alone: metrics (RuntimeError"),
-    "alone.run.json:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: run.json, before the first step (OSError"),
+    "alone.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: record, before the first step (OSError"),
     "alone.folder:0:0:EIO": (2, "rank 0 on {host} failed in alone: folder, before the first step (OSError"),
-    "alone.tokenizer:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, alone: tokenizer (RuntimeError"),
+    "alone.card:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, alone: card (RuntimeError"),
 }
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_hangs_is_named_in_time(folder, inputs, cache, fault):
         assert (end.code, words.format(host=host()) in line) == (1, True), line
         assert f"--hang_timeout {HANG_S} s" in line
         assert "Traceback" not in end.stderr
-        if not fault.startswith(("alone.tok", "export")):  # there other work lies between the row and the fault
+        if not fault.startswith(("alone.card", "export")):  # there other work lies between the row and the fault
             assert end.at - moved < MOST_S
     assert_failed(output, words)
 

@@ -43,7 +43,7 @@ from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
 from .callbacks import SliceGuard, StopOnSignals
-from .resume import find_checkpoint, refuse_other_data
+from .resume import find_checkpoint, refuse_fewer_steps, refuse_other_data
 from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
@@ -145,8 +145,10 @@ class HDPissaMixin(_Base):
         """Engine, optimizer and schedule, new or as a checkpoint has them."""
         self.lr_scheduler, self._created_lr_scheduler = None, False
         reader = self._reader
-        if reader is not None and not self.args.ignore_data_skip:
-            refuse_other_data(reader, self._data_identity())
+        if reader is not None:
+            refuse_fewer_steps(reader, max_steps)
+            if not self.args.ignore_data_skip:
+                refuse_other_data(reader, self._data_identity())
         self._make_engine(reader)
         self._create_schedule(max_steps, reader)
         handler = self.callback_handler
@@ -206,8 +208,12 @@ class HDPissaMixin(_Base):
             on_lost=lambda lost: self.run_record.failed(lost, lost=True),
         )
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         pulse.at_step(self.state.global_step + 1)
+        pulse.reach("step.data")
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         pulse.reach("step.forward")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.engine.global_steps > self.state.global_step:

@@ -39,6 +39,15 @@ def _any(folder: Path) -> bool:
     return bool(found[0])
 
 
+def refuse_fewer_steps(reader: CheckpointReader, max_steps: int) -> None:
+    """Raises CheckpointError where the run would have ended before the checkpoint."""
+    if reader.manifest.step > max_steps:
+        raise CheckpointError(
+            f"max_steps is {max_steps} and {reader.folder} was saved after step {reader.manifest.step}: give at least "
+            f"so many, or an earlier checkpoint"
+        )
+
+
 def refuse_other_data(reader: CheckpointReader, here: dict[str, Any]) -> None:
     """Raises CheckpointError where the steps so far have seen other data than this run would have given them."""
     there = reader.manifest.client_state.get("data", {})
