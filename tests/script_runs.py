@@ -27,7 +27,8 @@ def values(argv: list[str], names: list[str], cache: str) -> dict[str, Any]:
 
 
 def reference_choices(argv: list[str], cache: str) -> list[bool]:
-    """Whether DPO precomputes: on a GPU as small as its plan, a byte smaller, on CPUs, where the user refuses, of a stream."""
+    """Whether DPO precomputes: on a GPU that its plan just fits, one a byte smaller, a CPU; refused by the user; of a
+    stream."""
     from hdpissa.launch import plan_memory, plan_reference, run_checks, script_arguments
 
     prepare_process(cache)
