@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUTPUT ?= outputs/demo
+FLOOR  := .venv-floor
 
-.PHONY: venv check test slow faults demo bench gpu gpu-cache clean
+.PHONY: venv check test slow floor faults demo bench gpu gpu-cache clean
 
 venv: $(READY)
 
@@ -33,6 +34,19 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
+# The trainers at the oldest versions that pyproject.toml allows, in an environment of their own.
+floor: $(FLOOR)/.ready
+	$(FLOOR)/bin/python -m pytest -m "not slow" tests/test_trainers.py
+
+$(FLOOR)/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(FLOOR)
+	grep -vE "^(transformers|huggingface_hub|accelerate|trl)==" constraints.txt > $(FLOOR)/constraints.txt
+	printf '%s\n' "transformers==5.17.*" "accelerate==1.13.*" "trl==1.12.*" >> $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(FLOOR)/constraints.txt setuptools
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(FLOOR)/constraints.txt \
+		--no-build-isolation --editable . pytest
+	touch $(FLOOR)/.ready
+
 # The long form of the fault tests: hangs and deaths at every point, and sixty runs killed and resumed. RUNS=300 for more.
 faults: $(READY)
 	FAULTS=long $(BIN)/python -m pytest tests/test_faults.py tests/test_resume.py tests/test_crash_states.py tests/test_storage.py
@@ -56,4 +70,4 @@ gpu-cache: $(READY)
 	$(BIN)/python benchmarks/gpu_cache.py --python $(or $(GPU_PYTHON),3.12)
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(FLOOR) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

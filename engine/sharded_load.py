@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,8 +36,16 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
 
 @contextmanager
-def reading_own_rows() -> Iterator[None]:
-    """Within it `from_pretrained` under ZeRO-3 fills shards from the files; collective."""
+def reading_own_rows(new: Sequence[str] = ()) -> Iterator[None]:
+    """Within it `from_pretrained` under ZeRO-3 fills shards from the files; collective.
+
+    Args:
+        new: names of modules that the files need not hold: a head that is to be learned.
+
+    Raises:
+        ConfigError: from `from_pretrained`: files are damaged, or lack weights of the model, which transformers would
+            fill with random numbers and a warning.
+    """
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.__dict__["_load_pretrained_model"]
@@ -55,7 +64,9 @@ def reading_own_rows() -> Iterator[None]:
                 return _fill(model, needed, source), None
         if dist.get_rank() == 0:
             logger.warning("%s: the whole checkpoint is read on rank 0 and broadcast", obstacle)
-        return original.__get__(None, PreTrainedModel)(model, state_dict, checkpoint_files, *rest, **more)
+        loaded = original.__get__(None, PreTrainedModel)(model, state_dict, checkpoint_files, *rest, **more)
+        _refuse_missing(model, loaded[0].missing_keys, new)
+        return loaded
 
     PreTrainedModel._load_pretrained_model = staticmethod(load)
     try:
@@ -64,6 +75,17 @@ def reading_own_rows() -> Iterator[None]:
             yield
     finally:
         PreTrainedModel._load_pretrained_model = original
+
+
+def _refuse_missing(model: nn.Module, missing: set[str], new: Sequence[str]) -> None:
+    tied, ignored = getattr(model, "all_tied_weights_keys", None) or {}, model._keys_to_ignore_on_load_missing or ()
+    named = {name for name, _ in model.named_parameters()} & set(missing) - set(tied)
+    lost = sorted(n for n in named if n.split(".")[0] not in new and not any(re.search(p, n) for p in ignored))
+    if lost:
+        raise ConfigError(
+            f"{model.name_or_path} lacks {len(lost)} weights of {type(model).__name__} (first: {lost[0]}): they would "
+            f"be random numbers; give the complete checkpoint"
+        )
 
 
 def _open(stack: ExitStack, files: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:

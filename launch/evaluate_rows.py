@@ -17,13 +17,7 @@ from hdpissa.launch.alpaca import prompt_ids
 
 COLUMNS = ("prompt_field", "response_field", "prompt_template")  # of ScriptArguments, as the run had them
 ROWS = ("dataset_name", "dataset_config", "dataset_revision", "dataset_train_split")  # of the run's evaluation rows
-READING = (
-    "max_length",
-    "truncation_mode",
-    "dataset_text_field",
-    "completion_only_loss",
-    "assistant_only_loss",
-)  # SFT's
+READING = ("max_length", "truncation_mode", "dataset_text_field", "completion_only_loss", "assistant_only_loss")
 OPTIONS = (*ROWS, *COLUMNS, *READING)
 
 
@@ -52,12 +46,7 @@ def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> An
     reading = {"max_length": SFT_DEFAULTS["max_length"]}
     reading |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
     reading |= {name: given[name] for name in READING if name in given}
-    fixed = {
-        "output_dir": scratch,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
+    fixed = {"output_dir": scratch, "report_to": "none", "use_cpu": True, "bf16": False}
     fixed |= {"trust_remote_code": args.trust_remote_code}
     training = tried("--model", args.model, lambda: Config(**fixed, **reading))
     return Arguments(ScriptArguments(**named), training, trl.DatasetMixtureConfig(), frozenset(given))

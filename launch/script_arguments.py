@@ -7,9 +7,11 @@ differ, the run ends before anything is read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
@@ -152,7 +154,15 @@ def parse(argv: list[str]) -> Arguments:
     Raises:
         ConfigError: anything unknown, missing, out of range, or said differently there and here.
     """
-    try:
+    parser, values = read(argv)
+    with _mistakes():
+        script, _, training, mixture = parser.parse_dict(values)
+    return Arguments(script, training, mixture, frozenset(parser.given))
+
+
+def read(argv: list[str]) -> tuple[Parser, dict[str, Any]]:
+    """The same before the argument classes are made, which set up devices and wait for all ranks."""
+    with _mistakes():
         words = _spelt(argv)
         parser = Parser(_kind(words))
         values = vars(parser.parse_args_and_config(words))
@@ -162,12 +172,18 @@ def parse(argv: list[str]) -> Arguments:
         _choose_evaluation(values, parser.given)
         if "activation_checkpointing" in values and values["activation_checkpointing"] is None:  # its new name
             values["activation_checkpointing"] = values["gradient_checkpointing"]
-        script, _, training, mixture = parser.parse_dict(values)
+    return parser, values
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """What parsers and argument classes refuse is the user's mistake."""
+    try:
+        yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(" ".join(str(error).split())) from error
-    return Arguments(script, training, mixture, frozenset(parser.given))
 
 
 def help_text(argv: list[str]) -> str:

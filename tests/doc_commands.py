@@ -17,12 +17,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hdpissa.launch import cli, plan_arguments, plan_report, train_arguments, train_checks, train_launcher
+from hdpissa.launch import cli, plan_arguments, plan_report, script_arguments, train_launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -144,9 +143,9 @@ def _hdpissa(words: list[str], place: Place) -> None:
     assert command in cli.COMMANDS, command
     if "--help" in rest or command == "env":
         run(words)
-    elif command == "train":
-        started = train_launcher.command(rest, {})
-        train_arguments.parse(train_launcher.split(rest)[1], launched=False)
+    elif cli.COMMANDS[command][0] == "train_launcher":
+        kind = [] if command == "train" else ["--trainer", command]
+        started = train_launcher.command([*rest, *kind], {})
         _launch(Path(started[1]).name, started[2:])
     elif command == "plan":
         _plan(rest, place)
@@ -196,6 +195,7 @@ def _launch(launcher: str, words: list[str]) -> None:
 
 def _train(words: list[str], processes: int) -> None:
     """Everything about a run that can be known without its model and its data."""
+    from hdpissa.engine import ds_config
     from hdpissa.engine.settings import make_plan
 
     variables = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": processes}
@@ -203,9 +203,9 @@ def _train(words: list[str], processes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, str(value))
-        args, given = train_arguments.parse(words)
-        _, section, values = train_checks.resolve_ds_config(args, given, SimpleNamespace(hidden_size=4096))
-        plan = make_plan(section, values.gradient_accumulation_steps)
+        _, values = script_arguments.read(words)
+        _, section = ds_config.split_section(values["deepspeed"])
+        plan = make_plan(section, values["gradient_accumulation_steps"])
     assert plan.world_size == processes
 
 

@@ -96,14 +96,6 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def parsed(output: Path | str = "x", **options: Any) -> Any:
-    """launch/train.py's arguments as a command line gives them; what is required and not given says "x"."""
-    from hdpissa.launch import train_arguments
-
-    required = dict.fromkeys(train_arguments.REQUIRED, "x") | {"output_dir": str(output)}
-    return train_arguments.parse(flags(required | options))[0]
-
-
 # --- in forks: functions that run inside `ranks.run_ranks` -----------------------------------------
 
 
@@ -119,72 +111,6 @@ def train_here(argv: list[str], cache: str) -> dict[str, Any]:
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
     return {"code": code, "stderr": "".join(told), "error": error}
-
-
-def train_and_raise(argv: list[str], cache: str, *, rank: int, step: int) -> dict[str, Any]:
-    """`train_here`, with an error on one rank in the middle of one step (counted from 1)."""
-    from hdpissa.engine.optimizer import SliceOptimizer
-
-    original = SliceOptimizer.step
-    calls: list[None] = []
-
-    def failing(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) == step and int(os.environ["RANK"]) == rank:
-            raise RuntimeError("the disk is on fire")
-        return original(self, *args, **kwargs)
-
-    SliceOptimizer.step = failing
-    return train_here(argv, cache)
-
-
-def train_without_weights(argv: list[str], cache: str) -> dict[str, Any]:
-    """`train_here`, with an error while the weights are read."""
-    forbid_weights("the weights are gone")
-    return train_here(argv, cache)
-
-
-def speak_alone(argv: list[str], cache: str) -> dict[str, Any]:
-    """`train_here` of a rank 1 whose launcher does not end it."""
-    from hdpissa.launch import train
-
-    train.PATIENCE_S = 0.1
-    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
-    return train_here(argv, cache)
-
-
-def check_and_step(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
-    """For each command line what the command's checks make of it, and one step of an engine made from that."""
-    from hdpissa.engine import ConfigError
-    from hdpissa.launch import train_arguments, train_checks
-
-    prepare_process(cache)
-    found: dict[Any, dict[str, Any]] = {}
-    jobs = {}
-    for name, argv in cases.items():  # all before the first engine, beside which no model can be built on meta
-        try:
-            args, given = train_arguments.parse(argv)
-            jobs[name] = args, train_checks.check(args, given)
-        except ConfigError as error:
-            found[name] = {"error": str(error)}
-    return found | {name: _step(*job) for name, job in jobs.items()}
-
-
-def _step(args: Any, job: Any) -> dict[str, Any]:
-    from hdpissa.engine import initialize, load_pretrained, zero3
-
-    engine = initialize(model=load_pretrained(args.model_name_or_path, job.ds), config=job.ds)
-    for slice_id, micro_batch in engine.plan.schedule(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**job.data.batch(0, slice_id, micro_batch)).loss)
-        result = engine.step()
-    return {
-        "error": None,
-        "applied": result.applied,
-        "r": engine.targets[0].r,
-        "slices": engine.plan.slices,
-        "dtype": str(zero3.shard_view(engine.targets[0].param).dtype),
-        "param_device": (job.ds["zero_optimization"].get("offload_param") or {}).get("device"),
-    }
 
 
 def listing(folder: str) -> list[tuple[str, float]]:

@@ -26,9 +26,36 @@ def values(argv: list[str], names: list[str], cache: str) -> dict[str, Any]:
     }
 
 
+def steps(cases: dict[Any, list[str]], cache: str) -> dict[Any, dict[str, Any]]:
+    """For each command line one step of an engine of what it and its JSON say, of a tiny model on random tokens."""
+    prepare_process(cache)
+    return {name: _step(argv) for name, argv in cases.items()}
+
+
+def _step(argv: list[str]) -> dict[str, Any]:
+    from tiny import tiny_batch
+
+    from hdpissa.engine import ds_config, initialize, load_pretrained, zero3
+    from hdpissa.launch import script_arguments
+
+    _, found = script_arguments.read(argv)
+    asked = ds_config.TrainValues(**{name: found[name] for name in ds_config.AGREED}, world_size=1, hidden_size=32)
+    ds = ds_config.fill_auto(found["deepspeed"], asked)[0]
+    engine = initialize(model=load_pretrained(found["model_name_or_path"], ds), config=ds)
+    for slice_id, micro_batch in engine.plan.schedule(engine.gradient_accumulation_steps()):
+        engine.backward(engine(**tiny_batch(0, slice_id, micro_batch)).loss)
+        result = engine.step()
+    return {
+        "applied": result.applied,
+        "r": engine.targets[0].r,
+        "slices": engine.plan.slices,
+        "dtype": str(zero3.shard_view(engine.targets[0].param).dtype),
+        "param_device": (ds["zero_optimization"].get("offload_param") or {}).get("device"),
+    }
+
+
 def reference_choices(argv: list[str], cache: str) -> list[bool]:
-    """Whether DPO precomputes: on a GPU that its plan just fits, one a byte smaller, a CPU; refused by the user; of a
-    stream."""
+    """Whether DPO precomputes: on a GPU as its plan, a byte smaller, on CPUs, where the user refuses, of a stream."""
     from hdpissa.launch import plan_memory, plan_reference, run_checks, script_arguments
 
     prepare_process(cache)
@@ -51,7 +78,7 @@ def reference_choices(argv: list[str], cache: str) -> list[bool]:
 
 
 def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
-    """Exit code and standard error of each command line, none of which may come to read a weight."""
+    """Exit code, or what came out of `run`, and standard error of each command line; none may read a weight."""
     from hdpissa.launch import train
 
     prepare_process(cache)
@@ -59,7 +86,10 @@ def refusals(cases: list[list[str]], cache: str) -> list[dict[str, Any]]:
     found = []
     for argv in cases:
         with captured_stderr() as told:
-            code = train.run(argv)
+            try:
+                code: Any = train.run(argv)
+            except Exception as error:  # a weight was read, or a refusal is no ConfigError
+                code = repr(error)
         found.append({"code": code, "stderr": "".join(told)})
     return found
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from launch_runs import make_inputs
+from family_runs import make_family
+from launch_runs import VOCABULARY, make_inputs
 from tiny import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -204,14 +205,15 @@ def test_an_adapter_is_its_merged_model(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def wrong(inputs, tmp_path_factory):
-    """A folder without a model, a torn one, one that has fewer tokens than its tokenizer, a file."""
+    """A folder without a model, a torn one, one with fewer tokens than its tokenizer, one of 64 positions."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "none" / "checkpoint-1").mkdir(parents=True)
-    for name in ("torn", "few"):
+    for name in ("torn", "few", "short"):
         shutil.copytree(inputs["model_name_or_path"], folder / name)
     weights = folder / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     tiny_llama(vocab_size=61, hidden=32).save_pretrained(folder / "few")
+    make_family("gpt2", vocab_size=VOCABULARY, max_position_embeddings=64).save_pretrained(folder / "short")
     write_rows(folder / "text.jsonl", [{"text": "a b"}])
     return folder
 
@@ -224,6 +226,8 @@ def wrong(inputs, tmp_path_factory):
         "--model WRONG/none",
         "--model WRONG/torn --dataset_name ROWS",
         "--model WRONG/few --dataset_name ROWS",
+        "--model WRONG/short --dataset_name ROWS",
+        "--model WRONG/short --dataset_name ROWS --max_length 64 --eval_exact_match --max_new_tokens 60",
         "--model MODEL",
         "--model MODEL --dataset_name WRONG/missing.jsonl",
         "--model MODEL --dataset_name WRONG/text.jsonl --eval_exact_match",

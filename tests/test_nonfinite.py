@@ -61,7 +61,7 @@ def inputs(tmp_path_factory):
 
 def test_skipped_steps_in_a_row_end_the_run(inputs, tmp_path):
     ends = run_with_fault(2, flags(arguments(inputs, tmp_path)), str(tmp_path / "cache"), "loss:1:*:NAN")
-    words = "step 3 was skipped, and 3 in a row are enough (--max_skipped_steps): a gradient is not finite: on rank 1"
+    words = "step 3 was skipped, and 3 in a row are enough (max_skipped_steps): a gradient is not finite: on rank 1"
     assert ends[0].code == 1
     (line,) = ends[0].errors
     assert words in line

@@ -21,18 +21,17 @@ from hdpissa.engine import ds_config, leaf_modules
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "hdpissa"
 FOLDERS = ("engine", "kernels", "launch", "benchmarks")
-FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+FILES = sorted(path for folder in (*FOLDERS, "launch/trainers") for path in (ROOT / folder).glob("*.py"))
 
 # The rooms of `engine/` from the ground up. A room may use its own floor and those below it, never one above;
 # a new file must be given its place here. `kernels/` is below the ground floor, `launch/` is the roof.
 FLOORS = """
-errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards targets
-    buckets prompts progress tensor_file results leaf_modules families hub_errors
-launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record pictures
-    run_pictures
-zero3 shared_input layer exchange metrics display reporters
-    ds_config slice_cache streams hf_folder stacks report model_card
-recorder generation settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained
+errors faults pulse verdict checksum precision answers config slicing eigen krylov svd bounds delta shards
+    targets buckets prompts progress tensor_file results leaf_modules families hub_errors
+launcher peers watch disk overrides checkpoint_format folders base_files adapter export_report run_record
+    pictures run_pictures
+zero3 shared_input layer exchange metrics ds_config slice_cache streams hf_folder stacks report model_card
+generation settings factors decompose adapt modules_to_save optimizer residual export peft_export pretrained
     sharded_load nonfinite slice_figures integrity spectra
 saver checkpoint
 engine
@@ -89,12 +88,13 @@ def is_from(name: str, module: str) -> bool:
 
 
 MODULES = {name_of(path): path for path in FILES}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
 @functools.cache
 def our_imports(path: Path) -> set[str]:
     """The modules of this package that a file imports."""
-    return {m for m in MODULES if m != "engine" for name in imports(path) if is_from(name, m)}
+    return {m for m in MODULES if m not in PACKAGES for name in imports(path) if is_from(name, m)}
 
 
 def test_every_module_has_its_floor():
@@ -105,8 +105,8 @@ def test_every_module_has_its_floor():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_down(path):
     name = name_of(path)
-    if name == "engine":  # resolves the public names late, so it runs no import of its own
-        assert our_imports(path) == set()
+    if name in PACKAGES:  # resolve public names late
+        assert our_imports(path) <= {"launch.trainers.accelerate_cpu"}
         return
     above = [m for m in our_imports(path) if floor_of(m) > floor_of(name)]
     assert not above, f"{name} imports from above: {above}"
@@ -156,6 +156,15 @@ def test_one_door_to_deepspeed(path):
     else:
         assert not deepspeed
         assert not attributes
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_accelerate_and_trl_end_at_the_trainers(path):
+    """accelerate, and what is not public of TRL and Trainer, are for launch/trainers alone; the engine knows no TRL."""
+    if path.parent.name == "trainers":
+        return
+    assert not forbidden(path, "accelerate", "trl.trainer", "transformers.trainer")
+    assert path.parent.name in ("launch", "benchmarks") or not forbidden(path, "trl")
 
 
 @pytest.mark.parametrize("folder", ["launch", "benchmarks"])

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,8 +16,8 @@ from hdpissa.engine import peers, pulse
 from hdpissa.engine.errors import LostError
 from hdpissa.engine.peers import Door, Peer, Peers
 from hdpissa.engine.pulse import Report
-from hdpissa.engine.recorder import Recorder
 from hdpissa.engine.watch import Watch, asked_after
+from hdpissa.launch.trainers.run_record import RunRecord
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.1]:1234")
 
@@ -247,9 +248,11 @@ def test_the_pulse_tells_where_a_process_is():
 # --- run_state.json --------------------------------------------------------------------------------
 
 
-def recorder(folder: Path, rank: int) -> Recorder:
-    made = Recorder(folder, total_steps=9, weights=1, device_name="cpu", devices=4, rank=rank)
-    made.steps_done = 3
+def recorder(folder: Path, rank: int) -> RunRecord:
+    engine = SimpleNamespace(last_step=SimpleNamespace(tokens=1))
+    args = SimpleNamespace(output_dir=str(folder), process_index=rank)
+    made = RunRecord(SimpleNamespace(args=args, engine=engine))
+    made.on_step_end(args, SimpleNamespace(global_step=3), None)
     return made
 
 

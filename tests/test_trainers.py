@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from launch_runs import save_model
 from ranks import RankError, run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer_runs import (
     bare_run,
     best_run,
     config,
+    load_incomplete,
     pairs,
     recorded_run,
     refusals,
@@ -226,3 +228,13 @@ def test_dpo_with_a_precomputed_reference(model_folder, tmp_path):
     assert [r["loss"] for r in before["log"]] == pytest.approx([r["loss"] for r in held["log"]], rel=1e-6)
     for name, weight in held["weights"].items():
         torch.testing.assert_close(before["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
+    """transformers would fill them with random numbers."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    told = run_ranks(2, load_incomplete, str(tmp_path / "model"), str(tmp_path / "out"))
+    assert told == ["ConfigError"] * 2

@@ -330,3 +330,16 @@ def synced_weights(model: str, folder: str, section: dict[str, Any]) -> dict[str
     sync._dist = DistributedBackend(trainer.accelerator)
     sync.sync_weights()
     return sent
+
+
+def load_incomplete(folder: str, output: str) -> str:
+    """The error of a trainer on a base whose files lack a weight."""
+    from hdpissa.launch import trainers
+
+    prepare_trl(output)
+    args = trainers.HDPissaSFTConfig(output, deepspeed=config(), report_to="none", bf16=False)
+    try:
+        trainers.HDPissaSFTTrainer(model=folder, args=args, train_dataset=trl_data("sft"))
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hdpissa.engine.errors import StopError
 from hdpissa.engine.integrity import IntegrityCheck
 from hdpissa.engine.slice_figures import SliceFigures
 
@@ -60,9 +61,9 @@ class StopOnSignals(TrainerCallback):
 
 
 class SliceGuard(TrainerCallback):
-    """Every so many steps: norms per slice into metrics.jsonl, and a check for silent corruption; off by default.
+    """Skipped steps are counted; every so many steps norms per slice go into metrics.jsonl, and memory is checked.
 
-    The check raises StopError on all ranks alike.
+    What makes going on senseless raises StopError on all ranks alike.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -77,6 +78,15 @@ class SliceGuard(TrainerCallback):
         if every:
             patience = option(args, "silent_slice_steps")
             self._figures = SliceFigures(engine.optimizer, every=every, patience=patience, start=state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends a run whose steps are skipped again and again; the last of them has its row by now."""
+        engine, most = self._trainer.engine, option(args, "max_skipped_steps")
+        if most and engine.skipped_in_a_row >= most:
+            raise StopError(
+                f"step {state.global_step} was skipped, and {engine.skipped_in_a_row} in a row are enough "
+                f"(max_skipped_steps): {engine.last_step.refusal}"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, record = self._trainer.engine.last_step, self._trainer.run_record

@@ -62,6 +62,7 @@ class HDPissaRewardTrainer(HDPissaMixin, RewardTrainer):
     """`trl.RewardTrainer` with HD-PiSSA. The head is new: DeepSpeed's AdamW trains it whole, beside the slices."""
 
     section_defaults: ClassVar[dict[str, Any]] = {"modules_to_save": ["score"]}
+    new_modules = ("score",)
 
 
 def _refuse_head(targets: list[str] | str, remedy: str) -> None:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,6 +73,7 @@ class HDPissaMixin(_Base):
         engine: None until `train` has made it.
         slice_order: whether this trainer's rows come in the order of slices; False where it has a sampler of its own.
         section_defaults: keys of `hd_pissa` that the class sets where the JSON is silent.
+        new_modules: of the model that a base by name need not hold.
     """
 
     engine: HDPissaEngine = None  # type: ignore[assignment]
@@ -79,6 +81,7 @@ class HDPissaMixin(_Base):
     lr_scheduler: Any
     slice_order = True
     section_defaults: ClassVar[dict[str, Any]] = {}
+    new_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
         if positional:
@@ -113,7 +116,7 @@ class HDPissaMixin(_Base):
             return
         dtype = "bfloat16" if args.bf16 else "float32"
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": dtype}
-        with reading_own_rows():
+        with reading_own_rows(self.new_modules):
             yield
 
     # --- the engine ------------------------------------------------------------------------------------
@@ -211,15 +214,9 @@ class HDPissaMixin(_Base):
         return loss
 
     def _after_step(self, step: Any) -> None:
-        """Raises StopError, on all ranks alike, where going on makes no sense; collective."""
         self._steps_since_log.append(step)
         if step.failed_save:
             self._save_failed(step.failed_save)
-        most, in_a_row = option(self.args, "max_skipped_steps"), self.engine.skipped_in_a_row
-        if most and in_a_row >= most:
-            raise StopError(
-                f"step {step.step} was skipped, and {in_a_row} in a row are enough (max_skipped_steps): {step.refusal}"
-            )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._count_tokens(inputs)
@@ -344,21 +341,31 @@ class HDPissaMixin(_Base):
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         client_state = {"scheduler": _plain(self.lr_scheduler.state_dict()), "data": self._data_identity()}
         client_state |= self.run_record.described
+        save = functools.partial(
+            self.engine.save_checkpoint,
+            run_dir,
+            f"checkpoint-{state.global_step}",
+            client_state,
+            kind=option(args, "checkpoint_kind"),
+            async_save=option(args, "async_save") and not self.preempted,  # that one must be known to be there
+            save_total_limit=args.save_total_limit,
+            best=best,
+            extra_files={TRAINER_STATE: text},
+        )
         try:
-            self.engine.save_checkpoint(
-                run_dir,
-                f"checkpoint-{state.global_step}",
-                client_state,
-                kind=option(args, "checkpoint_kind"),
-                async_save=option(args, "async_save"),
-                save_total_limit=args.save_total_limit,
-                best=best,
-                extra_files={TRAINER_STATE: text},
-            )
+            save()
         except SaveError as error:
             self._save_failed(str(error))
+            if self.preempted:  # there is no other step to save after
+                self._save_last(save)
         if args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / f"checkpoint-{state.global_step}"))
+
+    def _save_last(self, save: Callable[[], Any]) -> None:
+        try:
+            save()
+        except SaveError as error:
+            self.run_record.message = f"asked to stop after step {self.state.global_step}, and not saved: {error}"
 
     def _save_failed(self, message: str) -> None:
         if option(self.args, "stop_on_save_error"):

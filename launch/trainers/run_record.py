@@ -44,6 +44,7 @@ class RunRecord(TrainerCallback):
         self._trainer = trainer
         self._folder, self._rank = Path(trainer.args.output_dir), trainer.args.process_index
         self.described: dict[str, Any] = {}
+        self.message = ""  # of run_state.json, beside the state
         self._step, self._begun = 0, 0.0
         self._seconds, self._steps, self._tokens = 0.0, 0, 0  # since the last row
 
@@ -98,8 +99,9 @@ class RunRecord(TrainerCallback):
         somebody has written already, and so does that ranks were lost (`lost`).
         """
         path = self._folder / STATE
-        if not self._folder.is_dir() or ((self._rank or lost) and _says_failed(path)):
+        if (self._rank or lost) and _says_failed(path):
             return
+        self._folder.mkdir(parents=True, exist_ok=True)  # a host may have one of its own
         text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"
         whose = "" if lost or self._rank == 0 or isinstance(error, StopError) else f"rank {self._rank}: "
         write_json(path, {"state": "failed", "step": self._step, "message": whose + text}, rank=self._rank)
@@ -162,7 +164,7 @@ class RunRecord(TrainerCallback):
     def _state(self, state: str) -> None:
         if self._rank == 0:
             with pulse.alone("state"):
-                write_json(self._folder / STATE, {"state": state, "step": self._step, "message": ""})
+                write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
 
     def _description(self) -> dict[str, Any]:
         trainer = self._trainer
