@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+import torch.distributed as dist
 
 from hdpissa.launch.plan_arguments import PlanArguments, make_run
 from hdpissa.launch.plan_hardware import GIB, GPUS, Cluster
@@ -24,7 +24,10 @@ def smallest_gpu() -> int | None:
     """Bytes of the run's GPU with the least memory, the same on every rank; None without GPUs. Collective."""
     if not torch.cuda.is_available():
         return None
-    return min(gather_object([torch.cuda.mem_get_info()[1]]))
+    total = torch.tensor(torch.cuda.mem_get_info()[1], device="cuda")
+    if dist.is_initialized():
+        dist.all_reduce(total, dist.ReduceOp.MIN)
+    return int(total)
 
 
 def choose(arguments: Arguments, rows: Any, nbytes: int | None) -> str:

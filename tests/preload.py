@@ -20,6 +20,7 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops.op_builder.all_ops
 import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer
+import matplotlib.figure
 import setuptools.command
 import torch._inductor.compile_fx
 import torch._subclasses.schema_check_mode
@@ -28,8 +29,6 @@ import transformers.conversion_mapping
 import transformers.integrations.deepspeed
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
-
-import matplotlib.figure
 
 import hdpissa.engine
 import hdpissa.kernels

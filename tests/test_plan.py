@@ -12,6 +12,7 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import plan_advice, plan_exchange, plan_hardware, plan_memory, plan_model, plan_step
 from hdpissa.launch.plan_gathers import Policy
 from hdpissa.launch.plan_hardware import GPUS, Cluster
+from hdpissa.launch.plan_objective import Objective
 from hdpissa.launch.plan_run import Batch, Placement, Run
 
 
@@ -216,6 +217,33 @@ def test_by_hand(models):
     assert held["slice state"] == 16 * 2 * sum(16 * (t.rows + t.cols) for t in run.targets)
 
 
+def test_trainers_by_hand(models):
+    """Llama-3-70B (8192 wide, 8 of 64 heads for keys, 80 layers, 128256 words) on 8 ranks, worked out with a pencil."""
+    model = models("Llama-3-70B")
+    sft = make_run(model, length=512, checkpointing=True)
+    parameters, tokens = model.parameters, 2 * 512
+    pairs = dataclasses.replace(sft.with_batch(sequences=2), objective=Objective("dpo", chunked=True, reference=True))
+    found = plan_memory.memory(pairs)
+    assert found.persistent["reference shards"] == 2 * parameters // 8
+    assert found.persistent["A of all slices"] == plan_memory.memory(sft).persistent["A of all slices"]
+    twice = 2 * plan_memory.memory(sft).computing["activations"]  # rotary tables do not depend on the rows
+    assert found.computing["activations"] == pytest.approx(twice, rel=1e-3)
+    assert found.computing["logits and loss"] == 2 * 1024 * 32768 + tokens * (8 * 8192 + 28)
+    assert plan_memory.memory(sft).computing["logits and loss"] == 12 * 512 * 128256
+    step = plan_step.step(pairs)
+    assert step.wire[plan_step.PASS_GATHERS] == 8 * 2 * pairs.reference_gathers.gathered * 7 // 8
+    assert step.products - plan_step.step(pairs.with_objective(reference=False)).products == pytest.approx(
+        step.tokens * (pairs.work.forward + pairs.work.head + pairs.work.attention) / GPUS["H100"].bf16
+    )
+    grpo = dataclasses.replace(sft, objective=Objective("grpo", chunked=True))
+    assert plan_memory.memory(grpo).generating == {
+        "gathered weights": 2 * parameters, "key-value cache": 2 * 2 * 80 * 8 * 128 * 512 * 8,
+    }  # fmt: skip
+    assert plan_memory.memory(grpo).busiest == "generating"
+    by_layer = plan_memory.memory(grpo.with_objective(gathers_to_generate=False)).generating["gathered weights"]
+    assert by_layer == 2 * grpo.forward_gathers.peak < parameters // 10
+
+
 # --- properties --------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +369,13 @@ def test_advice_is_the_cheapest_that_fits(models):
     assert (
         plan_advice.cheapest_change(four, file="my.json") == f"--offload_param (and the same in my.json: {offloaded})"
     )
+    dpo = dataclasses.replace(make_run(model, rows=1, checkpointing=True), objective=Objective("dpo", True, True))
+    full = dataclasses.replace(GPUS["H100"], memory=peak(dpo) - 1)
+    assert plan_advice.cheapest_change(dataclasses.replace(dpo, cluster=Cluster(full, 8, 8))) == (
+        "--precompute_ref_log_probs"
+    )
+    grpo = dataclasses.replace(make_run(model, rows=1, checkpointing=True), objective=Objective("grpo", True))
+    assert plan_advice.cheapest_change(grpo) == "--ds3_gather_for_generation false"
     small = dataclasses.replace(GPUS["A100-40"], memory=2 * plan_hardware.GIB)
     hopeless = dataclasses.replace(make_run(models("SmolLM2-135M"), rows=1), cluster=Cluster(small, 8, 8))
     assert plan_advice.cheapest_change(hopeless).startswith("no change")

@@ -120,6 +120,29 @@ def test_ds_config(capsys, folder, tmp_path):
         assert said in err
 
 
+@pytest.mark.parametrize(
+    ("trainer", "words", "changed"),
+    [
+        ("sft", ["--cross_entropy", "chunked"], {"cross_entropy": "chunked"}),
+        ("sft", ["--r", "8"], {"r": 8}),
+        ("sft", ["--max_length", "256"], {"max_length": 256}),
+        ("sft", ["--gradient_checkpointing"], {"gradient_checkpointing": True}),
+        ("sft", ["--bf16", "false", "--ds_config", "zero3_cpu"], {"compute_dtype": "fp32"}),
+        ("dpo", ["--precompute_ref_log_probs"], {"reference": False}),
+        ("kto", ["--precompute_ref_log_probs"], {"reference": False}),
+        ("grpo", ["--beta", "0.1"], {"reference": True}),
+        ("grpo", ["--ds3_gather_for_generation", "false"], {}),
+    ],
+)
+def test_what_an_option_changes(capsys, folder, trainer, words, changed):
+    base = ["--model", folder / "SmolLM2-135M.json", "--gpus", "2", "--json", "--trainer", trainer]
+    plain, other = (json.loads(call(capsys, *base, *more)[1]) for more in ([], words))
+    assert plain["run"]["trainer"] == trainer
+    assert {name for name in plain["run"] if plain["run"][name] != other["run"][name]} == set(changed)
+    assert {name: other["run"][name] for name in changed} == changed
+    assert plain["memory_per_gpu"] != other["memory_per_gpu"]
+
+
 def test_own_gpu(capsys, folder, tmp_path):
     file = tmp_path / "mine.json"
     numbers = {"memory_gib": 6, "bf16_tflops": 50, "hbm_tb_s": 0.5, "link_gb_s": 10, "network_gb_s": 1}

@@ -83,9 +83,10 @@ class HDPissaMixin(_Base):
     section_defaults: ClassVar[dict[str, Any]] = {}
     new_modules: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: Any = None, *positional: Any, args: Any = None, **more: Any) -> None:
-        if positional:
-            raise TypeError(f"{type(self).__name__}: pass args= and what follows by keyword")
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        given = inspect.signature(super().__init__).bind(*positional, **named).arguments
+        more = {**given.pop("kwargs", {}), **given}
+        model, args = more.get("model"), more.get("args")
         if args is None:
             raise ConfigError("args is not given: TrainingArguments(deepspeed=…) say where the section hd_pissa is")
         for name in ("peft_config", "quantization_config", "optimizer_cls_and_kwargs", "model_init"):
@@ -100,7 +101,7 @@ class HDPissaMixin(_Base):
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         self._rows = getattr(more.get("train_dataset"), "_fingerprint", None)
         with self._sharded_loading(model, args):
-            super().__init__(model, args=args, **more)
+            super().__init__(**more)
         self._signals, self.run_record = StopOnSignals(self), RunRecord(self)
         for callback in (self._signals, self.run_record, SliceGuard(self)):
             self.add_callback(callback)
