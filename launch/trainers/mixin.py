@@ -43,7 +43,7 @@ from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
 from .callbacks import SliceGuard, StopOnSignals
-from .resume import find_checkpoint, refuse_fewer_steps, refuse_other_data
+from .resume import find_checkpoint, refuse_fewer_steps, refuse_other_data, sample
 from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
@@ -99,7 +99,7 @@ class HDPissaMixin(_Base):
         self._check(args)
         run_config.check_targets(model, self.run_config, getattr(args, "model_init_kwargs", None) or {})
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
-        self._rows = getattr(more.get("train_dataset"), "_fingerprint", None)
+        self._sample = sample(more.get("train_dataset"))
         with self._sharded_loading(model, args):
             super().__init__(**more)
         self._signals, self.run_record = StopOnSignals(self), RunRecord(self)
@@ -288,9 +288,7 @@ class HDPissaMixin(_Base):
             "rows of a micro-batch": self._train_batch_size,
             "rows of a step": order.rows,
             "rows": len(self.train_dataset) if known else None,
-            "fingerprint": self._rows
-            if known
-            else None,  # as given: that of DPO's own columns is another one in every process
+            "sample": self._sample,
         }
 
     # --- evaluation ------------------------------------------------------------------------------------

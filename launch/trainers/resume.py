@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from hdpissa.engine import checkpoint
 from hdpissa.engine.checkpoint_format import CheckpointError, CheckpointReader
+
+SAMPLED = 64
 
 
 def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> CheckpointReader | None:
@@ -46,6 +52,19 @@ def refuse_fewer_steps(reader: CheckpointReader, max_steps: int) -> None:
             f"max_steps is {max_steps} and {reader.folder} was saved after step {reader.manifest.step}: give at least "
             f"so many, or an earlier checkpoint"
         )
+
+
+def sample(dataset: Any) -> str | None:
+    """Checksum of up to 64 rows of a dataset as it was given; None where rows cannot be asked for by number.
+
+    A dataset's own fingerprint would not do: it is another one in every process where a function of `map` holds a
+    tokenizer.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    positions = sorted({len(dataset) * n // SAMPLED for n in range(SAMPLED)}) if len(dataset) else []
+    rows = dataset.with_format("arrow")[positions].to_pylist() if positions else []
+    return hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()[:16]
 
 
 def refuse_other_data(reader: CheckpointReader, here: dict[str, Any]) -> None:
