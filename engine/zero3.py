@@ -80,6 +80,9 @@ def init_distributed(timeout_s: float | None = None) -> None:
         timeout_s: of every collective in every group; None is DeepSpeed's default (10 minutes, DEEPSPEED_TIMEOUT).
     """
     prepare_environment()
+    if dist.is_initialized() and timeout_s is None:  # whoever started it has said how long to wait
+        deepspeed.init_distributed(verbose=False)
+        return
     timeout = default_pg_timeout if timeout_s is None else datetime.timedelta(seconds=timeout_s)
     # DeepSpeed gathers in a group of its own, to which it gives no time-out: torch's default of 30 minutes would hold.
     TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timeout)

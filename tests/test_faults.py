@@ -55,7 +55,6 @@ DEATHS = {
     "apply.weight:1:2:RAISE:7": (2, "rank 1 on {host} failed in step 2, apply (RuntimeError: HDPISSA_FAULT"),
     "alone.metrics:0:2:RAISE": (3, "rank 0 on {host} failed in step 2, alone: metrics (RuntimeError"),
     "alone.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: record, before the first step (OSError"),
-    "alone.folder:0:0:EIO": (2, "rank 0 on {host} failed in alone: folder, before the first step (OSError"),
     "alone.card:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, alone: card (RuntimeError"),
 }
 
@@ -67,7 +66,7 @@ SHORT = {
     "step.voted:1:2:KILL",
     "apply.weight:1:2:RAISE:7",
     "alone.metrics:0:2:RAISE",
-    "alone.folder:0:0:EIO",
+    "alone.record:0:0:ENOSPC",
 }
 
 
@@ -117,8 +116,7 @@ def test_a_rank_that_dies_or_raises_is_named_at_once(folder, inputs, cache, faul
             assert (end.code, words.format(host=host()) in line) == (1, True), line
             assert end.at - ends[bad].at < HANG_S
     assert ends[bad].code not in (0, None)
-    if not fault.startswith("alone.folder"):  # there is no record yet
-        assert_failed(output, words if "KILL" in fault else "HDPISSA_FAULT at")
+    assert_failed(output, words if "KILL" in fault else "HDPISSA_FAULT at")
 
 
 def assert_failed(output, words):
