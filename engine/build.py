@@ -125,9 +125,10 @@ def _initialize_again(
                 f"{now}): load the model anew, or give the same config"
             )
     engine.optimizer.defaults["lr"] = lr
-    engine.restart()
-    if resume_from is not None:
-        engine.load_checkpoint(resume_from.folder if isinstance(resume_from, CheckpointReader) else resume_from)
+    if resume_from is None:
+        engine.restart()
+    else:
+        engine.resume_from(resume_from)
     return engine
 
 

@@ -73,7 +73,8 @@ def own_files(kind: str, optimizer: SliceOptimizer, extra: Mapping[str, str]) ->
         extra: name → text of the caller's files; rank 0 writes them.
     """
     store, plan = optimizer.store, optimizer.store.plan
-    files = [OwnFile(layout.rng_file(plan.rank), *_generators())]
+    states, text = generators()
+    files = [OwnFile(layout.rng_file(plan.rank), [_fixed(key, state) for key, state in states.items()], metadata=text)]
     if plan.rank == 0:
         files += [OwnFile(name, text=text) for name, text in extra.items()]
     if kind == "full":
@@ -324,11 +325,15 @@ def _own_factors(reader: CheckpointReader, plan: SlicePlan, target: Target) -> t
 
 
 def refuse_changed(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
-    """Raises CheckpointError for a small checkpoint when the weights are not the base model's any more."""
-    if reader.manifest.kind == "small" and optimizer.updates:
+    """Raises CheckpointError, on all ranks alike, for a small checkpoint when W is not the base model's any more."""
+    if reader.manifest.kind != "small":
+        return
+    changed = optimizer.store.delta_sum.any()  # `updates` may be of a run that began anew on these weights
+    dist.all_reduce(changed := changed.int(), dist.ReduceOp.MAX)
+    if changed:
         raise CheckpointError(
-            f"{reader.folder} is a small checkpoint and this engine has made {optimizer.updates} steps: its sums are "
-            f"applied to the base model's weights; load it right after initialize()"
+            f"{reader.folder} is a small checkpoint and this engine has trained: the checkpoint's sums are applied to "
+            f"the base model's weights; load the model anew, or save full checkpoints"
         )
 
 
@@ -359,7 +364,7 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
     optimizer.resume(manifest.updates, manifest.largest_grad, manifest.learning_rate)
     if manifest.world_size == store.plan.world_size:
         try:
-            _set_generators(*reader.rng(store.plan.rank))
+            set_generators(*reader.rng(store.plan.rank))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{reader.folder}: its generators cannot be used ({error}); {layout.REMEDY}"
@@ -384,18 +389,19 @@ def _restore_beside(reader: CheckpointReader, optimizer: SliceOptimizer) -> None
 # --- random number generators ----------------------------------------------------------------------
 
 
-def _generators() -> tuple[list[Part], bool, dict[str, str]]:
-    """(torch's states as tensors, not constant, those of Python and NumPy as text)."""
+def generators() -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(states of torch's generators, those of Python's and NumPy's as text)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state(legacy=True)
     numpy = json.dumps([name, np.asarray(keys).tolist(), *rest])
     text = {"python": json.dumps(random.getstate()), "numpy": numpy}
-    return [_fixed(key, state) for key, state in states.items()], False, text
+    return states, text
 
 
-def _set_generators(states: dict[str, Tensor], text: dict[str, str]) -> None:
+def set_generators(states: dict[str, Tensor], text: dict[str, str]) -> None:
+    """Takes what `generators` has returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

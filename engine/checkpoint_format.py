@@ -130,8 +130,9 @@ class Manifest(_Strict):
     def render(self) -> str:
         """The file's text, with the SHA-256 of its content."""
         content = self.model_dump(mode="json")
-        if self.beside is None:  # as it was written before there was such a thing
-            del content["beside"]
+        for name in ("beside", "extra_files"):  # as it was written before there was such a thing
+            if not content[name]:
+                del content[name]
         return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1) + "\n"
 
 

@@ -210,6 +210,8 @@ class HDPissaEngine:
         )
         self.zero_grad()
         self.last_step = result
+        if result.interrupted:
+            self._stop_requested = False  # it has been told
         return result
 
     def get_global_grad_norm(self) -> float | None:
@@ -339,17 +341,21 @@ class HDPissaEngine:
         Raises:
             CheckpointError: on all ranks alike: damaged, or of another run.
         """
+        reader = self.resume_from(Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir))
+        return reader.folder, reader.manifest.client_state
+
+    def resume_from(self, source: CheckpointReader | str | Path) -> CheckpointReader:
+        """`load_checkpoint` of a folder, or of a checkpoint that was opened before; the reader, closed."""
         if failed := self._end_failed_save():  # what is being saved is read until then
             logger.warning("%s", failed)
-        path = Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir)
-        reader = checkpoint.open_checkpoint(path)
+        reader = source if isinstance(source, CheckpointReader) else checkpoint.open_checkpoint(source)
         store = self.optimizer.store
         beside = self.optimizer.beside.numels if self.optimizer.beside else {}
         checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base, beside)
         checkpoint.refuse_changed(reader, self.optimizer)
         self.init_report = checkpoint.fill_factors(reader, store, self.optimizer.exchange)
         self.restore(reader)
-        return reader.folder, reader.manifest.client_state
+        return reader
 
     def restore(self, reader: CheckpointReader) -> None:
         """Takes the state of a checkpoint that fits and whose factors are in place; collective."""
@@ -360,6 +366,7 @@ class HDPissaEngine:
         manifest = reader.manifest
         self.global_steps, self.skipped_steps = manifest.step, manifest.skipped_steps
         self.skipped_in_a_row = manifest.skipped_in_a_row
+        self.last_step = None
         self._saver.adopt(reader.folder, manifest.files)
         reader.close()
 

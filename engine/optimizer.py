@@ -297,6 +297,8 @@ class SliceOptimizer(torch.optim.Optimizer):
         """Goes on after `updates` steps; collective. The weights are in place, their bounds are measured anew."""
         self.updates, self.largest_grad = updates, largest_grad
         self.param_groups[0]["lr"] = lr
+        for group in self.param_groups:
+            group.pop("initial_lr", None)  # an earlier scheduler's; a new one would begin with that rate
         self.bounds = _measure_bounds(self.store, self.exchange, self.rule)
         self._bad.zero_()
 
@@ -309,7 +311,6 @@ class SliceOptimizer(torch.optim.Optimizer):
             self.beside.restart()
         for group in self.param_groups:
             group["lr"] = group.get("peak_lr", self.defaults["lr"])
-            group.pop("initial_lr", None)  # a scheduler's, which would take it for the rate to begin with
         self.resume(0, 0.0, self.defaults["lr"])
 
     # --- figures -------------------------------------------------------------------------------------

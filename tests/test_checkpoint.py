@@ -145,7 +145,7 @@ def test_a_small_checkpoint_cannot_follow_other_steps(tmp_path):
     config = settings(2, delta={"second_order": False})
     run_ranks(2, train_on, config, stop=1, save_at=(1,), save_dir=str(tmp_path), kind="small")
     message = run_ranks(2, refuse, config, start_from=str(tmp_path), load_later=True)
-    assert "is a small checkpoint and this engine has made 1 steps" in message[0]
+    assert "small checkpoint" in message[0]
     assert message[0] == message[1]
 
 

@@ -180,6 +180,11 @@ def test_mistakes_are_found_before_a_weight_is_read(model_folder):
         "weight decay": ("SFT", {}, {"weight_decay": 0.1}),
         "another optimizer": ("DPO", {}, {"optim": "adafactor"}),
         "rows by length": ("Reward", {}, {"train_sampling_strategy": "group_by_length"}),
+        "small checkpoints, and the best put back": (
+            "SFT",
+            {},
+            {"checkpoint_kind": "small", "load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
+        ),
         "split batches": ("SFT", {}, {"accelerator_config": {"split_batches": True}}),
     }
     found = run_ranks(1, refusals, model_folder, cases)[0]

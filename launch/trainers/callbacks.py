@@ -59,6 +59,11 @@ class StopOnSignals(TrainerCallback):
             control.should_evaluate = False  # it may take longer than there is time
         return control
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._trainer.preempted:  # all of that has been decided after the step
+            control.should_evaluate = control.should_save = False
+        return control
+
 
 class SliceGuard(TrainerCallback):
     """Skipped steps are counted; every so many steps norms per slice go into metrics.jsonl, and memory is checked.

@@ -14,6 +14,8 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.settings import check_kernels, make_plan
 from hdpissa.engine.slicing import SlicePlan
 
+from .arguments import option
+
 LAUNCHED = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # where `accelerate launch` says which JSON it was given
 
 
@@ -117,6 +119,10 @@ def _refuse(args: Any) -> None:
         "auto_find_batch_size": (args.auto_find_batch_size, "slices have fixed micro-batches; ask `hdpissa plan`"),
         "torch_compile": (args.torch_compile, "ZeRO-3's hooks cut every layer into pieces; leave it out"),
         "save_only_model": (args.save_only_model, "a checkpoint is what a run goes on from; export it instead"),
+        "load_best_model_at_end": (
+            args.load_best_model_at_end and option(args, "checkpoint_kind") == "small",
+            "small checkpoints (checkpoint_kind) hold no weights to put back",
+        ),
         "fsdp": (args.fsdp, "W is sharded by ZeRO-3; leave it out"),
         "enable_jit_checkpoint": (
             getattr(args, "enable_jit_checkpoint", False),

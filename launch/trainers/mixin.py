@@ -20,7 +20,7 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +33,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from hdpissa.engine import HDPissaEngine, StepResult, initialize, pulse, zero3
+from hdpissa.engine.checkpoint import generators, set_generators
 from hdpissa.engine.errors import ConfigError, StopError
 from hdpissa.engine.peers import is_loss
 from hdpissa.engine.saver import SaveError
@@ -43,7 +44,7 @@ from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
 from .callbacks import SliceGuard, StopOnSignals
-from .resume import find_checkpoint, refuse_fewer_steps, refuse_other_data, sample
+from .resume import existing, find_checkpoint, point_to_best, refuse_fewer_steps, refuse_other_data, sample
 from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
@@ -60,6 +61,7 @@ _REPLACED = {
     "_load_rng_state": ["self", "checkpoint"],
     "_get_train_sampler": ["self", "train_dataset"],
     "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+    "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
 }
 for _name, _parameters in _REPLACED.items():
     if list(inspect.signature(getattr(Trainer, _name)).parameters) != _parameters:
@@ -150,6 +152,8 @@ class HDPissaMixin(_Base):
             if not self.args.ignore_data_skip:
                 refuse_other_data(reader, self._data_identity())
         self._make_engine(reader)
+        self._generators = generators()
+        point_to_best(Path(self.args.output_dir), self.state.best_model_checkpoint)
         self._create_schedule(max_steps, reader)
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
@@ -164,9 +168,11 @@ class HDPissaMixin(_Base):
         scheduler = self.create_scheduler(max_steps, self.optimizer)
         if reader is None:
             return
-        saved = dict(reader.manifest.client_state.get("scheduler", {}))
-        if not isinstance(scheduler, LambdaLR):
+        saved = json.loads(reader.manifest.client_state["scheduler"])
+        if not isinstance(scheduler, LambdaLR):  # its rate follows from what it has seen, not from the step
             scheduler.load_state_dict(saved)
+            for group, lr in zip(self.optimizer.param_groups, saved["_last_lr"], strict=True):
+                group["lr"] = lr
             return
         scheduler.load_state_dict({**saved, "base_lrs": scheduler.base_lrs})
         for group, base, factor in zip(
@@ -185,18 +191,33 @@ class HDPissaMixin(_Base):
         self.accelerator.deepspeed_engine_wrapped = None  # accelerate would destroy it
         lock_folder(Path(self.args.output_dir), self.args.process_index)
         self._reader = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
+        self._steps_since_log: list[StepResult] = []
+        eval_on_start = self.args.eval_on_start
         if self._reader is not None:
             self.args.eval_on_start = False  # that was before the first step
-        self._steps_since_log: list[StepResult] = []
         with self._signals.listening(), self._watching():
             try:
-                result = super().train(None if self._reader is None else str(self._reader.folder), *args, **kwargs)
-                self._finish_saves()
+                return super().train(None if self._reader is None else str(self._reader.folder), *args, **kwargs)
             except BaseException as error:
                 if self.engine is not None and not is_loss(error):
                     self.run_record.failed(error)
                 raise
-        return result
+            finally:
+                self.args.eval_on_start = eval_on_start
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Trainer loads the best checkpoint, and with save_total_limit=1 removes all others."""
+        self._finish_saves()
+        # The one that a preempted run has just saved is what it goes on from, whatever is best so far.
+        best = None if self.preempted else self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = existing(best, Path(self._get_output_dir(trial=trial)))
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _watching(self) -> contextlib.AbstractContextManager:
         hang_s = option(self.args, "hang_timeout")
@@ -296,31 +317,41 @@ class HDPissaMixin(_Base):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Counts each row and token once: accelerate fills the last batches up with rows that were there before."""
         pulse.reach("eval", slow=True)
-        labels = inputs.get("labels") if isinstance(inputs, dict) else None
-        if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return super().prediction_step(model, inputs, *args, **kwargs)
-        labels = self._without_fill(labels)
+        labels = self._without_fill(labels, inputs.get("position_ids"))
         found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
         tokens = (labels[:, 1:] != -100).sum()
         if found[0] is not None:
-            self._evaluated += torch.stack([torch.nan_to_num(found[0].double()) * tokens, tokens]).to(self._evaluated)
+            loss = torch.where(tokens > 0, found[0].double() * tokens, 0.0)  # of no tokens it is 0 / 0
+            self._evaluated += torch.stack([loss, tokens]).to(self._evaluated)
         return found
 
-    def _without_fill(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (rows × length) in which the rows that only fill the last batches up count for nothing."""
-        state = self.accelerator.gradient_state
-        if not (state.end_of_dataloader and state.remainder > 0):
+    def _without_fill(self, labels: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Labels (rows × length) in which the rows that only fill the last batches up count for nothing.
+
+        Args:
+            positions: where rows stand one after the other in a single one (`padding_free`), they begin at its zeros.
+        """
+        state, rows = self.accelerator.gradient_state, self.args.eval_batch_size
+        if self.args.world_size == 1 or not (state.end_of_dataloader and state.remainder > 0):
             return labels
-        first = self.args.process_index * len(labels)
-        real = torch.arange(first, first + len(labels), device=labels.device) < state.remainder
-        return labels.where(real[:, None], -100)
+        row = torch.arange(len(labels), device=labels.device)[:, None]
+        if len(labels) != rows and positions is not None:
+            row = (positions == 0).cumsum(-1) - 1
+            if row.max() + 1 != rows:  # packed: where a row of the dataset begins is not known any more
+                return labels
+        return labels.where(self.args.process_index * rows + row < state.remainder, -100)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`eval_loss` is the mean over all target tokens, not a mean of batches' means."""
         if self.engine is None:  # before training
             self._make_engine(None)
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # a preempted run leaves an evaluation out; dropout goes on alike
+            output = super().evaluation_loop(*args, **kwargs)
         dist.all_reduce(self._evaluated)
         total, tokens = self._evaluated.tolist()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -336,6 +367,7 @@ class HDPissaMixin(_Base):
         self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
         best = bool(state.best_global_step) and state.best_global_step == state.global_step
+        before = state.best_model_checkpoint
         if best:
             state.best_model_checkpoint = str(run_dir / f"checkpoint-{state.global_step}")
         for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
@@ -346,7 +378,9 @@ class HDPissaMixin(_Base):
             else:
                 state.stateful_callbacks[name] = own
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-        client_state = {"scheduler": _plain(self.lr_scheduler.state_dict()), "data": self._data_identity()}
+        # As text: the best loss of a schedule that follows it begins at infinity.
+        scheduler = json.dumps(_plain(self.lr_scheduler.state_dict()))
+        client_state = {"scheduler": scheduler, "data": self._data_identity()}
         client_state |= self.run_record.described
         save = functools.partial(
             self.engine.save_checkpoint,
@@ -362,6 +396,7 @@ class HDPissaMixin(_Base):
         try:
             save()
         except SaveError as error:
+            state.best_model_checkpoint = before
             self._save_failed(str(error))
             if self.preempted:  # there is no other step to save after
                 self._save_last(save)
@@ -387,11 +422,11 @@ class HDPissaMixin(_Base):
             self._save_failed(str(error))
 
     def _load_best_model(self) -> None:
-        self._finish_saves()
         self.engine.load_checkpoint(self.state.best_model_checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The engine has restored the generators; transformers would unpickle a file."""
+        """Once more as the engine has restored them: fetching rows has drawn; transformers would unpickle a file."""
+        set_generators(*self._generators)
 
     # --- results ---------------------------------------------------------------------------------------
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch.distributed as dist
 
-from hdpissa.engine import checkpoint
-from hdpissa.engine.checkpoint_format import CheckpointError, CheckpointReader
+from hdpissa.engine import checkpoint, folders
+from hdpissa.engine.checkpoint_format import MANIFEST, CheckpointError, CheckpointReader
+from hdpissa.engine.errors import StopError
 
 SAMPLED = 64
 
@@ -36,13 +39,50 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> CheckpointRe
 
 def _any(folder: Path) -> bool:
     """Whether rank 0 sees checkpoints; collective."""
-    import torch.distributed as dist
+    return _of_rank_0(lambda: folder.is_dir() and bool(folders.candidates(folder)))
 
-    from hdpissa.engine import folders
 
-    found = [folder.is_dir() and bool(folders.candidates(folder)) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, 0)
-    return bool(found[0])
+def _of_rank_0(function: Callable[[], Any]) -> Any:
+    """What a function returns there, where the files are; raises StopError on all ranks if it cannot. Collective."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = function()
+        except OSError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise StopError(told[1])
+    return told[0]
+
+
+def existing(best: str | None, output_dir: Path) -> str | None:
+    """The best checkpoint, or what stands in for it: saving it may have failed, or the folder been moved; collective.
+
+    Args:
+        best: as the trainer's state has it.
+    """
+
+    def find() -> str | None:
+        if best is None or (Path(best) / MANIFEST).is_file():
+            return best
+        tag = folders.best(output_dir)
+        return str(output_dir / tag) if tag and (output_dir / tag / MANIFEST).is_file() else None
+
+    return _of_rank_0(find)
+
+
+def point_to_best(output_dir: Path, best: str | None) -> None:
+    """Makes the folder's `best` what the trainer's state says where a run begins, or goes on from further back.
+
+    Collective; raises StopError where the folder cannot be written.
+    """
+
+    def point() -> None:
+        tag = Path(best).name if best else None
+        folders.point_to_best(output_dir, tag if tag and (output_dir / tag / MANIFEST).is_file() else None)
+
+    _of_rank_0(point)
 
 
 def refuse_fewer_steps(reader: CheckpointReader, max_steps: int) -> None:

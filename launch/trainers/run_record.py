@@ -86,8 +86,9 @@ class RunRecord(TrainerCallback):
         if "loss" in row:
             self.write(row | self._figures())
             self._state("running")
-        elif "eval_loss" in row:
-            self.write(row | {"perplexity": math.exp(min(row["eval_loss"], 700.0))})
+        elif any(name.startswith("eval_") for name in row):  # of several sets each has its own, as eval_<set>_loss
+            loss = row.get("eval_loss")
+            self.write(row if loss is None else row | {"perplexity": math.exp(min(loss, 700.0))})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._state("preempted" if self._trainer.preempted else "finished")
