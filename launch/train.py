@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> bool:
     ends = RunEnds(arguments, rows, tokenizer)
     make = functools.partial(make_trainer, arguments, rows, tokenizer, callbacks(arguments, ends))
     if script.preview:
-        preview(make(empty) if arguments.kind == "sft" else None, rows, tokenizer, script.preview, args.process_index)
+        with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer would make the real one
+            trainer = make(empty) if arguments.kind == "sft" else None
+            preview(trainer, rows, tokenizer, script.preview, args.process_index)
         return True
     trainer = ends.trainer = make(script.model_name_or_path)
     trainer.run_record.describe(**ends.description())

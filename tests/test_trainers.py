@@ -172,6 +172,7 @@ def test_mistakes_are_found_before_a_weight_is_read(model_folder):
         "no section": ("SFT", {"hd_pissa": None}, {}),
         "unknown key": ("SFT", {"hd_pissa": {"rank": 8}}, {}),
         "stage 2": ("SFT", {"zero_optimization": {"stage": 2}}, {}),
+        "fewer rows than a step takes": ("SFT", {}, {"gradient_accumulation_steps": 64}),
         "slices that do not divide": ("SFT", {"hd_pissa": {"slices": 4}}, {"gradient_accumulation_steps": 2}),
         "lm_head under the chunked head": ("SFT", {"hd_pissa": {"target_modules": ["q_proj", "lm_head"]}}, {}),
         "JSON and arguments differ": ("SFT", {"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}),

@@ -100,6 +100,7 @@ class HDPissaMixin(_Base):
         self.run_config = run_config.read(args, self.section_defaults)
         self._check(args)
         run_config.check_targets(model, self.run_config, getattr(args, "model_init_kwargs", None) or {})
+        self._check_rows(args, more.get("train_dataset"))
         zero3.init_distributed(args.ddp_timeout)  # the group is there; DeepSpeed's own gets the same time-out
         self._sample = sample(more.get("train_dataset"))
         with self._sharded_loading(model, args):
@@ -110,6 +111,12 @@ class HDPissaMixin(_Base):
 
     def _check(self, args: Any) -> None:
         """What a class cannot train, before a weight is read; raises ConfigError."""
+
+    def _check_rows(self, args: Any, dataset: Any) -> None:
+        """Raises ConfigError for fewer rows than a step takes; where they are packed their number shows later."""
+        if self.slice_order and hasattr(dataset, "__len__") and not getattr(args, "packing", False):
+            plan, micro = self.run_config.plan, args.per_device_train_batch_size
+            SliceSampler(len(dataset), SliceOrder(plan, args.gradient_accumulation_steps, micro), None)
 
     @contextlib.contextmanager
     def _sharded_loading(self, model: Any, args: Any) -> Iterator[None]:
