@@ -236,6 +236,19 @@ def test_dpo_with_a_precomputed_reference(model_folder, tmp_path):
         torch.testing.assert_close(before["weights"][name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_packed_rows_do_not_see_each_other(model_folder, tmp_path):
+    """Two rows packed into one, without flash attention: the losses of the same rows apart."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(4, 20, (24, 9), generator=generator).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    more = {"file": str(tmp_path / "rows.jsonl"), "train_sampling_strategy": "sequential", "max_steps": 4}
+    packing = {"packing": True, "max_length": 18, "per_device_train_batch_size": 1}
+    apart = trl("sft", model_folder, tmp_path / "apart", slices=1, **more)[0]["log"]
+    packed = trl("sft", model_folder, tmp_path / "packed", slices=1, **more, **packing)[0]["log"]
+    assert [row["loss"] for row in packed] == pytest.approx([row["loss"] for row in apart], rel=1e-5)
+
+
 def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
     """transformers would fill them with random numbers."""
     shutil.copytree(model_folder, tmp_path / "model")
