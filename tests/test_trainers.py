@@ -123,6 +123,13 @@ def test_grpo(model_folder, tmp_path):
     assert log[-1]["kl"] > 1e-6
 
 
+@pytest.mark.slow
+def test_a_long_generation_is_no_hang(model_folder, tmp_path):
+    """Rewards that come after 20 s in a run that may stand still for 10."""
+    log = trl("grpo", model_folder, tmp_path, gradient_accumulation_steps=1, hang_timeout=10)[0]["log"]
+    assert len(log) == 3
+
+
 @pytest.mark.parametrize("kind", ["kto", "reward"])
 def test_it_trains(kind, model_folder, tmp_path):
     log = trl(kind, model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]
