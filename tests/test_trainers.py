@@ -45,11 +45,13 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         (2, 1, 1, {"bf16": True}),
         (4, 2, 1, {}),
         (1, 2, 4, {"stream": True}),
+        (2, 2, 2, {"modules_to_save": ["embed_tokens", "norm"]}),
     ],
 )
 def test_trainer_equals_the_bare_loop(world, slices, accumulation, more, tmp_path):
-    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams."""
-    section = {"slices": slices}
+    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams; parameters that are trained whole."""
+    more = dict(more)
+    section = {"slices": slices, "modules_to_save": more.pop("modules_to_save", [])}
     found = run_ranks(world, trainer_run, str(tmp_path), section, gradient_accumulation_steps=accumulation, **more)
     wanted = run_ranks(world, bare_run, section, accumulation=accumulation, **more)
     assert_equal(found[0]["weights"], wanted[0]["weights"])
