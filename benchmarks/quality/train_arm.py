@@ -1,0 +1,316 @@
+"""One run of a campaign, in a process of its own: trains an arm, measures it, leaves a record.
+
+The record has the fields of PEFT's method comparison (huggingface/peft, method_comparison/MetaMathQA: run_info,
+train_info, meta_info), so that both lie in one table; `hdpissa` holds what that schema has no place for. All arms of a
+seed see the same rows in each step, and are measured by the same function: mean loss over all target tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import platform
+import resource
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+
+from hdpissa.engine import svd
+from hdpissa.engine.slicing import SlicePlan
+from hdpissa.launch.trainers import HDPissaTrainer, HDPissaTrainingArguments
+from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
+
+from . import pretrain
+from .campaign import Run
+from .rungs import Arm, Rung
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAIN_ROWS = 128  # blocks of plain text on which forgetting is measured
+Rows = list[dict[str, list[int]]]
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def model_folder(rung: Rung) -> str:
+    from hdpissa.launch.demo_model import ensure_demo_model
+
+    made = {"pretrained": lambda: str(pretrain.ensure()), "demo": lambda: str(ensure_demo_model())}
+    return made.get(rung.model, lambda: rung.model)()
+
+
+def encode(rows: list[dict[str, str]], tokenizer: Any, rung: Rung) -> Rows:
+    """Question and answer as tokens, EOS at the end; the question counts in the loss where the rung says so."""
+    found = []
+    for row in rows:
+        question = tokenizer(row["question"] + "\n", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        labels = (question if rung.whole_sequence else [-100] * len(question)) + answer
+        ids = (question + answer)[: rung.max_length]
+        found.append({"input_ids": ids, "labels": labels[: rung.max_length], "attention_mask": [1] * len(ids)})
+    return [row for row in found if any(label != -100 for label in row["labels"])]
+
+
+def plain_text(rung: Rung, folder: str, tokenizer: Any) -> Rows:
+    """Text that has nothing to do with the task: what the small model was pre-trained on, else docstrings."""
+    if rung.model == "pretrained":
+        from safetensors.torch import load_file
+
+        blocks = load_file(Path(folder) / pretrain.HELD_OUT_FILE)["input_ids"].tolist()
+    else:
+        ids = tokenizer("\n\n".join(sorted(set(pretrain.docstrings()))[::50]))["input_ids"]
+        blocks = [ids[at : at + 128] for at in range(0, 128 * PLAIN_ROWS, 128)]
+    return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in blocks[:PLAIN_ROWS]]
+
+
+class Collator:
+    """Pads on the right."""
+
+    def __init__(self, pad: int) -> None:
+        self._fill = {"input_ids": pad, "labels": -100, "attention_mask": 0}
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        return {
+            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+            for key, fill in self._fill.items()
+        }
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, rows: Rows, collate: Collator, dtype: str, batch: int = 16) -> float:
+    """Over all target tokens, products in `dtype`."""
+    was, total, tokens = model.training, 0.0, 0
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for at in range(0, len(rows), batch):
+        inputs = collate(ordered[at : at + batch])
+        labels = inputs.pop("labels").to(next(model.parameters()).device)
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(**{key: value.to(labels.device) for key, value in inputs.items()}).logits
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+        )
+        total, tokens = total + loss.item(), tokens + int((labels[:, 1:] != -100).sum())
+    model.train(was)
+    return total / tokens
+
+
+def exact_match(model: nn.Module, rows: list[dict[str, str]], tokenizer: Any, batch: int = 16) -> float:
+    """Share of rows whose generated answer ends in the right number."""
+    from hdpissa.engine.answers import is_right
+    from hdpissa.engine.generation import generate
+
+    prompts = [tokenizer(row["question"] + "\n", add_special_tokens=False)["input_ids"] for row in rows]
+    model.eval()
+    device = next(model.parameters()).device
+    found = generate(model, tokenizer, prompts, max_new_tokens=256, batch_size=batch, device=device)
+    return sum(is_right(text, row["answer"]) for text, row in zip(found, rows, strict=True)) / len(rows)
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------
+
+
+class SameRows(Trainer):
+    """Stock Trainer with the rows of each step that our sampler gives, so that all arms learn from the same ones."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        order = SliceOrder(SlicePlan(1, 1, 0), args.gradient_accumulation_steps, args.per_device_train_batch_size)
+        return SliceSampler(len(self.train_dataset), order, args.seed)
+
+
+class Curve(TrainerCallback):
+    """Test loss after each third of the steps."""
+
+    def __init__(self, measure: Any, steps: int) -> None:
+        self._measure, self._at, self.metrics = measure, {steps // 3, 2 * steps // 3}, []
+        self.seconds = self.cpu = 0.0  # that measuring has taken
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self._at:
+            begun, cpu = time.perf_counter(), time.process_time()
+            self.metrics.append({"step": state.global_step, "valid loss": self._measure()})
+            self.seconds += time.perf_counter() - begun
+            self.cpu += time.process_time() - cpu
+
+
+def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HDPissaTrainingArguments:
+    """For stock Trainer, too: they allow bf16 on a CPU."""
+    micro = min(rung.micro, run.batch // slices)
+    settings = {
+        "per_device_train_batch_size": micro, "gradient_accumulation_steps": run.batch // micro,
+        "max_steps": run.steps, "learning_rate": run.rate, "lr_scheduler_type": "cosine",
+        "warmup_steps": int(0.06 * run.steps), "max_grad_norm": 0.0, "weight_decay": 0.0, "seed": run.seed,
+        "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "logging_nan_inf_filter": False, "bf16": rung.dtype == "bfloat16",
+    }  # fmt: skip
+    return HDPissaTrainingArguments(folder, **settings, **more)
+
+
+def ours(run: Run, rung: Rung, output: str) -> tuple[type, Any]:
+    arm = run.arm
+    section = {"r": arm.r, "slices": arm.slices, "target_modules": TARGETS}
+    ds = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
+    ds |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "hd_pissa": section}
+    more = {"deepspeed": ds, "hang_timeout": 0}
+    if arm.sigma_power != 0.5:
+        svd_factors = svd.slice_factors
+
+        def slice_factors(triplets: Any, r: int) -> tuple[Tensor, Tensor]:
+            """As published, of σ to twice the power in the place of σ."""
+            return svd_factors(dataclasses.replace(triplets, sigma=triplets.sigma ** (2 * arm.sigma_power)), r)
+
+        svd.slice_factors = slice_factors
+    return HDPissaTrainer, arguments(run, rung, output, arm.slices, **more)
+
+
+def stock(model: nn.Module, arm: Arm) -> nn.Module:
+    """PEFT's adapter, or the target weights as they are."""
+    if arm.method == "full":
+        for name, param in model.named_parameters():
+            param.requires_grad_(name.removesuffix(".weight").rpartition(".")[2] in TARGETS)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    how: Any = "pissa" if arm.method == "pissa" else True
+    config = LoraConfig(r=arm.r, lora_alpha=arm.r, target_modules=TARGETS, init_lora_weights=how)
+    return get_peft_model(model, config)
+
+
+# --- one run ------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -> dict[str, Any]:
+    """Trains and measures; returns the record."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    begun, created = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat()
+    folder = model_folder(rung)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tests = read(test_file)[: rung.test_rows]
+    rows, test = encode(read(train_file), tokenizer, rung), encode(tests, tokenizer, rung)
+    plain = plain_text(rung, folder, tokenizer)
+    collate = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    loss = functools.partial(mean_loss, collate=collate, dtype=rung.dtype)
+    before = loss(model, test), loss(model, plain)
+    total = sum(p.numel() for p in model.parameters())
+    if run.arm.method == "hd_pissa":
+        kind, args = ours(run, rung, scratch)
+    else:
+        args = arguments(run, rung, scratch, 1)
+        kind, model = SameRows, stock(model, run.arm)
+    curve = Curve(lambda: loss(model, test), run.steps)
+    trainer = kind(
+        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=collate, callbacks=[curve]
+    )
+    start, cpu, error = time.perf_counter(), time.process_time(), ""
+    try:
+        trainer.train()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+    seconds, cpu = time.perf_counter() - start - curve.seconds, time.process_time() - cpu - curve.cpu
+    last: dict[str, Any] = {"test loss": None, "forgetting": None}
+    if not error:
+        last = {"test loss": loss(model, test), "forgetting": loss(model, plain) - before[1]}
+    if not error and not all(math.isfinite(value) for value in last.values()):
+        error, last = "the loss is not finite", dict.fromkeys(last)
+    elif not error and rung.exact_match and run.last:
+        last["test accuracy"] = exact_match(model, tests[: rung.exact_match], tokenizer)
+    losses = [{"step": r["step"], "train loss": r["loss"]} for r in trainer.state.log_history if "loss" in r]
+    engine = getattr(trainer, "engine", None)
+    cost = cost_of(run, model, engine) | {"cpu seconds of a step": cpu / run.steps}
+    return {
+        "run_info": run_info(run, rung, created, time.perf_counter() - begun, error),
+        "train_info": {
+            "accelerator_memory_reserved_avg": None,
+            "accelerator_memory_max": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "accelerator_memory_reserved_99th": None,
+            "train_time": seconds,
+            "file_size": 4 * cost["trained numbers"],
+            "num_trainable_params": cost["trained numbers"],
+            "num_total_params": total,
+            "status": "failed" if error else "success",
+            "metrics": [*losses, *curve.metrics, {"step": run.steps, **last}],
+        },
+        "meta_info": meta_info(),
+        "hdpissa": {
+            "run": dataclasses.asdict(run),
+            "before": {"test loss": before[0], "plain": before[1]},
+            "cost": cost,
+        },
+    }
+
+
+def cost_of(run: Run, model: nn.Module, engine: Any) -> dict[str, Any]:
+    """Numbers that are trained, and the bytes of their optimizer's state; the engine's own counts for ours."""
+    if engine is None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return {"trained numbers": trained, "state bytes": 8 * trained}
+    trained = run.arm.slices * run.arm.r * sum(t.rows + t.cols for t in engine.targets)
+    return {"trained numbers": trained, "state bytes": 8 * trained, "memory bytes": engine.memory_bytes()}
+
+
+def read(path: str) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def run_info(run: Run, rung: Rung, created: str, seconds: float, error: str) -> dict[str, Any]:
+    arm = run.arm
+    adapter = {"peft_type": "HD_PISSA" if arm.method == "hd_pissa" else "LORA", "r": arm.r, "lora_alpha": arm.r}
+    if arm.method == "hd_pissa":
+        adapter |= {"slices": arm.slices, "sigma_power": arm.sigma_power}
+    elif arm.method == "pissa":
+        adapter |= {"init_lora_weights": "pissa"}
+    return {
+        "created_at": created,
+        "total_time": seconds,
+        "experiment_name": f"{arm.name}/batch{run.batch}-steps{run.steps}-lr{run.rate:g}-seed{run.seed}",
+        "peft_branch": None,
+        "train_config": {
+            "model_id": Path(rung.model).name,
+            "dtype": rung.dtype,
+            "max_seq_length": rung.max_length,
+            "batch_size": run.batch,
+            "max_steps": run.steps,
+            "seed": run.seed,
+            "grad_norm_clip": 0.0,
+            "optimizer_type": "HD-PiSSA" if arm.method == "hd_pissa" else "AdamW",
+            "optimizer_kwargs": {"lr": run.rate, "weight_decay": 0.0},
+            "lr_scheduler": "cosine",
+            "attn_implementation": "sdpa",
+        },
+        "peft_config": None if arm.method == "full" else adapter,
+        "error_msg": error,
+    }
+
+
+def meta_info() -> dict[str, Any]:
+    packages = ("transformers", "peft", "datasets", "torch", "deepspeed", "hdpissa")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "N/A"
+    return {
+        "model_info": {"sha": None, "created_at": None},
+        "dataset_info": {},
+        "package_info": {f"{name}-version": version(name) for name in packages},
+        "system_info": {"system": platform.system(), "machine": platform.machine(), "accelerator": device},
+        "pytorch_info": None,
+    }
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """A record that is there is whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
