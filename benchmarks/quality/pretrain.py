@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 FOLDER = Path("~/.cache/hdpissa/quality-llama-1m").expanduser()
 PACKAGES = ("transformers", "torch", "numpy")
-VOCABULARY, LENGTH, BATCH, STEPS, RATE = 2048, 128, 32, 2000, 2e-3
+VOCABULARY, LENGTH, BATCH, STEPS, RATE = 2048, 128, 16, 1000, 2e-3
 HELD_OUT_FILE = "held_out.safetensors"
 HELD_OUT = 128  # blocks of LENGTH tokens on which forgetting is measured
 

@@ -63,11 +63,12 @@ def _fast() -> Rung:
     small = [Arm("lora_4", "lora", r=4), Arm("pissa_4", "pissa", r=4)]
     whitened = [Arm("hd_all_p0", "hd_pissa", 32, 1, 0.0), Arm("hd_own_p0", "hd_pissa", 4, 8, 0.0)]
     between = Arm("hd_all_p25", "hd_pissa", 32, 1, 0.25)
-    first = [Point(arm, 16, 150) for arm in (own, every, lora, pissa, full, *small)]
-    larger = [Point(arm, batch, steps) for batch, steps in ((64, 100), (128, 60)) for arm in (own, every, lora)]
-    powers = [Point(arm, 16, 150) for arm in (*whitened, between)]
+    first = [Point(arm, 16, 100) for arm in (own, every, lora, pissa, full)]
+    larger = [Point(arm, 64, 60) for arm in (own, every, lora)]
+    rest = [Point(arm, 16, 100) for arm in (*whitened, *small, between)]
+    largest = [Point(arm, 128, 60) for arm in (own, every, lora)]
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
-    return Rung("fast", "pretrained", (*first, *powers, *larger), rates, 5, 40, 128, 240, 16)
+    return Rung("fast", "pretrained", (*first, *larger, *rest, *largest), rates, 5, 30, 128, 240, 16)
 
 
 def _real() -> Rung:
