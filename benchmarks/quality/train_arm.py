@@ -134,7 +134,8 @@ class Curve(TrainerCallback):
     """Test loss after each third of the steps."""
 
     def __init__(self, measure: Any, steps: int) -> None:
-        self._measure, self._at, self.metrics = measure, {steps // 3, 2 * steps // 3}, []
+        self._measure, self._at = measure, {steps // 3, 2 * steps // 3}
+        self.metrics: list[dict[str, Any]] = []
         self.seconds = self.cpu = 0.0  # that measuring has taken
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -204,7 +205,7 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     collate = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     loss = functools.partial(mean_loss, collate=collate, dtype=rung.dtype)
-    before = loss(model, test), loss(model, plain)
+    before = (loss(model, test), loss(model, plain)) if run.last else (None, None)
     total = sum(p.numel() for p in model.parameters())
     if run.arm.method == "hd_pissa":
         kind, args = ours(run, rung, scratch)
@@ -212,8 +213,9 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
         args = arguments(run, rung, scratch, 1)
         kind, model = SameRows, stock(model, run.arm)
     curve = Curve(lambda: loss(model, test), run.steps)
+    callbacks = [curve] if run.last else []
     trainer = kind(
-        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=collate, callbacks=[curve]
+        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=collate, callbacks=callbacks
     )
     start, cpu, error = time.perf_counter(), time.process_time(), ""
     try:
@@ -223,7 +225,9 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     seconds, cpu = time.perf_counter() - start - curve.seconds, time.process_time() - cpu - curve.cpu
     last: dict[str, Any] = {"test loss": None, "forgetting": None}
     if not error:
-        last = {"test loss": loss(model, test), "forgetting": loss(model, plain) - before[1]}
+        last = {"test loss": loss(model, test)}
+        if run.last:
+            last["forgetting"] = loss(model, plain) - before[1]
     if not error and not all(math.isfinite(value) for value in last.values()):
         error, last = "the loss is not finite", dict.fromkeys(last)
     elif not error and rung.exact_match and run.last:
