@@ -80,10 +80,10 @@ def missing(rung: Rung, losses: Mapping[str, float]) -> list[Run]:
 
 
 def finalists(rung: Rung, point: Point, losses: Mapping[str, float]) -> list[Run]:
-    """The runs of all seeds at the point's best rate; empty before they are known."""
-    runs = [run for run in runs_of(rung, point, losses) if run.last and run.name in losses]
+    """The runs that are there at the point's best rate; empty before its sweep is complete."""
+    runs = [run for run in runs_of(rung, point, losses) if run.last]
     tuned = [run for run in runs if run.seed == 0]
-    if not tuned:
+    if not tuned or any(run.name not in losses for run in tuned):
         return []
     best = min(tuned, key=lambda run: losses[run.name]).rate
-    return [run for run in runs if run.rate == best]
+    return [run for run in runs if run.rate == best and run.name in losses]

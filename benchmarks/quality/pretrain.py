@@ -13,7 +13,7 @@ import importlib.util
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,9 @@ HELD_OUT_FILE = "held_out.safetensors"
 HELD_OUT = 128  # blocks of LENGTH tokens on which forgetting is measured
 
 
-def docstrings() -> Iterator[str]:
+def docstrings(packages: Sequence[str] = PACKAGES) -> Iterator[str]:
     """Those of at least 200 characters, in the order of the files' names."""
-    for package in PACKAGES:
+    for package in packages:
         spec = importlib.util.find_spec(package)
         assert spec is not None
         assert spec.origin is not None

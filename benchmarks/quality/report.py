@@ -52,7 +52,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def results(rung: Rung, records: Records) -> str:
     """Each point at its best rate; differences by pairs of seeds from the first arm of the batch."""
     heads = ["batch", "steps", "arm", "rate", "seeds", "test loss", "beyond the first arm", "forgetting"]
-    rows, first = [], {}
+    rows, first = [], dict[int, dict[int, float]]()
     for point in rung.points:
         runs = finalists(rung, point, records.losses)
         if not runs:

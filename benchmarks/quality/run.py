@@ -11,6 +11,7 @@ killed has left nothing and is run again; one that is there is never repeated. D
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import json
 import math
@@ -21,6 +22,7 @@ import tempfile
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from hdpissa.benchmarks.quality.campaign import Run, finalists, missing
 from hdpissa.benchmarks.quality.rungs import RUNGS, Rung
@@ -37,11 +39,12 @@ def losses(folder: Path, rung: Rung) -> dict[str, float]:
     return found
 
 
-def work(run: Run, folder: str, train: str, test: str) -> None:
-    """One run; what libraries print is thrown away."""
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
+def work(run: Run, rung: Rung, folder: str, train: str, test: str) -> None:
+    """One run; what is printed is kept only where it failed."""
+    log = Path(folder) / f".{run.name}.log"
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     from hdpissa.benchmarks.quality import train_arm
 
     target = Path(folder) / f"{run.name}.json"
@@ -49,8 +52,9 @@ def work(run: Run, folder: str, train: str, test: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a run that has outlived its driver ends first
         if not target.exists():
             with tempfile.TemporaryDirectory() as scratch:
-                train_arm.write(train_arm.train(run, RUNGS[run.rung], train, test, scratch), target)
+                train_arm.write(train_arm.train(run, rung, train, test, scratch), target)
         os.unlink(lock.name)
+    log.unlink(missing_ok=True)
     os._exit(0)  # nothing of a library's own ending can spoil it now
 
 
@@ -61,24 +65,26 @@ def carry_out(rung: Rung, folder: Path, train: str, test: str, *, jobs: int, hou
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{rung.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one driver
-        end, under_way, lost = time.monotonic() + 3600 * hours, {}, set()
+        end = time.monotonic() + 3600 * hours
+        under_way, lost = dict[Any, Run](), set[str]()
         while True:
             busy = {run.name for run in under_way.values()} | lost
             for run in missing(rung, losses(folder, rung)):
                 if len(under_way) < jobs and run.name not in busy and time.monotonic() < end:
-                    process = context.Process(target=work, args=(run, str(folder), train, test))
+                    process = context.Process(target=work, args=(run, rung, str(folder), train, test))
                     process.start()
                     under_way[process] = run
                     busy.add(run.name)
             if not under_way:
                 return len(lost)
-            sentinels = {process.sentinel: process for process in under_way}
+            sentinels: dict[Any, Any] = {process.sentinel: process for process in under_way}
             for sentinel in wait(list(sentinels)):
                 process = sentinels[sentinel]
                 process.join()
                 run = under_way.pop(process)
                 known = losses(folder, rung).get(run.name)
-                print(f"{run.name}: {'no record' if known is None else f'test loss {known:.4f}'}", flush=True)
+                told = f"no record; see .{run.name}.log" if known is None else f"test loss {known:.4f}"
+                print(f"{run.name}: {told}", flush=True)
                 if known is None:
                     lost.add(run.name)
 
@@ -98,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rung", choices=list(RUNGS), default="fast")
     parser.add_argument("--train", help="jsonl with question and answer")
     parser.add_argument("--test", help="jsonl with question and answer")
+    parser.add_argument("--model", help="folder or hub name in the place of the rung's")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each on one core")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--records", type=Path, default=RECORDS)
@@ -105,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="tables and pictures of what is there")
     args = parser.parse_args(argv)
     rung = RUNGS[args.rung]
+    if args.model:
+        rung = dataclasses.replace(rung, model=args.model)
     if args.status:
         status(rung, args.records)
         return 0

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import math
 import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def plain_text(rung: Rung, folder: str, tokenizer: Any) -> Rows:
 
         blocks = load_file(Path(folder) / pretrain.HELD_OUT_FILE)["input_ids"].tolist()
     else:
-        ids = tokenizer("\n\n".join(sorted(set(pretrain.docstrings()))[::50]))["input_ids"]
+        ids = tokenizer("\n\n".join(sorted(set(pretrain.docstrings(["numpy.lib"])))))["input_ids"]
         blocks = [ids[at : at + 128] for at in range(0, 128 * PLAIN_ROWS, 128)]
     return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in blocks[:PLAIN_ROWS]]
 
@@ -85,6 +87,31 @@ class Collator:
             key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
             for key, fill in self._fill.items()
         }
+
+
+class Seen:
+    """A collator that keeps account of the rows of each step; all arms of a seed are to have the same.
+
+    Args:
+        rows: of a step.
+    """
+
+    def __init__(self, collate: Collator, rows: int) -> None:
+        self._collate, self._rows = collate, rows
+        self._digests, self._tokens = list[bytes](), list[int]()
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        self._digests += [hashlib.sha256(repr(row["input_ids"]).encode()).digest() for row in rows]
+        self._tokens += [len(row["input_ids"]) for row in rows]
+        return self._collate(rows)
+
+    def tokens(self, steps: int) -> int:
+        return sum(self._tokens[: steps * self._rows])
+
+    def digest(self, steps: int) -> str:
+        """Of the set of rows of each step; accelerate fetches some that no step uses."""
+        steps_of = (sorted(self._digests[at * self._rows :][: self._rows]) for at in range(steps))
+        return hashlib.sha256(b"".join(map(b"".join, steps_of))).hexdigest()
 
 
 @torch.no_grad()
@@ -146,6 +173,29 @@ class Curve(TrainerCallback):
             self.cpu += time.process_time() - cpu
 
 
+class Memory(TrainerCallback):
+    """Bytes that torch holds on the GPU after each step, or the process on a CPU."""
+
+    def __init__(self) -> None:
+        self._bytes: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            self._bytes.append(torch.cuda.memory_reserved())
+        else:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self._bytes.append(pages * resource.getpagesize())
+
+    def figures(self) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found = torch.tensor(self._bytes or [0], dtype=torch.float64)
+        return {
+            "accelerator_memory_reserved_avg": int(found.mean()),
+            "accelerator_memory_max": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak,
+            "accelerator_memory_reserved_99th": int(found.quantile(0.99)),
+        }
+
+
 def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HDPissaTrainingArguments:
     """For stock Trainer, too: they allow bf16 on a CPU."""
     micro = min(rung.micro, run.batch // slices)
@@ -153,10 +203,17 @@ def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HD
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": run.batch // micro,
         "max_steps": run.steps, "learning_rate": run.rate, "lr_scheduler_type": "cosine",
         "warmup_steps": int(0.06 * run.steps), "max_grad_norm": 0.0, "weight_decay": 0.0, "seed": run.seed,
-        "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "logging_steps": min(10, run.steps), "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "logging_nan_inf_filter": False, "bf16": rung.dtype == "bfloat16",
     }  # fmt: skip
     return HDPissaTrainingArguments(folder, **settings, **more)
+
+
+def powered_factors(
+    slice_factors: Callable[..., tuple[Tensor, Tensor]], power: float, triplets: svd.Triplets, r: int
+) -> tuple[Tensor, Tensor]:
+    """A_i = diag(σ_i^power) V_iᵀ and B_i = U_i diag(σ_i^power): as published, of σ to twice the power in σ's place."""
+    return slice_factors(dataclasses.replace(triplets, sigma=triplets.sigma ** (2 * power)), r)
 
 
 def ours(run: Run, rung: Rung, output: str) -> tuple[type, Any]:
@@ -166,13 +223,7 @@ def ours(run: Run, rung: Rung, output: str) -> tuple[type, Any]:
     ds |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "hd_pissa": section}
     more = {"deepspeed": ds, "hang_timeout": 0}
     if arm.sigma_power != 0.5:
-        svd_factors = svd.slice_factors
-
-        def slice_factors(triplets: Any, r: int) -> tuple[Tensor, Tensor]:
-            """As published, of σ to twice the power in the place of σ."""
-            return svd_factors(dataclasses.replace(triplets, sigma=triplets.sigma ** (2 * arm.sigma_power)), r)
-
-        svd.slice_factors = slice_factors
+        svd.slice_factors = functools.partial(powered_factors, svd.slice_factors, arm.sigma_power)
     return HDPissaTrainer, arguments(run, rung, output, arm.slices, **more)
 
 
@@ -201,60 +252,82 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tests = read(test_file)[: rung.test_rows]
     rows, test = encode(read(train_file), tokenizer, rung), encode(tests, tokenizer, rung)
-    plain = plain_text(rung, folder, tokenizer)
+    text = plain_text(rung, folder, tokenizer)
     collate = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     loss = functools.partial(mean_loss, collate=collate, dtype=rung.dtype)
-    before = (loss(model, test), loss(model, plain)) if run.last else (None, None)
+    before = (loss(model, test), loss(model, text)) if run.last else (None, None)
     total = sum(p.numel() for p in model.parameters())
     if run.arm.method == "hd_pissa":
         kind, args = ours(run, rung, scratch)
     else:
         args = arguments(run, rung, scratch, 1)
         kind, model = SameRows, stock(model, run.arm)
-    curve = Curve(lambda: loss(model, test), run.steps)
-    callbacks = [curve] if run.last else []
+    curve, seen = Curve(lambda: loss(model, test), run.steps), Seen(collate, run.batch)
+    memory = Memory()
+    callbacks = [memory, curve] if run.last else [memory]
     trainer = kind(
-        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=collate, callbacks=callbacks
+        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=seen, callbacks=callbacks
     )
-    start, cpu, error = time.perf_counter(), time.process_time(), ""
-    try:
-        trainer.train()
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+    start, cpu = time.perf_counter(), time.process_time()
+    error = trained(trainer)
     seconds, cpu = time.perf_counter() - start - curve.seconds, time.process_time() - cpu - curve.cpu
-    last: dict[str, Any] = {"test loss": None, "forgetting": None}
+    engine = getattr(trainer, "engine", None)
+    cost = cost_of(run, model, engine) | {"cpu seconds of a step": cpu / run.steps}
+    last: dict[str, Any] = {"test loss": None, "forgetting": None, "test accuracy": None}
     if not error:
-        last = {"test loss": loss(model, test)}
+        model = plain(model, engine, scratch)
+        last["test loss"] = loss(model, test)
         if run.last:
-            last["forgetting"] = loss(model, plain) - before[1]
-    if not error and not all(math.isfinite(value) for value in last.values()):
+            last["forgetting"] = loss(model, text) - before[1]
+    if not error and not all(math.isfinite(value) for value in last.values() if value is not None):
         error, last = "the loss is not finite", dict.fromkeys(last)
     elif not error and rung.exact_match and run.last:
         last["test accuracy"] = exact_match(model, tests[: rung.exact_match], tokenizer)
     losses = [{"step": r["step"], "train loss": r["loss"]} for r in trainer.state.log_history if "loss" in r]
-    engine = getattr(trainer, "engine", None)
-    cost = cost_of(run, model, engine) | {"cpu seconds of a step": cpu / run.steps}
+    seen_all = {"train loss": losses[-1]["train loss"] if losses else None, "train samples": run.steps * run.batch}
+    seen_all |= {"train total tokens": seen.tokens(run.steps)}
     return {
         "run_info": run_info(run, rung, created, time.perf_counter() - begun, error),
         "train_info": {
-            "accelerator_memory_reserved_avg": None,
-            "accelerator_memory_max": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "accelerator_memory_reserved_99th": None,
+            **memory.figures(),
             "train_time": seconds,
             "file_size": 4 * cost["trained numbers"],
             "num_trainable_params": cost["trained numbers"],
             "num_total_params": total,
             "status": "failed" if error else "success",
-            "metrics": [*losses, *curve.metrics, {"step": run.steps, **last}],
+            "metrics": [*losses, *curve.metrics, {"step": run.steps, **last, **seen_all}],
         },
         "meta_info": meta_info(),
         "hdpissa": {
             "run": dataclasses.asdict(run),
             "before": {"test loss": before[0], "plain": before[1]},
+            "rows": seen.digest(run.steps),
             "cost": cost,
         },
     }
+
+
+def trained(trainer: Trainer) -> str:
+    """Trains; returns how it diverged, or nothing. What else goes wrong is raised: such a run is to be made again."""
+    try:
+        trainer.train()
+        if isinstance(trainer, HDPissaTrainer):
+            trainer.engine.check_weights()
+    except RuntimeError as error:
+        if "not finite" not in str(error):
+            raise
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
+def plain(model: nn.Module, engine: Any, scratch: str) -> nn.Module:
+    """The trained model with parameters in fp32; ours as its export gives it, so that all arms are measured alike."""
+    if engine is None:
+        return model
+    folder = Path(scratch) / "export"
+    engine.export(folder, dtype="fp32")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def cost_of(run: Run, model: nn.Module, engine: Any) -> dict[str, Any]:
@@ -307,7 +380,7 @@ def meta_info() -> dict[str, Any]:
     return {
         "model_info": {"sha": None, "created_at": None},
         "dataset_info": {},
-        "package_info": {f"{name}-version": version(name) for name in packages},
+        "package_info": {f"{name}-version": version(name) for name in packages} | {"bitsandbytes-version": None},
         "system_info": {"system": platform.system(), "machine": platform.machine(), "accelerator": device},
         "pytorch_info": None,
     }
