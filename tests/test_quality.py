@@ -100,7 +100,6 @@ PEFT_KEYS = {
 def carry_out(folder: Path) -> int:
     points = tuple(Point(arm, 4, 2) for arm in ARMS)
     rung = replace(RUNG, model=str(folder / "model"), points=points, rates=(1e-3,), seeds=1, short_steps=0)
-    rung = replace(rung, exact_match=2)
     rows = str(folder / "rows.jsonl")
     return run.carry_out(rung, folder / "records", rows, rows, jobs=1, hours=1)
 

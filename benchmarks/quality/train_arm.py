@@ -26,6 +26,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hdpissa.engine import svd
 from hdpissa.engine.slicing import SlicePlan
@@ -327,7 +328,9 @@ def plain(model: nn.Module, engine: Any, scratch: str) -> nn.Module:
         return model
     folder = Path(scratch) / "export"
     engine.export(folder, dtype="fp32")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    unset_hf_deepspeed_config()  # or the model would be cut into shards
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return found.to(next(model.parameters()).device)
 
 
 def cost_of(run: Run, model: nn.Module, engine: Any) -> dict[str, Any]:
