@@ -21,7 +21,7 @@ import torch
 
 from hdpissa.benchmarks.quality import run
 from hdpissa.benchmarks.quality.campaign import finalists, missing, outward, runs_of
-from hdpissa.benchmarks.quality.rungs import Arm, Point, Rung
+from hdpissa.benchmarks.quality.rungs import RUNGS, Arm, Point, Rung
 
 RUNG = Rung("tiny", "", (Point(Arm("lora", "lora", r=2), 4, 20),), (1e-3, 3e-3, 1e-2, 3e-2), 3, 5, 64, 8, 2)
 
@@ -99,7 +99,8 @@ PEFT_KEYS = {
 
 def carry_out(folder: Path) -> int:
     points = tuple(Point(arm, 4, 2) for arm in ARMS)
-    rung = replace(RUNG, model=str(folder / "model"), points=points, rates=(1e-3,), seeds=1, short_steps=0)
+    rung = replace(RUNGS["peft"], name="tiny", model=str(folder / "model"), points=points, rates=(1e-3,))
+    rung = replace(rung, exact_match=1, new_tokens=4)
     rows = str(folder / "rows.jsonl")
     return run.carry_out(rung, folder / "records", rows, rows, jobs=1, hours=1)
 
@@ -120,7 +121,7 @@ def until(condition, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """Killed twice: its driver alone during the first run, then with its worker during the third one."""
+    """PEFT's protocol, killed twice: its driver alone during the first run, then with its worker in the third."""
     folder = tmp_path_factory.mktemp("campaign")
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}.\n#### {2 * n}"} for n in range(9)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,6 +169,7 @@ def test_all_arms_begin_alike_and_see_the_same_rows(campaign):
 def test_records_have_what_pefts_comparison_reads(campaign):
     for record in read(campaign).values():
         assert record["train_info"]["status"] == "success"
+        assert record["train_info"]["metrics"][-1]["test accuracy"] is not None
         for path, kind in PEFT_KEYS.items():
             value = functools.reduce(operator.getitem, path, record)
             assert value is None or isinstance(value, kind), path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -13,6 +15,8 @@ class Arm:
         method: "hd_pissa", ours; "lora" or "pissa", stock PEFT; "full", every target weight, stock AdamW.
         r, slices: S·r directions in all; an adapter has one slice.
         sigma_power: ours only: A and B carry σ to this power, ½ as published, 0 whitened.
+        lora_alpha: PEFT's; the update is multiplied by lora_alpha / r. None: by 1.
+        target_modules: the linear layers of each block that are adapted; all seven unless named.
     """
 
     name: str
@@ -20,6 +24,8 @@ class Arm:
     r: int = 0
     slices: int = 1
     sigma_power: float = 0.5
+    lora_alpha: int | None = None
+    target_modules: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ class Rung:
         model: "pretrained", the small one that `pretrain.py` makes; else a Hugging Face folder or hub name.
         rates: to begin with, ascending; the search goes beyond where the best one is at an end.
         micro: rows of a forward pass; short_steps: of the runs that rates are chosen by.
-        whole_sequence: whether the question counts in the loss, as in PEFT's comparison.
+        whole_sequence: whether the question counts in the loss.
+        prompt: what stands before an answer. max_characters: of question and answer; longer rows are left out.
+        clip: the largest norm of the gradient. weight_decay: of the stock arms; ours has none.
+        warmup: share of the steps in which the rate rises.
+        exact_match: rows whose answers are generated and compared, of runs at the full budget; new_tokens: of each.
     """
 
     name: str
@@ -53,7 +63,13 @@ class Rung:
     micro: int
     dtype: str = "float32"
     whole_sequence: bool = False
-    exact_match: int = 0  # rows whose answers are generated and compared, at the best rate's runs
+    exact_match: int = 0
+    new_tokens: int = 256
+    prompt: str = "{question}\n"
+    max_characters: int | None = None
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.06
 
 
 def _fast() -> Rung:
@@ -82,11 +98,22 @@ def _real() -> Rung:
 
 
 def _peft() -> Rung:
-    """PEFT's protocol (huggingface/peft, method_comparison/MetaMathQA): 5,000 steps of 4 rows, one rate, one seed."""
-    arms = [Arm("hd_own", "hd_pissa", r=32, slices=4), Arm("hd_all", "hd_pissa", r=128), Arm("lora_32", "lora", r=32)]
-    points = tuple(Point(arm, 4, 5000) for arm in arms)
-    model = "meta-llama/Llama-3.2-3B"
-    return Rung("peft", model, points, (1e-4,), 1, 0, 768, 1319, 1, "bfloat16", True, exact_match=1319)
+    """PEFT's protocol (huggingface/peft, method_comparison/MetaMathQA): 5,000 steps of 4 rows, one rate, one seed.
+
+    Its LoRA of rank 32 adapts q_proj and v_proj and has weight decay; `lora_32` is that arm, `lora_all_32` is beside
+    ours what differs in the method alone, but for weight decay, which our optimizer does not have.
+    """
+    arms = [
+        Arm("hd_own", "hd_pissa", r=32, slices=4), Arm("hd_all", "hd_pissa", r=128),
+        Arm("lora_32", "lora", r=32, lora_alpha=64, target_modules=("q_proj", "v_proj")),
+        Arm("lora_all_32", "lora", r=32, lora_alpha=64),
+    ]  # fmt: skip
+    return Rung(
+        "peft", "meta-llama/Llama-3.2-3B", tuple(Point(arm, 4, 5000) for arm in arms), rates=(1e-4,), seeds=1,
+        short_steps=0, max_length=768, test_rows=1319, micro=1, dtype="bfloat16", whole_sequence=True, exact_match=1319,
+        new_tokens=512, prompt="Question: {question} Think step by step.\nAnswer:", max_characters=1300, clip=1.0,
+        weight_decay=0.1, warmup=0.1,
+    )  # fmt: skip
 
 
 RUNGS = {rung.name: rung for rung in (_fast(), _real(), _peft())}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hdpissa.engine import svd
+from hdpissa.engine import answers, svd
 from hdpissa.engine.slicing import SlicePlan
 from hdpissa.launch.trainers import HDPissaTrainer, HDPissaTrainingArguments
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
@@ -37,8 +37,8 @@ from . import pretrain
 from .campaign import Run
 from .rungs import Arm, Rung
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN_ROWS = 128  # blocks of plain text on which forgetting is measured
+NAMES = {"question": "query", "answer": "response"}
 Rows = list[dict[str, list[int]]]
 
 
@@ -56,12 +56,19 @@ def encode(rows: list[dict[str, str]], tokenizer: Any, rung: Rung) -> Rows:
     """Question and answer as tokens, EOS at the end; the question counts in the loss where the rung says so."""
     found = []
     for row in rows:
-        question = tokenizer(row["question"] + "\n", add_special_tokens=False)["input_ids"]
+        if rung.max_characters and len(f"{row['question']} {row['answer']}") > rung.max_characters:
+            continue
+        question = prompt_of(row, tokenizer, rung)
         answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         labels = (question if rung.whole_sequence else [-100] * len(question)) + answer
         ids = (question + answer)[: rung.max_length]
         found.append({"input_ids": ids, "labels": labels[: rung.max_length], "attention_mask": [1] * len(ids)})
     return [row for row in found if any(label != -100 for label in row["labels"])]
+
+
+def prompt_of(row: dict[str, str], tokenizer: Any, rung: Rung) -> list[int]:
+    """With BOS, of a tokenizer that has one at the beginning of a text."""
+    return tokenizer(rung.prompt.format(question=row["question"]))["input_ids"]
 
 
 def plain_text(rung: Rung, folder: str, tokenizer: Any) -> Rows:
@@ -134,16 +141,21 @@ def mean_loss(model: nn.Module, rows: Rows, collate: Collator, dtype: str, batch
     return total / tokens
 
 
-def exact_match(model: nn.Module, rows: list[dict[str, str]], tokenizer: Any, batch: int = 16) -> float:
+def exact_match(model: nn.Module, rows: list[dict[str, str]], tokenizer: Any, rung: Rung) -> float:
     """Share of rows whose generated answer ends in the right number."""
-    from hdpissa.engine.answers import is_right
     from hdpissa.engine.generation import generate
 
-    prompts = [tokenizer(row["question"] + "\n", add_special_tokens=False)["input_ids"] for row in rows]
+    prompts = [prompt_of(row, tokenizer, rung) for row in rows]
     model.eval()
     device = next(model.parameters()).device
-    found = generate(model, tokenizer, prompts, max_new_tokens=256, batch_size=batch, device=device)
+    found = generate(model, tokenizer, prompts, max_new_tokens=rung.new_tokens, batch_size=16, device=device)
     return sum(is_right(text, row["answer"]) for text, row in zip(found, rows, strict=True)) / len(rows)
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """By the number after GSM8K's mark, or after MetaMathQA's."""
+    _, stated, number = answer.rpartition("The answer is: ")
+    return answers.is_right(answer, reference) or bool(stated and answers.is_right(f"#### {number}", reference))
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------
@@ -197,15 +209,20 @@ class Memory(TrainerCallback):
         }
 
 
+def weight_decay_of(arm: Arm, rung: Rung) -> float:
+    return 0.0 if arm.method == "hd_pissa" else rung.weight_decay
+
+
 def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HDPissaTrainingArguments:
     """For stock Trainer, too: they allow bf16 on a CPU."""
     micro = min(rung.micro, run.batch // slices)
     settings = {
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": run.batch // micro,
         "max_steps": run.steps, "learning_rate": run.rate, "lr_scheduler_type": "cosine",
-        "warmup_steps": int(0.06 * run.steps), "max_grad_norm": 0.0, "weight_decay": 0.0, "seed": run.seed,
+        "warmup_steps": int(rung.warmup * run.steps), "max_grad_norm": rung.clip, "seed": run.seed,
         "logging_steps": min(10, run.steps), "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "logging_nan_inf_filter": False, "bf16": rung.dtype == "bfloat16",
+        "weight_decay": weight_decay_of(run.arm, rung),
     }  # fmt: skip
     return HDPissaTrainingArguments(folder, **settings, **more)
 
@@ -219,7 +236,7 @@ def powered_factors(
 
 def ours(run: Run, rung: Rung, output: str) -> tuple[type, Any]:
     arm = run.arm
-    section = {"r": arm.r, "slices": arm.slices, "target_modules": TARGETS}
+    section = {"r": arm.r, "slices": arm.slices, "target_modules": list(arm.target_modules)}
     ds = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
     ds |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "hd_pissa": section}
     more = {"deepspeed": ds, "hang_timeout": 0}
@@ -232,12 +249,13 @@ def stock(model: nn.Module, arm: Arm) -> nn.Module:
     """PEFT's adapter, or the target weights as they are."""
     if arm.method == "full":
         for name, param in model.named_parameters():
-            param.requires_grad_(name.removesuffix(".weight").rpartition(".")[2] in TARGETS)
+            param.requires_grad_(name.removesuffix(".weight").rpartition(".")[2] in arm.target_modules)
         return model
     from peft import LoraConfig, get_peft_model
 
     how: Any = "pissa" if arm.method == "pissa" else True
-    config = LoraConfig(r=arm.r, lora_alpha=arm.r, target_modules=TARGETS, init_lora_weights=how)
+    alpha, targets = arm.lora_alpha or arm.r, list(arm.target_modules)
+    config = LoraConfig(r=arm.r, lora_alpha=alpha, target_modules=targets, init_lora_weights=how)
     return get_peft_model(model, config)
 
 
@@ -284,7 +302,7 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     if not error and not all(math.isfinite(value) for value in last.values() if value is not None):
         error, last = "the loss is not finite", dict.fromkeys(last)
     elif not error and rung.exact_match and run.last:
-        last["test accuracy"] = exact_match(model, tests[: rung.exact_match], tokenizer)
+        last["test accuracy"] = exact_match(model, tests[: rung.exact_match], tokenizer, rung)
     losses = [{"step": r["step"], "train loss": r["loss"]} for r in trainer.state.log_history if "loss" in r]
     seen_all = {"train loss": losses[-1]["train loss"] if losses else None, "train samples": run.steps * run.batch}
     seen_all |= {"train total tokens": seen.tokens(run.steps)}
@@ -343,13 +361,17 @@ def cost_of(run: Run, model: nn.Module, engine: Any) -> dict[str, Any]:
 
 
 def read(path: str) -> list[dict[str, str]]:
+    """Rows with `question` and `answer`; MetaMathQA calls them `query` and `response`."""
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file]
+    return [{name: row.get(name) or row[other] for name, other in NAMES.items()} for row in rows]
 
 
 def run_info(run: Run, rung: Rung, created: str, seconds: float, error: str) -> dict[str, Any]:
     arm = run.arm
-    adapter = {"peft_type": "HD_PISSA" if arm.method == "hd_pissa" else "LORA", "r": arm.r, "lora_alpha": arm.r}
+    kind = "HD_PISSA" if arm.method == "hd_pissa" else "LORA"
+    adapter = {"peft_type": kind, "r": arm.r, "lora_alpha": arm.lora_alpha or arm.r}
+    adapter["target_modules"] = list(arm.target_modules)
     if arm.method == "hd_pissa":
         adapter |= {"slices": arm.slices, "sigma_power": arm.sigma_power}
     elif arm.method == "pissa":
@@ -366,9 +388,9 @@ def run_info(run: Run, rung: Rung, created: str, seconds: float, error: str) -> 
             "batch_size": run.batch,
             "max_steps": run.steps,
             "seed": run.seed,
-            "grad_norm_clip": 0.0,
+            "grad_norm_clip": rung.clip,
             "optimizer_type": "HD-PiSSA" if arm.method == "hd_pissa" else "AdamW",
-            "optimizer_kwargs": {"lr": run.rate, "weight_decay": 0.0},
+            "optimizer_kwargs": {"lr": run.rate, "weight_decay": weight_decay_of(arm, rung)},
             "lr_scheduler": "cosine",
             "attn_implementation": "sdpa",
         },
