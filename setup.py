@@ -13,7 +13,7 @@ tests/test_packaging.py holds this.
 
 from setuptools import setup
 
-FOLDERS = ("engine", "kernels", "launch", "launch/trainers", "benchmarks", "ds_configs")
+FOLDERS = ("engine", "kernels", "launch", "launch/trainers", "benchmarks", "benchmarks/quality", "ds_configs")
 
 setup(
     packages=[f"hdpissa.{folder.replace('/', '.')}" for folder in FOLDERS],

@@ -18,7 +18,7 @@ import torch
 
 # With what DeepSpeed and transformers import late, at first use. Imports only: threads do not survive a fork.
 PRELOADED = (
-    *("hdpissa.benchmarks.method_zero3", "hdpissa.benchmarks.quality_run", "peft", "torch._inductor.compile_fx"),
+    *("hdpissa.benchmarks.method_zero3", "peft", "torch._inductor.compile_fx"),
     *("transformers.models.llama.modeling_llama", "transformers.conversion_mapping", "transformers.integrations.peft"),
     *("transformers.integrations.deepspeed", "transformers.generation", "deepspeed.runtime.zero.muon.muon_optimizer"),
 )

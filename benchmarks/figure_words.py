@@ -115,55 +115,6 @@ def tell_rank(rows: Rows) -> str:
     return "; ".join(told) + f" of {wide}"
 
 
-def behind(rows: Rows) -> dict[str, list[float]]:
-    """HD-PiSSA's test loss minus each other arm's, seed by seed: the same order of the data for both.
-
-    Only of seeds that both have; older results do not name them, and are paired where both have equally many.
-    """
-    ours = next((row for row in rows if row["arm"].startswith("hd_pissa") and "test loss" in row), None)
-    found: dict[str, list[float]] = {}
-    if ours is None:
-        return found
-    for row in rows:
-        if row is not ours and row["arm"] != "base" and "test loss" in row:
-            sides = [dict(zip(_seeds(side), side["samples"]["test loss"], strict=True)) for side in (ours, row)]
-            if "of seeds" in row or len(sides[0]) == len(sides[1]):
-                found[row["arm"]] = [loss - sides[1][seed] for seed, loss in sides[0].items() if seed in sides[1]]
-    return {arm: differences for arm, differences in found.items() if differences}
-
-
-def _seeds(row: Mapping[str, Any]) -> Sequence[int]:
-    return row.get("of seeds") or range(len(row["samples"]["test loss"]))
-
-
-def tell_behind(rows: Rows) -> str:
-    """Beside the best other arm and full fine-tuning, in words; nothing where there is no pair."""
-    found = behind(rows)
-    if not found:
-        return ""
-    best = min(found, key=lambda arm: one(rows, arm=arm)["test loss"])
-    chosen = {f"the best other arm ({best})": found[best]}
-    if best != "full" and "full" in found:
-        chosen["full"] = found["full"]
-    told = []
-    for name, differences in chosen.items():
-        mean = statistics.fmean(differences)
-        spread = f" ± {statistics.stdev(differences):.3f}" if len(differences) > 1 else ""
-        told.append(f"{abs(mean):.3f}{spread} {'behind' if mean > 0 else 'ahead of'} {name}")
-    return f"HD-PiSSA is {' and '.join(told)}, paired by seed"
-
-
-def tell_quality(rows: Rows) -> str:
-    told = []
-    for row in rows:
-        if "test loss" not in row:
-            told.append(f"{row['arm']}: {row['remark']}")
-            continue
-        spread = f" ± {row['± test']:.3f}" if "± test" in row else ""
-        told.append(f"{row['arm']} {row['test loss']:.3f}{spread}")
-    return "; ".join(filter(None, [", ".join(told), tell_behind(rows)]))
-
-
 def _of_rounds(row: Mapping[str, Any], column: str, digits: int = 2) -> str:
     """A median over rounds, with their range where there are several."""
     samples = (row.get("samples") or {}).get(column, ())

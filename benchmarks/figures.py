@@ -100,33 +100,6 @@ LONG_ROWS = (
 )
 IN_BF16 = f"{THROUGHPUT.replace('--rounds 3', '--rounds 2')} --dtype bf16"
 IN_BF16_IS = THROUGHPUT_IS | {"dtype": "bf16", "rounds": 2}
-QUALITY_RATES = {
-    "lora_r16": "2e-3,6e-3,2e-2",
-    "lora_r128": "2e-3,6e-3,6.67e-4",
-    "pissa_r16": "2e-4,6e-4,2e-3",
-    "pissa_r128": "2e-4,6e-4,6.67e-5",
-    "hd_pissa_s8_r16": "2e-4,6e-4,6.67e-5",
-    "full": "2e-4,6.67e-5,6e-4",
-}
-QUALITY_IS = {
-    "model_name_or_path": DEMO,
-    "dataset_name": "gsm8k_train.jsonl",
-    "test_dataset_name": "gsm8k_test.jsonl",
-    "steps": 6,
-    "micro_batch": 1,
-    "accumulation": 8,
-    "max_length": 256,
-    "train_rows": 1024,
-    "eval_rows": 16,
-    "eval_steps": 6,
-    "r": 16,
-    "slices": 8,
-    "test_rows": 8,
-    "max_new_tokens": 96,
-    "dtype": "fp32",
-    "seeds": [0, 1, 2],
-    "rates": {arm: [float(rate) for rate in rates.split(",")] for arm, rates in QUALITY_RATES.items()},
-}
 FIGURES = (
     Figure(
         "kernels compiled for A100, H100 and MI300",
@@ -271,16 +244,6 @@ FIGURES = (
         THROUGHPUT,
         figure_words.tell_memory,
         THROUGHPUT_IS,
-    ),
-    Figure(
-        "test loss on {test_rows} rows of GSM8K after {steps} steps of 8 rows, best of three learning rates, mean ± "
-        "standard deviation of 3 seeds (nats per answer token)",
-        "quality",
-        "quality.py --dataset_name gsm8k_train.jsonl --test_dataset_name gsm8k_test.jsonl --prompt_field question "
-        "--response_field answer --steps 6 --eval_steps 6 --test_rows 8 --max_new_tokens 96 "
-        f"--rates {' '.join(f'{arm}={rates}' for arm, rates in QUALITY_RATES.items())}",
-        figure_words.tell_quality,
-        QUALITY_IS,
     ),
     Figure(
         "bytes and FLOP of a step of a tiny model, counted and planned",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -65,17 +64,6 @@ STEPS = (
         ("--layers", "15", "--methods", "lora", "hd_pissa", "--slices", "8", "--steps", "1", "--max_length", "64"),
         alone=False,
     ),
-    Step(
-        "quality",
-        "quality.py",
-        (
-            *("--preset", "small", "--steps", "1", "--slices", "2", "--accumulation", "2", "--seeds", "0"),
-            *("--eval_rows", "4", "--test_rows", "2", "--max_new_tokens", "16"),
-            *("--arms", "lora_r16", "hd_pissa_s2_r16", "--rates", "lora_r16=2e-3", "hd_pissa_s2_r16=2e-4"),
-        ),
-        more=("quality_rates",),
-        alone=False,
-    ),
     Step("slice_cache_start", "slice_cache_start.py", ("--ranks", "1"), alone=False),
     Step("load_memory", "load_memory.py", ("--gigabytes", "0.2", "--ranks", "2"), alone=False),
     Step("export_memory", "export_memory.py", ("--gigabytes", "0.1"), alone=False),
@@ -96,15 +84,12 @@ class Runner:
         """("", seconds), or what went wrong."""
         print(f"{step.script} {' '.join(step.arguments)}", flush=True)
         clear(step, self.folder)
-        arguments = list(step.arguments)
-        if step.result == "quality":
-            arguments += ["--output_dir", str(self.folder / "quality_runs")]
         # two scripts side by side have a core each
         threads = {} if step.alone else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // COMPANY))}
         log, start = self.folder / f"{step.script[:-3]}.log", time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, str(HERE / step.script), *arguments],
+                [sys.executable, str(HERE / step.script), *step.arguments],
                 env=self.environment | threads,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -146,8 +131,6 @@ def clear(step: Step, folder: Path) -> None:
     for name in (step.result, *step.more):
         for file in (*folder.glob(f"{name}.*"), *folder.glob(f"{name}_*.png")):
             file.unlink()
-    if step.result == "quality":  # runs that are there would not be repeated
-        shutil.rmtree(folder / "quality_runs", ignore_errors=True)
 
 
 def found(step: Step, folder: Path) -> str:

@@ -6,28 +6,23 @@ comparison; a method without slices takes the same micro-batches one after anoth
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import torch
 import trl
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.prompts import PromptTemplate, resolve_template
+from hdpissa.engine.prompts import resolve_template
 from hdpissa.engine.slicing import SlicePlan
 from hdpissa.launch import demo_data, run_checks, train_rows
 from hdpissa.launch.alpaca import IGNORE, AlpacaEncoder
-from hdpissa.launch.command_line import make_parser, one_of, option, read
+from hdpissa.launch.command_line import make_parser, option, read
 from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 from hdpissa.launch.script_arguments import Arguments, ScriptArguments
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
@@ -47,35 +42,20 @@ class TaskArguments:
     prompt_template: str = option("alpaca", "'alpaca', 'none', a file, or a text with {instruction}")
     max_length: int = option(256, "tokens of prompt and answer together; longer rows are cut")
     train_rows: int = option(1024, "rows to train on at most, the first ones; 0: all of a file")
-    eval_rows: int = option(32, "rows held out of training, the last ones (before those of a test)")
     micro_batch: int = option(1, "rows of a micro-batch")
     accumulation: int = option(8, "micro-batches of an optimizer step, for every method")
 
 
-def parse(
-    arguments: type, argv: list[str] | None = None, *, presets: Mapping[str, Mapping[str, Any]] | None = None
-) -> Any:
+def parse(arguments: type, argv: list[str] | None = None) -> Any:
     """The dataclass filled from a command line, the model's folder in its place; ConfigError for bad input.
-
-    Args:
-        presets: name → defaults in place of the dataclass's. "full" is taken where there is a GPU, "small" where there
-            is none, and another by the dataclass's option `preset`.
 
     Returns:
         The dataclass; its attribute `given` has the names of what stands on the command line.
     """
-    parser, words = make_parser(arguments), sys.argv[1:] if argv is None else argv
-    if presets:
-        parser.set_defaults(**presets["full" if torch.cuda.is_available() else "small"])
-    values, given = read(parser, words)
-    if presets and values["preset"]:
-        one_of(SimpleNamespace(**values), "preset", presets)
-        parser = make_parser(arguments)
-        parser.set_defaults(**presets[values["preset"]])
-        values, given = read(parser, words)
+    values, given = read(make_parser(arguments), sys.argv[1:] if argv is None else argv)
     args = arguments(**values)
     args.given = frozenset(given)
-    for name in ("max_length", "eval_rows", "micro_batch", "accumulation"):
+    for name in ("max_length", "micro_batch", "accumulation"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1; raise it")
     if args.train_rows < 0 or (args.train_rows == 0 and args.dataset_name is None):
@@ -111,41 +91,22 @@ def refuse_slices(slices: list[int], accumulation: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, rows to choose by, rows to test with (None without a test): `input_ids` and `labels`.
-
-    `test_rows` are the last ones as text; `digest` is the SHA-256 of all rows' text.
-    """
+    """Rows to train on, `input_ids` and `labels`."""
 
     train: datasets.Dataset
-    held_out: datasets.Dataset
-    test: datasets.Dataset | None
-    test_rows: datasets.Dataset | None
     tokenizer: Any
-    template: PromptTemplate
-    digest: str
 
     def micro_batches(self, args: TaskArguments, *, slices: int, seed: int) -> DataLoader:
         """Those of an epoch of one run: `accumulation` of a step, in it the first slice's before the second's."""
         order = SliceOrder(SlicePlan(slices, world_size=1, rank=0), args.accumulation, args.micro_batch)
-        return self.batches(self.train, args.micro_batch, SliceSampler(len(self.train), order, seed))
-
-    def batches(self, rows: datasets.Dataset, size: int, sampler: SliceSampler | None = None) -> DataLoader:
-        """Rows in order, or in that of a sampler, padded on the right to the longest of a batch."""
-        return DataLoader(rows, size, sampler=sampler, collate_fn=collator(self.tokenizer))  # type: ignore[arg-type]
-
-
-def collator(tokenizer: Any) -> Callable[[list[dict]], dict[str, Tensor]]:
-    """Rows to `input_ids`, `attention_mask` and `labels`, (rows, longest)."""
-    tokenizer.padding_side = "right"
-    pad = DataCollatorForSeq2Seq(tokenizer)
-    return lambda rows: dict(pad(rows))
+        sampler = SliceSampler(len(self.train), order, seed)
+        self.tokenizer.padding_side = "right"
+        pad = DataCollatorForSeq2Seq(self.tokenizer)
+        return DataLoader(self.train, args.micro_batch, sampler=sampler, collate_fn=pad)  # type: ignore[arg-type]
 
 
-def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str | None = None) -> Task:
+def make_task(args: TaskArguments) -> Task:
     """Reads and tokenises.
-
-    Args:
-        test_rows: how many; of `test_dataset_name` the first ones, without it the last ones of the training file.
 
     Raises:
         ConfigError: no such model, file or column, or too few rows.
@@ -155,21 +116,23 @@ def make_task(args: TaskArguments, *, test_rows: int = 0, test_dataset_name: str
     tokenizer = run_checks.read_tokenizer(args.model_name_or_path, "main", trust_remote_code=False)
     if args.dataset_name is None:
         args.prompt_field, args.response_field = "instruction", "response"
-    parts = split(args, 0 if test_dataset_name else test_rows)
-    if test_dataset_name:
-        test = load(test_dataset_name, args.dataset_split)
-        parts = [*parts[:2], test.select(range(min(test_rows, len(test))))]
+        rows = generated(args.train_rows)
+    else:
+        rows = load(args.dataset_name, args.dataset_split)
+        rows = rows.select(range(min(len(rows), args.train_rows or len(rows))))
     fields = (args.prompt_field, args.response_field)
-    for part, field in itertools.product(parts, fields):
-        if field not in part.column_names:
-            raise ConfigError(f"column {field!r} is not in the dataset; its columns are {', '.join(part.column_names)}")
-    encoder = AlpacaEncoder(tokenizer, template, *fields)
-    train, held_out, *tests = [encode(part, encoder, args.max_length) for part in parts if len(part)]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(json.dumps([part[field][:] for field in fields]).encode())
-    test_rows_found = parts[2] if tests else None
-    return Task(train, held_out, tests[0] if tests else None, test_rows_found, tokenizer, template, digest.hexdigest())
+    for field in fields:
+        if field not in rows.column_names:
+            raise ConfigError(f"column {field!r} is not in the dataset; its columns are {', '.join(rows.column_names)}")
+    return Task(encode(rows, AlpacaEncoder(tokenizer, template, *fields), args.max_length), tokenizer)
+
+
+def generated(rows: int) -> datasets.Dataset:
+    """Arithmetic word problems; ConfigError where there are not so many."""
+    try:
+        return datasets.Dataset.from_list(demo_data.generate(rows, seed=0))
+    except ValueError as error:
+        raise ConfigError(f"--train_rows {rows}: {error}") from None
 
 
 def load(name: str, split: str) -> datasets.Dataset:
@@ -194,21 +157,3 @@ def encode(rows: datasets.Dataset, encoder: AlpacaEncoder, max_length: int) -> d
     if not len(encoded):
         raise ConfigError(f"--max_length {max_length} leaves no answer token in any row; raise it")
     return encoded
-
-
-def split(args: TaskArguments, test_rows: int) -> list[datasets.Dataset]:
-    """[rows to train on, rows to choose by, rows to test with], the latter two from the end of the file."""
-    held_out = args.eval_rows + test_rows
-    if args.dataset_name is None:
-        try:
-            rows = datasets.Dataset.from_list(demo_data.generate(args.train_rows + held_out, seed=0))
-        except ValueError as error:
-            raise ConfigError(f"--train_rows {args.train_rows} and {held_out} rows held out: {error}") from None
-    else:
-        rows = load(args.dataset_name, args.dataset_split)
-    left = len(rows) - held_out
-    if left < 1:
-        raise ConfigError(f"{held_out} rows held out of {len(rows)} leave none to train on; lower --eval_rows")
-    count = min(left, args.train_rows or left)
-    cuts = (range(count), range(left, left + args.eval_rows), range(left + args.eval_rows, len(rows)))
-    return [rows.select(cut if len(cut) else []) for cut in cuts]  # an empty range past the end is an error there

@@ -273,7 +273,7 @@ def parse_only(module: str, words: list[str]) -> None:
 def _module(script: str) -> str:
     path = Path(script)
     assert (ROOT / path).is_file(), script
-    return f"hdpissa.{path.parent.name}.{path.stem}"
+    return ".".join(["hdpissa", *path.parent.parts, path.stem])
 
 
 def none_of(program: str, unknown: Iterable[str]) -> None:

@@ -1,11 +1,14 @@
-"""When an answer is right."""
+"""When an answer is right, and how answers are generated."""
 
 from __future__ import annotations
 
+import launch_runs
 import pytest
+import torch
 
 from hdpissa.engine import answers
 from hdpissa.engine.answers import extract, is_right, style_of
+from hdpissa.engine.generation import generate
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,13 @@ from hdpissa.engine.answers import extract, is_right, style_of
         ("1/2", "0.5", True),
         ("#### 1.8e1", "#### 18", True),
         ("#### 1e-400", f"#### 0.{'0' * 20}1", False),
+        ("It is 3 + 4 = 7.\n#### 7\n", "x\n#### 7", True),
+        ("#### $7.00.", "#### 7", True),
+        ("#### 7\n#### 8", "#### 8", False),  # the first one counts
+        ("#### 17", "#### 7", False),
+        ("The answer is 7", "#### 7", False),  # the mark is part of the task
+        ("####", "#### 7", False),
+        ("yes ", "no", False),
         ("no number", "7", False),
         ("", "7", False),
     ],
@@ -62,3 +72,18 @@ def test_numbers_that_take_long_are_not_worked_out(monkeypatch, answer):
 )
 def test_styles(text, style, result):
     assert (style_of(text), extract(text)) == (style, result)
+
+
+def test_batched_answers_are_those_of_each_alone(tmp_path):
+    """In their order; padding on the left changes nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = launch_runs.make_inputs(tmp_path)["model_name_or_path"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompts = ["a b c d e f", "x", "What is 3 + 4?", "one two three four five"]
+    ids, device = tokenizer(prompts)["input_ids"], torch.device("cpu")
+    alone, batched = (
+        generate(model, tokenizer, ids, batch_size=n, max_new_tokens=6, device=device) for n in (1, len(prompts))
+    )
+    assert alone == batched
+    assert len(set(alone)) == len(prompts)

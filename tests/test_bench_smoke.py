@@ -139,7 +139,6 @@ CASES = {
     "throughput": "test_throughput.py::test_a_run_through_the_launcher",
     "projection": "test_throughput.py::test_the_script_counts_and_draws",
     "update_rank": "test_update_rank.py::test_measured_ranks_reach_their_bounds",
-    "quality": "test_quality_runs.py::compared",
 }
 SLOW_ALONE = {"projection"}  # what it counts and compares is in test_the_plan_is_what_is_counted
 

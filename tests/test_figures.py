@@ -15,8 +15,6 @@ from hdpissa.benchmarks import (
     aot_table,
     figure_words,
     figures,
-    quality,
-    task,
     throughput,
     throughput_table,
     throughput_work,
@@ -95,9 +93,6 @@ def started(figure, monkeypatch):
     if stem == "update_rank":
         assert not words
         return json.loads(json.dumps(asdict(update_rank.Arguments())))
-    if stem == "quality":
-        args = task.parse(quality.Arguments, words, presets=quality.PRESETS)
-        return quality.configuration(args) | quality.plan_of(args, quality.make_arms(args)).as_record()
     if stem == "aot_table":
         return aot_table.configuration(aot_table.parse(words))
     monkeypatch.setattr(throughput, "check", lambda *_: None)  # the model is not there
@@ -157,23 +152,6 @@ def test_the_update_is_told_for_both_states_it_may_end_in():
     assert [figure.configuration["zero"] for figure in told] == [{}, figures.GATHERED]
     assert "leaves shards" in told[0].asked
     assert "both leave the new W on every rank" in told[1].asked
-
-
-def test_quality_tells_how_far_behind_by_seed():
-    """The means differ by 0.1 here; of the two seeds that both have, the difference is 0.2."""
-    rows = [
-        {"arm": "base", "test loss": 9.0, "samples": {"test loss": [9.0]}},
-        {"arm": "lora_r16", "test loss": 1.0, "of seeds": [0, 1], "samples": {"test loss": [0.9, 1.1]}},
-        {"arm": "full", "test loss": 1.5, "of seeds": [2], "samples": {"test loss": [1.5]}},
-        {"arm": "hd_pissa_s8_r16", "test loss": 1.1, "of seeds": [0, 1, 2], "samples": {"test loss": [1.0, 1.4, 0.9]}},
-    ]
-    assert figure_words.behind(rows) == {"lora_r16": pytest.approx([0.1, 0.3]), "full": pytest.approx([-0.6])}
-    assert figure_words.tell_quality(rows).endswith(
-        "; HD-PiSSA is 0.200 ± 0.141 behind the best other arm (lora_r16) and 0.600 ahead of full, paired by seed"
-    )
-    older = [{key: value for key, value in row.items() if key != "of seeds"} for row in rows]
-    assert figure_words.behind(older) == {}
-    assert figure_words.tell_behind(rows[:2]) == ""
 
 
 def counted(what: str, planned: int, beside: int, found: int) -> dict:

@@ -111,7 +111,7 @@ def test_measured_ranks_reach_their_bounds(tmp_path, monkeypatch):
     """The real methods on a tiny model: after one step every update has exactly the rank that its method allows."""
     model = launch_runs.make_inputs(tmp_path)["model_name_or_path"]
     command = ["update_rank.py", "--model", model, "--r", "2", "--slices", "4", "--methods", "lora", "hd_pissa"]
-    command += ["--steps", "1", "2", "--accumulation", "4", "--train_rows", "64", "--eval_rows", "4"]
+    command += ["--steps", "1", "2", "--accumulation", "4", "--train_rows", "64"]
     monkeypatch.setattr(sys, "argv", [*command, "--folder", str(tmp_path)])
     monkeypatch.setattr(apart, "call", lambda function, *args: run_ranks(1, function, *args)[0])  # a fork that is there
     assert task.run(update_rank.main) == 0
