@@ -49,7 +49,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     ],
 )
 def test_trainer_equals_the_bare_loop(world, slices, accumulation, more, tmp_path):
-    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams; parameters that are trained whole."""
+    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams; whole parameters beside slices."""
     more = dict(more)
     section = {"slices": slices, "modules_to_save": more.pop("modules_to_save", [])}
     found = run_ranks(world, trainer_run, str(tmp_path), section, gradient_accumulation_steps=accumulation, **more)
