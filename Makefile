@@ -36,7 +36,7 @@ slow: $(READY)
 
 # The trainers at the oldest versions that pyproject.toml allows, in an environment of their own.
 floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python -m pytest -m "not slow" tests/test_trainers.py
+	$(FLOOR)/bin/python -m pytest -m "not slow" tests/trainers/test_trainers.py
 
 $(FLOOR)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(FLOOR)
@@ -49,7 +49,7 @@ $(FLOOR)/.ready: pyproject.toml setup.py constraints.txt
 
 # The long form of the fault tests: hangs and deaths at every point, and sixty runs killed and resumed. RUNS=300 for more.
 faults: $(READY)
-	FAULTS=long $(BIN)/python -m pytest tests/test_faults.py tests/test_resume.py tests/test_crash_states.py tests/test_storage.py
+	FAULTS=long $(BIN)/python -m pytest tests/faults/test_faults.py tests/checkpoints/test_resume.py tests/checkpoints/test_crash_states.py tests/checkpoints/test_storage.py
 	$(BIN)/python tests/kill_runs.py --runs $(or $(RUNS),60)
 
 # Two ranks, two slices: real launcher, real model, CPU. Any machine with Python 3.11 or newer.

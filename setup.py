@@ -8,15 +8,25 @@ existed here and the repository root were on sys.path, our folder would answer
 instead and importing any Llama model would fail. So `kernels/` has no
 `__init__.py`, scripts are launched by path (`deepspeed launch/train.py`, never
 `python -m launch.train`), and the code is imported as `hdpissa.kernels`.
-tests/test_packaging.py holds this.
+tests/unit/test_packaging.py holds this.
 """
 
 from setuptools import setup
 
-FOLDERS = ("engine", "kernels", "launch", "launch/trainers", "benchmarks", "benchmarks/quality", "ds_configs")
+ROOMS = {
+    "engine": "config distributed files sharding method comm optim directions checkpoint export health",
+    "launch": "trainers training planning exporting evaluation",
+    "benchmarks": "quality",
+}
+FOLDERS = ["engine", "kernels", "launch", "benchmarks", "ds_configs"]
+FOLDERS += [f"{top}/{room}" for top, rooms in ROOMS.items() for room in rooms.split()]
 
 setup(
     packages=[f"hdpissa.{folder.replace('/', '.')}" for folder in FOLDERS],
     package_dir={f"hdpissa.{folder.replace('/', '.')}": folder for folder in FOLDERS},
-    package_data={"hdpissa.ds_configs": ["*.json"], "hdpissa.engine": ["*.jinja"], "hdpissa.launch": ["*.jinja"]},
+    package_data={
+        "hdpissa.ds_configs": ["*.json"],
+        "hdpissa.launch": ["*.jinja"],
+        "hdpissa.launch.exporting": ["*.jinja"],
+    },
 )

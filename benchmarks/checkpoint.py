@@ -80,7 +80,8 @@ def row(kind: str, samples: dict[str, list[float]], folder: Path) -> dict[str, A
 
 def measure(model: str, r: int, slices: int, rounds: int) -> dict[str, Any]:
     """A rank's part: rows and note."""
-    from hdpissa.engine import initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.sharding import zero3
 
     zero3.init_distributed()
     count = dist.get_world_size()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import plain_engine, timing
-from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.launch.demo_model import ensure_demo_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -46,7 +46,7 @@ def gather_rates(count: int, weights: int) -> list[dict[str, Any]]:
     """A row per size of pieces: all weights in fp32, of which every process has its part, gathered by all."""
     import torch.distributed as dist
 
-    from hdpissa.engine.exchange import _all_gather
+    from hdpissa.engine.comm.exchange import _all_gather
 
     rows = []
     own = weights // count
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.out:
-        from hdpissa.engine import zero3
+        from hdpissa.engine.sharding import zero3
 
         zero3.init_distributed()
         rows = product_rates(torch.float32, args.seconds) + product_rates(torch.bfloat16, args.seconds)

@@ -27,8 +27,8 @@ import torch
 from hdpissa.benchmarks import ranks, timing
 from hdpissa.benchmarks.load_memory import write_model
 from hdpissa.benchmarks.memory import Peak, anonymous_bytes
-from hdpissa.engine.base_files import BaseFiles
-from hdpissa.engine.checkpoint_format import Kind
+from hdpissa.engine.checkpoint.format import Kind
+from hdpissa.engine.sharding.base_files import BaseFiles
 
 ALLOWANCE_BYTES = 300e6
 SLICES, R, CUT = 8, 8, 16
@@ -64,7 +64,9 @@ def from_the_run(folder: Path) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from hdpissa.benchmarks import plain_engine
-    from hdpissa.engine import decompose, initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.directions import decompose
+    from hdpissa.engine.sharding import zero3
 
     zero3.init_distributed()
     count = dist.get_world_size()
@@ -99,7 +101,8 @@ def from_the_run(folder: Path) -> list[dict[str, Any]]:
 
 def from_checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Measures launch/export.py on both kinds; one process, one shard: the whole tensor."""
-    from hdpissa.launch import export, export_checkpoint  # noqa: F401  (what the command imports is no peak)
+    from hdpissa.launch import export
+    from hdpissa.launch.exporting import checkpoint as export_checkpoint  # noqa: F401  (what the command imports is no peak)
 
     with BaseFiles(str(folder)) as base:
         largest = max(torch.Size(base.slice(name).get_shape()).numel() for name in base.source)

@@ -3,8 +3,8 @@
     python benchmarks/figures.py          prints the table
     python benchmarks/figures.py --write  puts it into README.md, between its two marks
 
-tests/test_figures.py holds that README says what the results say, and that each result is of the configuration that its
-row names. A result that is not there yet is said to be missing.
+tests/benchmarks/test_figures.py holds that README says what the results say, and that each result is of the
+configuration that its row names. A result that is not there yet is said to be missing.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hdpissa.benchmarks import gpu_rows, whole_step
-from hdpissa.engine import zero3
+from hdpissa.engine.sharding import zero3
 
 SHOWN, WALLS = 25, 3
 

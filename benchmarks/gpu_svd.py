@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks import gpu_rows, svd_methods, timing
-from hdpissa.engine import svd
+from hdpissa.engine.directions import svd
 
 SHAPES = ((1024, 4096), (4096, 4096), (4096, 11008))
 TINY = ((32, 64), (48, 48), (48, 96))

@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU_NEEDED = ("test_kernel_aot.py", "test_kernel_benchmarks.py")
 # broken on purpose: reads beyond a tensor end a GPU process
 BROKEN = ("test_kernel_mutations.py",)
-ENGINE = "tests/test_engine_triton.py"
-BESIDE = ("tests/test_shared_input.py", ENGINE)
+ENGINE = "tests/kernel_tests/test_engine_triton.py"
+BESIDE = ("tests/unit/test_shared_input.py", ENGINE)
 # of the dry form, which shows that the rows come
-DRY = ("tests/test_kernel_slice_adam.py",)
+DRY = ("tests/kernel_tests/test_kernel_slice_adam.py",)
 
 
 def files() -> list[str]:
     """Relative to the checkout; those that say most first."""
     if gpu_rows.is_dry():
         return list(DRY)
-    kernels = [p.name for p in sorted((ROOT / "tests").glob("test_kernel_*.py"))]
-    return [f"tests/{name}" for name in kernels if name not in (*NO_GPU_NEEDED, *BROKEN)] + list(BESIDE)
+    kernels = [p.name for p in sorted((ROOT / "tests" / "kernel_tests").glob("test_kernel_*.py"))]
+    return [f"tests/kernel_tests/{name}" for name in kernels if name not in (*NO_GPU_NEEDED, *BROKEN)] + list(BESIDE)
 
 
 class Record:

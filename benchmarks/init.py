@@ -26,10 +26,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hdpissa.benchmarks import timing
-from hdpissa.engine import base_files, svd
-from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.config.section import DEFAULT_TARGETS
+from hdpissa.engine.directions import svd
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.precision import full_fp32
+from hdpissa.engine.sharding import base_files
 
 COLUMNS = ("shape", "matrices", "method", "full fp32 s", "ours s", "full / ours", "σ error", "slice angle", "residual")
 

@@ -47,7 +47,7 @@ def load(folder: str, path: str) -> dict[str, Any]:
     """A rank's part: the row, on all ranks."""
     from transformers import AutoModelForCausalLM
 
-    from hdpissa.engine import sharded_load, zero3
+    from hdpissa.engine.sharding import sharded_load, zero3
 
     zero3.init_distributed()
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks import wire
-from hdpissa.engine import zero3
+from hdpissa.engine.sharding import zero3
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

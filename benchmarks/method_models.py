@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hdpissa.benchmarks.method_base import Setting
-from hdpissa.engine import zero3
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.sharding import zero3
 
 # hidden, intermediate, layers, heads, key and value heads, vocabulary, tied embeddings: Llama's architecture with the
 # sizes of the models' own config.json files (0.5b and 1.5b are Qwen2.5's).
@@ -56,7 +56,7 @@ def config_of(model: str, layers: int | None = None) -> Any:
     Raises:
         ConfigError: no shape, and no usable config.json at that folder or name; or it has fewer layers.
     """
-    from hdpissa.launch.plan_model import read_config
+    from hdpissa.launch.planning.model import read_config
 
     if is_shape(model):
         config = shape_config(model)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hdpissa.benchmarks import method_models, reference_step
 from hdpissa.benchmarks.method_base import Method, Setting
-from hdpissa.engine import svd
-from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.config.section import DEFAULT_TARGETS
+from hdpissa.engine.directions import svd
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.slicing import SlicePlan
+from hdpissa.engine.sharding.slicing import SlicePlan
 
 
 class Reference(Method):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from hdpissa.benchmarks import method_models, plain_engine
 from hdpissa.benchmarks.method_base import DTYPES, DivergedError, Method, Setting
-from hdpissa.engine import adapt, ds_config, zero3
-from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.config import ds_config
+from hdpissa.engine.config.section import DEFAULT_TARGETS
+from hdpissa.engine.method import adapt
+from hdpissa.engine.sharding import zero3
 
 CONFIGS = Path(ds_config.__file__).resolve().parents[1] / "ds_configs"
 # Elements of the buffer that DeepSpeed reduces gradients in; its default of 500 million is 2 GB in fp32. The engine has
@@ -49,7 +51,8 @@ class Slices(Method):
     """hd_pissa: the engine as it ships. A shape's weights have no files, a pretrained model is sharded while read."""
 
     def __init__(self, setting: Setting) -> None:
-        from hdpissa.engine import decompose, initialize, load_pretrained
+        from hdpissa.engine import initialize, load_pretrained
+        from hdpissa.engine.directions import decompose
 
         super().__init__("hd_pissa", setting)
         section = {"r": setting.r, "slices": "auto" if setting.slices is None else setting.slices}

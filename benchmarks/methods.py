@@ -23,8 +23,8 @@ import torch
 
 from hdpissa.benchmarks import wire
 from hdpissa.benchmarks.method_base import DTYPES, Method, Setting
-from hdpissa.engine import zero3
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.sharding import zero3
 
 __all__ = ["DTYPES", "METHODS", "Method", "Setting", "build"]
 

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdpissa.engine import adapt, decompose, settings
-from hdpissa.engine.buckets import make_buckets
-from hdpissa.engine.config import HDPissaConfig
-from hdpissa.engine.exchange import FactorExchange, choose_kinds
-from hdpissa.engine.factors import FactorStore
-from hdpissa.engine.optimizer import SliceOptimizer
-from hdpissa.engine.shards import make_shard
-from hdpissa.engine.slicing import SlicePlan
+from hdpissa.engine import settings
+from hdpissa.engine.comm.buckets import make_buckets
+from hdpissa.engine.comm.exchange import FactorExchange, choose_kinds
+from hdpissa.engine.config.section import HDPissaConfig
+from hdpissa.engine.directions import decompose
+from hdpissa.engine.method import adapt
+from hdpissa.engine.optim.factors import FactorStore
+from hdpissa.engine.optim.optimizer import SliceOptimizer
+from hdpissa.engine.sharding.shards import make_shard
+from hdpissa.engine.sharding.slicing import SlicePlan
 
 
 def random_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> decompose.InitReport:

@@ -25,8 +25,10 @@ from typing import Any
 from hdpissa.benchmarks import figure_words, method_models, plots, throughput, throughput_work, timing
 from hdpissa.benchmarks.methods import Setting
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import plan_arguments, plan_report, plan_step
-from hdpissa.launch.plan_run import Run, largest_slices
+from hdpissa.launch.planning import arguments as plan_arguments
+from hdpissa.launch.planning import report as plan_report
+from hdpissa.launch.planning import step as plan_step
+from hdpissa.launch.planning.run import Run, largest_slices
 
 # Eager attention, because the counter knows no CPU kernel of the fused one; nothing is kept gathered between steps.
 SETTING = Setting(

@@ -37,7 +37,7 @@ def measure(engine, batch: dict[str, Tensor], *, steps: int = 2) -> dict[str, in
 
 def expected_bytes(engine) -> dict[str, int]:
     """The formula above; counts parameters, looks at no tensor of weights or masters."""
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     world = engine.plan.world_size
     targets = sum(t.rows * t.cols for t in engine.targets)
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
 
-    from hdpissa.engine import ds_config, initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.config import ds_config
+    from hdpissa.engine.sharding import zero3
 
     config = ds_config.read_ds_config(args.ds_config)
     if args.bf16:

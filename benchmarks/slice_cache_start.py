@@ -28,7 +28,9 @@ PARTS = ("slices s", "slices CPU s", "initialize s")
 
 def start(model: str, cache: Path, rank: int, slices: int, bf16: bool) -> dict[str, Any]:
     """What one rank's start took; runs under the launcher."""
-    from hdpissa.engine import decompose, initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.directions import decompose
+    from hdpissa.engine.sharding import zero3
 
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -1,4 +1,4 @@
-"""Which SVD method is cheapest for which size and rank, and do the constants of engine/svd.py predict it?
+"""Which SVD method is cheapest for which size and rank, and do the constants of engine/directions/svd.py predict it?
 
     python benchmarks/svd_methods.py                 every size and rank, on the GPU where there is one
     python benchmarks/svd_methods.py --rates         only the constants (`Rates`) of this device
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks import shapes, timing
-from hdpissa.engine import svd
+from hdpissa.engine.directions import svd
 from hdpissa.engine.precision import full_fp32
 
 SIZES = [(576, 1536), (1024, 1024), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008)]
@@ -206,9 +206,9 @@ NOTE = (
 
 MODELS_NOTE = (
     "All target matrices of two Llamas at S·r = 128, tolerance 1e-4, by the method that `auto` takes. FLOP are those "
-    "of engine/svd.py's cost model (an eigendecomposition of n × n counts 9 n³); the rate is that of one matrix per "
-    "method, measured (gram on 1024 × 8192, randomized on 4096 × 11008, flat spectrum). The seconds are extrapolated "
-    "from it. On a CPU: processor time of one thread."
+    "of engine/directions/svd.py's cost model (an eigendecomposition of n × n counts 9 n³); the rate is that of one "
+    "matrix per method, measured (gram on 1024 × 8192, randomized on 4096 × 11008, flat spectrum). The seconds are "
+    "extrapolated from it. On a CPU: processor time of one thread."
 )
 
 if __name__ == "__main__":

@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.prompts import resolve_template
-from hdpissa.engine.slicing import SlicePlan
-from hdpissa.launch import demo_data, run_checks, train_rows
-from hdpissa.launch.alpaca import IGNORE, AlpacaEncoder
+from hdpissa.engine.sharding.slicing import SlicePlan
+from hdpissa.launch import demo_data
 from hdpissa.launch.command_line import make_parser, option, read
 from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
-from hdpissa.launch.script_arguments import Arguments, ScriptArguments
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
+from hdpissa.launch.training import checks as run_checks
+from hdpissa.launch.training import rows as train_rows
+from hdpissa.launch.training.alpaca import IGNORE, AlpacaEncoder
+from hdpissa.launch.training.prompts import resolve_template
+from hdpissa.launch.training.script_arguments import Arguments, ScriptArguments
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.benchmarks import plots, throughput_work
-from hdpissa.engine.metrics import peak_flops
+from hdpissa.launch.metrics import peak_flops
 
 PHASES = ("forward", "backward", "exchange", "apply")
 UPDATE = ("exchange", "apply")

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hdpissa.benchmarks import method_models
 from hdpissa.benchmarks.methods import Setting
-from hdpissa.launch import plan_model
+from hdpissa.launch.planning import model as plan_model
 
 FLOP_RULE = (
     "Useful FLOP of a real token in a row of L: 4 per weight of the Linears, the output head among them (2 forward, 2 "

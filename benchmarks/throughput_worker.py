@@ -37,7 +37,7 @@ def restart_peak() -> None:
 
 def peak_bytes() -> int:
     """The peak since then: allocated on the GPU, or resident of the process, libraries included."""
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     if CLEAR.exists() and zero3.device().type == "cpu":
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
@@ -49,7 +49,7 @@ def take_step(method: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
     """One optimizer step from a common start: wall and CPU seconds of this rank, bytes, phases."""
     import torch.distributed as dist
 
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     dist.barrier()
     zero3.fence()
@@ -86,7 +86,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     from hdpissa.benchmarks import method_models, throughput_work
     from hdpissa.benchmarks.methods import Setting, build
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     setting = Setting(**job["setting"])
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import torch.distributed as dist
 
-        from hdpissa.engine import zero3
+        from hdpissa.engine.sharding import zero3
 
         found = measure(job)
         ranks: list[Any] = [None] * dist.get_world_size()

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks import apart, methods, plots, task, timing
-from hdpissa.engine import zero3
-from hdpissa.engine.config import DEFAULT_TARGETS
+from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.sharding import zero3
 from hdpissa.launch.command_line import option
 
 NAMES = ("lora", "pissa", "hd_pissa", "full")

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from hdpissa.benchmarks import gpu_rows, plain_engine, reference_step, timing
-from hdpissa.engine import zero3
-from hdpissa.engine.config import DEFAULT_TARGETS
-from hdpissa.engine.metrics import peak_flops
+from hdpissa.engine.config.section import DEFAULT_TARGETS
+from hdpissa.engine.sharding import zero3
 from hdpissa.launch import shipped_configs
+from hdpissa.launch.metrics import peak_flops
 
 CONFIG = "zero3_one_gpu"
 IDENTITY = ("variant", "tokens of a micro-batch")
@@ -164,7 +164,8 @@ def shipped_config(work: Work) -> dict[str, Any]:
 
 
 def make_engine(work: Work, device: torch.device) -> Any:
-    from hdpissa.engine import decompose, initialize
+    from hdpissa.engine import initialize
+    from hdpissa.engine.directions import decompose
 
     decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
     return initialize(model=llama(work, device, torch.bfloat16), config=shipped_config(work))

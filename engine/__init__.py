@@ -6,7 +6,7 @@ Names are resolved at first use, so that checking a config does not import torch
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build import initialize, load_pretrained
+    from .api import initialize, load_pretrained
     from .engine import HDPissaEngine
     from .errors import ConfigError
     from .results import StepResult
@@ -15,8 +15,8 @@ _HOMES = {
     "ConfigError": "errors",
     "HDPissaEngine": "engine",
     "StepResult": "results",
-    "initialize": "build",
-    "load_pretrained": "build",
+    "initialize": "api",
+    "load_pretrained": "api",
 }
 __all__ = ["ConfigError", "HDPissaEngine", "StepResult", "initialize", "load_pretrained"]
 

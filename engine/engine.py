@@ -21,16 +21,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, decompose, export, faults, folders, nonfinite, peft_export, pulse, zero3
-from .checkpoint_format import Base, CheckpointReader, Kind
-from .config import HDPissaConfig
+from .checkpoint import directory
+from .checkpoint import state as checkpoint
+from .checkpoint.format import Base, CheckpointReader, Kind
+from .checkpoint.writer import Job, SaveError, Saver
+from .config.section import HDPissaConfig
+from .directions import decompose
+from .distributed import faults, heartbeat
 from .errors import ConfigError
-from .export_report import ExportReport
-from .optimizer import SliceOptimizer, Vote
+from .export import hf as export
+from .export import peft_export
+from .export.report import ExportReport
+from .method.targets import Target
+from .optim import nonfinite
+from .optim.optimizer import SliceOptimizer, Vote
 from .results import ExchangePlan, StepResult
-from .saver import Job, SaveError, Saver
-from .slicing import SlicePlan
-from .targets import Target
+from .sharding import zero3
+from .sharding.slicing import SlicePlan
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +89,7 @@ class HDPissaEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Micro-batches belong to the slice whose turn it is: `backward` passes the turn on."""
-        pulse.reach("step.forward" if self.module.training else "eval")
+        heartbeat.reach("step.forward" if self.module.training else "eval")
         if self.module.training:
             self.count_tokens(kwargs)
         return self.ds(*args, **kwargs)
@@ -107,7 +114,7 @@ class HDPissaEngine:
             )
         if self._micro == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
-        pulse.reach("step.backward")
+        heartbeat.reach("step.backward")
         loss = faults.spoilt("loss", loss)
         scaled = self.ds.backward(loss, scale_wrt_gas=scale_wrt_gas)
         self.optimizer.store.end_of_backward()
@@ -258,7 +265,7 @@ class HDPissaEngine:
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`module.generate`; all ranks must call it together, because each forward gathers weights."""
         kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
-        pulse.reach("generate")
+        heartbeat.reach("generate")
         with torch.no_grad():
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -303,9 +310,9 @@ class HDPissaEngine:
         """
         if self._micro:
             raise RuntimeError(f"save_checkpoint after {self._micro} micro-batches: save right after a step")
-        pulse.reach("save", slow=True)
+        heartbeat.reach("save", slow=True)
         self.check_weights()
-        folder = Path(save_dir) / folders.check_tag(tag or f"checkpoint-{self.global_steps}")
+        folder = Path(save_dir) / directory.check_tag(tag or f"checkpoint-{self.global_steps}")
         store, residual = self.optimizer.store, None
         if kind == "small" and not checkpoint.sums_are_exact(self.optimizer):
             residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
@@ -321,14 +328,14 @@ class HDPissaEngine:
             extra_files=list(extra_files or ()),
         )
         self._saver.save(Job(folder, files, manifest, save_total_limit, best), background=async_save)
-        pulse.reach("saved")
+        heartbeat.reach("saved")
         return folder
 
     def wait_for_checkpoint(self) -> None:
         """Until no checkpoint is being saved; raises SaveError when one has failed."""
-        pulse.reach("save.wait", slow=True)
+        heartbeat.reach("save.wait", slow=True)
         self._saver.wait()
-        pulse.reach("saved")
+        heartbeat.reach("saved")
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
         """Goes on where a checkpoint was saved, at any number of ranks; collective. Nothing changes if it cannot.
@@ -341,7 +348,7 @@ class HDPissaEngine:
         Raises:
             CheckpointError: on all ranks alike: damaged, or of another run.
         """
-        reader = self.resume_from(Path(load_dir) / folders.check_tag(tag) if tag else Path(load_dir))
+        reader = self.resume_from(Path(load_dir) / directory.check_tag(tag) if tag else Path(load_dir))
         return reader.folder, reader.manifest.client_state
 
     def resume_from(self, source: CheckpointReader | str | Path) -> CheckpointReader:

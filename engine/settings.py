@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.available import obstacle
-from . import ds_config, zero3
-from .config import HDPissaConfig
-from .delta import DeltaRule
+from hdpissa.kernels.available import obstacle
+
+from .config import ds_config
+from .config.section import HDPissaConfig
 from .errors import ConfigError
-from .layer import FUSED_MOST_R
-from .slicing import SlicePlan
+from .method.delta import DeltaRule
+from .method.layer import FUSED_MOST_R
+from .sharding import zero3
+from .sharding.slicing import SlicePlan
 
 REDUCED_AT_ONCE = 50_000_000  # gradient elements; no buffer is kept for them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,16 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import POINTER, AotCase, narrow, require
-from .delta_tile import (
-    TARGETS,
-    check,
-    delta_signature,
-    delta_tile,
-    launch_options,
-    range_index,
-    split,
-    tile_position,
-)
+from .delta_tile import TARGETS, check, delta_signature, delta_tile, launch_options, range_index, split, tile_position
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 

@@ -142,7 +142,7 @@ def _torch() -> dict[str, Any]:
 def _devices() -> dict[str, Any]:
     import torch
 
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     found: dict[str, Any] = {"deepspeed takes": zero3.accelerator_name()}
     for index in range(torch.cuda.device_count()):
@@ -157,7 +157,7 @@ def _devices() -> dict[str, Any]:
 
 def _launcher(environment: Mapping[str, str]) -> dict[str, Any]:
     """Where the engine believes to be, and which launchers there are."""
-    from hdpissa.engine.launcher import read_launch
+    from hdpissa.engine.distributed.launcher import read_launch
 
     beside = {name: Path(sys.executable).with_name(name) for name in ("deepspeed", "torchrun")}
     launchers = {n: str(path) if path.exists() else shutil.which(n) or "not found" for n, path in beside.items()}

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, evaluate_rows
-from hdpissa.launch.alpaca import IGNORE
-from hdpissa.launch.evaluate_rows import Question, tried
+from hdpissa.launch import command_line
+from hdpissa.launch.evaluation import rows as evaluate_rows
+from hdpissa.launch.evaluation.rows import Question, tried
+from hdpissa.launch.training.alpaca import IGNORE
 
 TASKS = ("num_fewshot", "limit")  # options that only --tasks reads
 ANSWERS = ("eval_max_samples", "max_new_tokens")  # that only --eval_exact_match reads
@@ -141,7 +142,7 @@ def evaluate(args: argparse.Namespace, found: Located, scratch: str) -> tuple[di
     """(figures of the model on the rows, the graded answers); each figure is printed as soon as it is known."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hdpissa.launch.train_rows import read_rows
+    from hdpissa.launch.training.rows import read_rows
 
     asked = evaluate_rows.arguments(args, found.run, scratch)
     trust = {"trust_remote_code": args.trust_remote_code}
@@ -228,8 +229,8 @@ def answer(model: Any, tokenizer: Any, questions: list[Question], chat: bool, li
     import torch
     from tqdm import tqdm
 
-    from hdpissa.engine import answers, generation
-    from hdpissa.launch.train_results import end_of_turn
+    from hdpissa.launch.evaluation import answers, generation
+    from hdpissa.launch.training.results import end_of_turn
 
     if chat:
         generation.add_stops(model, tokenizer, end_of_turn(tokenizer))

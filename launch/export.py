@@ -54,11 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
 
-    from hdpissa.engine.base_files import local_folder
-    from hdpissa.launch.export_card import write_card
-    from hdpissa.launch.export_checkpoint import export, open_checkpoint
-    from hdpissa.launch.export_template import lost_template
-    from hdpissa.launch.model_checks import check_export
+    from hdpissa.engine.sharding.base_files import local_folder
+    from hdpissa.launch.exporting.card import write_card
+    from hdpissa.launch.exporting.checkpoint import export, open_checkpoint
+    from hdpissa.launch.exporting.template import lost_template
+    from hdpissa.launch.training.model_checks import check_export
 
     reader = open_checkpoint(args.checkpoint)
     folder, base = Path(args.output_dir), local_folder(args.base_model or reader.manifest.base.name_or_path)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
+from hdpissa.engine.distributed.launcher import speaking_rank
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.launcher import speaking_rank
 
 HELP = ("-h", "--help")
 WIDTH = 100  # of what is written into a file or a pipe

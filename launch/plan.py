@@ -14,7 +14,8 @@ import sys
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, plan_arguments
+from hdpissa.launch import command_line
+from hdpissa.launch.planning import arguments as plan_arguments
 
 MOST_GPUS = 1024
 
@@ -25,8 +26,8 @@ def plan_table(run: Any, *, capped: bool) -> list[dict[str, Any]]:
     Args:
         capped: slices follow the number of GPUs as far as the matrices allow.
     """
-    from hdpissa.launch.plan_report import make_plan, row_dict
-    from hdpissa.launch.plan_run import largest_slices
+    from hdpissa.launch.planning.report import make_plan, row_dict
+    from hdpissa.launch.planning.run import largest_slices
 
     rows: list[dict[str, Any]] = []
     gpus = 1
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from rich.console import Console
 
-    from hdpissa.launch import plan_advice, plan_explain, plan_report
+    from hdpissa.launch.planning import advice as plan_advice
+    from hdpissa.launch.planning import explain as plan_explain
+    from hdpissa.launch.planning import report as plan_report
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     if args.table:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.metrics import RunFiles, counted, read_json
 from hdpissa.launch import command_line
+from hdpissa.launch.metrics import RunFiles, counted, read_json
 
 PAGE, LOSS, SPECTRA = "report.html", "training_loss.png", "spectra.json"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

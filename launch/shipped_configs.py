@@ -30,7 +30,7 @@ def read(located: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: a name that none has, beside what `engine.config.read_ds_config` refuses.
     """
-    from hdpissa.engine.config import read_ds_config
+    from hdpissa.engine.config.section import read_ds_config
 
     name = str(located)
     if re.fullmatch(r"\w+", name) and not Path(name).exists():

@@ -18,8 +18,8 @@ import tempfile
 import time
 from typing import Any
 
+from hdpissa.engine.distributed.launcher import speaking_rank
 from hdpissa.engine.errors import ConfigError, LostError, StopError
-from hdpissa.engine.launcher import speaking_rank
 
 PREEMPTED, STOPPED = 143, 1
 PATIENCE_S, GRACE_S = 15.0, 3.0
@@ -27,10 +27,11 @@ PATIENCE_S, GRACE_S = 15.0, 3.0
 
 def main(argv: list[str] | None = None) -> bool:
     """Checks, trains, exports; False when the run was asked to stop before its end."""
-    from hdpissa.engine import zero3
-    from hdpissa.launch import run_checks, script_arguments
-    from hdpissa.launch.train_results import RunEnds
-    from hdpissa.launch.train_rows import read_rows
+    from hdpissa.engine.sharding import zero3
+    from hdpissa.launch.training import checks as run_checks
+    from hdpissa.launch.training import script_arguments
+    from hdpissa.launch.training.results import RunEnds
+    from hdpissa.launch.training.rows import read_rows
 
     arguments = script_arguments.parse(list(sys.argv[1:] if argv is None else argv))
     script, args = arguments.script, arguments.training
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> bool:
 
 def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any], model: Any) -> Any:
     """The trainer of `--trainer`; what TRL refuses is the user's mistake."""
-    from hdpissa.launch import run_checks
+    from hdpissa.launch.training import checks as run_checks
 
     args, script = arguments.training, arguments.script
     if isinstance(model, str):
@@ -113,7 +114,7 @@ def rewards(script: Any) -> list[Any]:
 
 def preview(trainer: Any, rows: Any, tokenizer: Any, count: int, rank: int) -> None:
     """The first rows in the order of training, as the model would see them."""
-    from hdpissa.launch.alpaca import show_rows
+    from hdpissa.launch.training.alpaca import show_rows
 
     shown: Any = rows.train
     if trainer is not None:

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hdpissa.engine.distributed.launcher import read_launch
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.launcher import read_launch
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 # Options with a value, and switches, of each launcher; whatever else they have needs the launcher itself.
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None, trainer: str | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     words += ["--trainer", trainer] if trainer else []
     if {"-h", "--help"} & set(words):
-        from hdpissa.launch import script_arguments
+        from hdpissa.launch.training import script_arguments
 
         print(script_arguments.help_text(words))
         return 0

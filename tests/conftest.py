@@ -3,7 +3,10 @@
 import os
 
 import pytest
+import rooms
 import torch
+
+rooms.put_on_path()
 
 if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run in the interpreter, with numpy for a GPU.

@@ -9,7 +9,7 @@ from tiny import build, tiny_batch
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:
     """Every trained weight, exact, on rank 0 (empty elsewhere); those that are trained whole as they compute."""
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     gathered = {f"{t.name}.weight": gather_exact(t, engine.plan) for t in engine.targets}
     beside = engine.optimizer.beside.params.items() if engine.optimizer.beside else ()
@@ -51,7 +51,8 @@ def train_tiny(
         only_ours: (release,): DeepSpeed's own step is left out, and `release_gathered` too unless `release`.
         after: called with the engine at the end; its result is returned too.
     """
-    from hdpissa.engine import initialize, shards, zero3
+    from hdpissa.engine import initialize
+    from hdpissa.engine.sharding import shards, zero3
 
     if staged:
         shards.is_elsewhere = lambda part, device: True
@@ -147,7 +148,8 @@ def losses_in_shards(settings, *, steps, lr, bf16_only=False):
     Returns: per target (change of W between start and end, sum of the deltas as the kernel gave them,
     W at the start), float64.
     """
-    from hdpissa.engine import initialize, shards
+    from hdpissa.engine import initialize
+    from hdpissa.engine.sharding import shards
     from hdpissa.kernels import api
 
     if bf16_only:
@@ -227,7 +229,8 @@ def raises(kind, settings, *, model=None, reentrant=False, detach=False, micro=1
 
 def export_and_compare(settings, folder, *, model=None, dtype="auto", file_bytes=None, source=None):
     """Trains two steps, exports; returns the engine's logits, eval loss and exact weights on rank 0."""
-    from hdpissa.engine import hf_folder, initialize, load_pretrained
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.export import hf_folder
 
     if file_bytes:
         hf_folder.MAX_FILE_BYTES = file_bytes
@@ -258,7 +261,8 @@ def start_values(settings, source, *, disturb=False):
     """(exact start values of every target on rank 0, warnings) of a checkpoint under bf16 compute."""
     import logging
 
-    from hdpissa.engine import initialize, load_pretrained, zero3
+    from hdpissa.engine import initialize, load_pretrained
+    from hdpissa.engine.sharding import zero3
 
     messages = []
     handler = logging.Handler()
@@ -294,7 +298,10 @@ def flip_byte(path) -> None:
 
 def write_error(settings, folder, *, how=None, format="hf"):
     """Exports to a folder where that cannot work; every rank must come back with an error."""
-    from hdpissa.engine import ConfigError, disk, faults, initialize, streams
+    from hdpissa.engine import ConfigError, initialize
+    from hdpissa.engine.distributed import faults
+    from hdpissa.engine.export import streams
+    from hdpissa.engine.files import disk
 
     engine = initialize(model=build({}), config=settings)
     if how == "disk full":
@@ -360,7 +367,7 @@ def train_real(settings, folder, ids, export_folder, *, steps, lr, layers):
 
 def in_step(rank, step, action):
     """Has `action` called on one rank just before the optimizer's work of one step (counted from 1)."""
-    from hdpissa.engine.optimizer import SliceOptimizer
+    from hdpissa.engine.optim.optimizer import SliceOptimizer
 
     original, calls = SliceOptimizer.reduce, []
 

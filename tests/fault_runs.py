@@ -58,7 +58,7 @@ def run_with_fault(world_size: int, argv: list[str], cache: str, fault: str, tim
 def _rank(rank: int, world_size: int, port: int, argv: list[str], cache: str, fault: str, file: Path) -> None:
     import torch
 
-    from hdpissa.engine import faults
+    from hdpissa.engine.distributed import faults
     from hdpissa.launch import train
 
     os.environ.update(
@@ -84,13 +84,14 @@ def skip_one(settings: dict, fault: str, steps: int):
     """Trains a tiny Llama with a fault; (results, this rank's state before each step and after the last, counts)."""
     from tiny import build, tiny_batch
 
-    from hdpissa.engine import faults, initialize, pulse
+    from hdpissa.engine import initialize
+    from hdpissa.engine.distributed import faults, heartbeat
 
     faults._fault = faults.Fault.parse(fault)
     engine = initialize(model=build({}), config=settings, lr=1e-3)
     results, states = [], [_state(engine)]
     for step in range(steps):
-        pulse.at_step(step + 1)
+        heartbeat.at_step(step + 1)
         for slice_id, micro in engine.plan.schedule(engine.gradient_accumulation_steps()):
             engine.backward(engine(**tiny_batch(step, slice_id, micro)).loss)
             result = engine.step()
@@ -116,9 +117,10 @@ def corrupt(settings: dict, cases: list[tuple[str, int]], *, steps: int = 2):
     """
     from tiny import build, tiny_batch
 
-    from hdpissa.engine import faults, initialize, pulse
+    from hdpissa.engine import initialize
+    from hdpissa.engine.distributed import faults, heartbeat
     from hdpissa.engine.errors import StopError
-    from hdpissa.engine.integrity import IntegrityCheck
+    from hdpissa.engine.health.integrity import IntegrityCheck
 
     net = build({})
     net.register_buffer("scale", torch_arange())
@@ -141,12 +143,12 @@ def corrupt(settings: dict, cases: list[tuple[str, int]], *, steps: int = 2):
     for number, (point, rank) in enumerate(cases):
         faults._fault = faults.Fault.parse(f"{point}:{rank}:*:FLIP")
         rate = engine.optimizer.param_groups[0]["lr"]
-        pulse.at_step(2 * number + 1)
+        heartbeat.at_step(2 * number + 1)
         message = outcome()
         if point == "memory.lr":
             faults._fault = None
             engine.optimizer.param_groups[0]["lr"] = rate
-        pulse.at_step(2 * number + 2)
+        heartbeat.at_step(2 * number + 2)
         found.append((message, outcome() is None))
     return sound, found
 

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 from hdpissa.benchmarks import task
 from hdpissa.benchmarks.methods import Setting, build
-from hdpissa.engine import zero3
-from hdpissa.engine.prompts import resolve_template
-from hdpissa.engine.slicing import SlicePlan
-from hdpissa.launch.alpaca import AlpacaEncoder
+from hdpissa.engine.sharding import zero3
+from hdpissa.engine.sharding.slicing import SlicePlan
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
+from hdpissa.launch.training.alpaca import AlpacaEncoder
+from hdpissa.launch.training.prompts import resolve_template
 
 R, MICRO, PER_SLICE, LR, SEED = 16, 2, 2, 2e-4, 42
 

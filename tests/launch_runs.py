@@ -128,7 +128,7 @@ def forbid_weights(message: str) -> None:
     """Any attempt to read weights or to start a process group for them raises."""
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     def refuse(*args, **kwargs):
         raise RuntimeError(message)

@@ -74,7 +74,7 @@ def measure_one(config: dict, model: dict, checkpointing: bool, length: int) -> 
 
 def count_second_copies() -> list[int]:
     """A list that every update adds to: bytes of all second copies (hpZ) before it changes the first weight."""
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
 
     found, release = [], zero3.release_gathered
 

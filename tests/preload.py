@@ -35,12 +35,10 @@ import hdpissa.kernels
 import hdpissa.launch
 
 for package in (hdpissa.engine, hdpissa.launch):
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 for module in ("api", "reference", "available"):  # the others need Triton, and choose its mode when imported
     importlib.import_module(f"hdpissa.kernels.{module}")
-for module in ("arguments", "classes"):  # and with them transformers' Trainer and TRL's
-    importlib.import_module(f"hdpissa.launch.trainers.{module}")
 for module in ("engine_runs", "tiny", "launch_runs", "checkpoint_runs"):
     importlib.import_module(module)
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import nccl_rules
+import rooms
 import torch
 
-# The fork server of Python 3.11 does not pass sys.path on, and swallows the ImportError that follows.
-_folder = str(Path(__file__).parent)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_folder, os.environ.get("PYTHONPATH")]))
+rooms.put_on_path()
 os.environ["DS_ACCELERATOR"] = "cpu"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preload"])

@@ -75,7 +75,7 @@ def _weight(name: str, slices: int) -> dict[str, Any]:
 
 def spectra_here(engine) -> dict[str, Any]:
     """What `spectra.measure` finds in an engine: all weights, without limit of time, with no time, and damaged."""
-    from hdpissa.engine import spectra
+    from hdpissa.engine.export import spectra
 
     store = engine.optimizer.store
     found = spectra.measure(engine.module, store, most=99, most_seconds=1e9)
@@ -88,22 +88,24 @@ def spectra_here(engine) -> dict[str, Any]:
 
 def spectra_with_faults(engine, faults_in_turn: list[str]) -> list[dict[str, Any]]:
     """For each planted fault: what is found here, and whether the ranks can still talk to each other."""
-    from hdpissa.engine import faults, pulse, spectra
+    from hdpissa.engine.distributed import faults, heartbeat
+    from hdpissa.engine.export import spectra
 
     told = []
     for number, text in enumerate(faults_in_turn, 1):
         faults._fault = faults.Fault.parse(text) if text else None
-        pulse.at_step(number)
+        heartbeat.at_step(number)
         found = spectra.measure(engine.module, engine.optimizer.store, most=99)
-        beats = torch.tensor([float(pulse.report().count)])
+        beats = torch.tensor([float(heartbeat.report().count)])
         dist.all_reduce(beats)
-        told.append({"found": found, "same_place": beats.item() == 2 * pulse.report().count})
+        told.append({"found": found, "same_place": beats.item() == 2 * heartbeat.report().count})
     return told
 
 
 def spectra_without_a_peer(engine) -> str:
     """Rank 1 leaves; what that is for rank 0: "loss", or the name of something else."""
-    from hdpissa.engine import peers, spectra
+    from hdpissa.engine.distributed import peers
+    from hdpissa.engine.export import spectra
 
     if dist.get_rank():
         dist.destroy_process_group()

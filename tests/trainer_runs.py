@@ -204,7 +204,7 @@ def recorded_run(
     import os
     from pathlib import Path
 
-    from hdpissa.engine import zero3
+    from hdpissa.engine.sharding import zero3
     from hdpissa.launch.trainers import HDPissaTrainer
 
     class Poisoned(HDPissaTrainer):

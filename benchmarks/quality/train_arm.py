@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hdpissa.engine import answers, svd
-from hdpissa.engine.slicing import SlicePlan
+from hdpissa.engine.directions import svd
+from hdpissa.engine.sharding.slicing import SlicePlan
+from hdpissa.launch.evaluation import answers
 from hdpissa.launch.trainers import HDPissaTrainer, HDPissaTrainingArguments
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
 
@@ -143,7 +144,7 @@ def mean_loss(model: nn.Module, rows: Rows, collate: Collator, dtype: str, batch
 
 def exact_match(model: nn.Module, rows: list[dict[str, str]], tokenizer: Any, rung: Rung) -> float:
     """Share of rows whose generated answer ends in the right number."""
-    from hdpissa.engine.generation import generate
+    from hdpissa.launch.evaluation.generation import generate
 
     prompts = [prompt_of(row, tokenizer, rung) for row in rows]
     model.eval()

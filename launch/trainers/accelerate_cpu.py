@@ -37,7 +37,7 @@ def install() -> None:
     def prepare_backend(self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None) -> Any:
         if cpu or sagemaker_dp or os.environ.get(DEEPSPEED, "").lower() != "true":
             return original(self, cpu, sagemaker_dp, backend)
-        from hdpissa.engine import zero3
+        from hdpissa.engine.sharding import zero3
 
         zero3.prepare_environment()
         found, kind = original(self, cpu, sagemaker_dp, backend)
@@ -49,7 +49,7 @@ def install() -> None:
 
 def check_world_size(world_size: int) -> None:
     """Raises ConfigError unless the trainer sees as many ranks as the launcher started."""
-    from hdpissa.engine.launcher import read_launch
+    from hdpissa.engine.distributed.launcher import read_launch
 
     launched = read_launch(os.environ).world_size
     if world_size != launched:

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hdpissa.engine import pulse
+from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import StopError
-from hdpissa.engine.integrity import IntegrityCheck
-from hdpissa.engine.slice_figures import SliceFigures
+from hdpissa.engine.health.integrity import IntegrityCheck
+from hdpissa.engine.health.slice_figures import SliceFigures
 
 from .arguments import option
 
@@ -77,7 +77,7 @@ def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             if failed:
                 return None
-            with pulse.alone("report"):
+            with heartbeat.alone("report"):
                 try:
                     return report(*args, **kwargs)
                 except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-from hdpissa.engine import pulse
+from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import ConfigError
 
 from .arguments import option
@@ -53,9 +53,9 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Here TRL generates, rewards and asks the reference, which takes longer than any forward pass."""
-        pulse.reach("generate", slow=True)
+        heartbeat.reach("generate", slow=True)
         inputs = super()._prepare_inputs(*args, **kwargs)
-        pulse.reach("step.forward")
+        heartbeat.reach("step.forward")
         return inputs
 
 

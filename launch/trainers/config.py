@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from hdpissa.engine import adapt, ds_config
-from hdpissa.engine.config import HDPissaConfig
+from hdpissa.engine.config import ds_config
+from hdpissa.engine.config.section import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.method import adapt
 from hdpissa.engine.settings import check_kernels, make_plan
-from hdpissa.engine.slicing import SlicePlan
+from hdpissa.engine.sharding.slicing import SlicePlan
 
 from .arguments import option
 

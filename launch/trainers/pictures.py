@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hdpissa.engine import pulse, spectra
-from hdpissa.engine.metrics import write_json
+from hdpissa.engine.distributed import heartbeat
+from hdpissa.engine.export import spectra
 from hdpissa.launch import report
+from hdpissa.launch.metrics import write_json
 
 logger = logging.getLogger(__name__)
 MOST_WEIGHTS = 21  # three of each of Llama's seven kinds
@@ -41,7 +42,7 @@ class RunPictures(TrainerCallback):
         if args.process_index == 0:
             ended = {"state": "preempted" if trainer.preempted else "finished"}
             try:
-                with pulse.alone("report"):
+                with heartbeat.alone("report"):
                     _write(Path(args.output_dir), found, ended)
             except Exception as error:
                 logger.warning("no report: %s: %s; the run is complete", type(error).__name__, error)

@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 import torch.distributed as dist
 
-from hdpissa.engine import checkpoint, folders
-from hdpissa.engine.checkpoint_format import MANIFEST, CheckpointError, CheckpointReader
+from hdpissa.engine.checkpoint import directory
+from hdpissa.engine.checkpoint import state as checkpoint
+from hdpissa.engine.checkpoint.format import MANIFEST, CheckpointError, CheckpointReader
 from hdpissa.engine.errors import StopError
 
 SAMPLED = 64
@@ -39,7 +40,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> CheckpointRe
 
 def _any(folder: Path) -> bool:
     """Whether rank 0 sees checkpoints; collective."""
-    return _of_rank_0(lambda: folder.is_dir() and bool(folders.candidates(folder)))
+    return _of_rank_0(lambda: folder.is_dir() and bool(directory.candidates(folder)))
 
 
 def _of_rank_0(function: Callable[[], Any]) -> Any:
@@ -66,7 +67,7 @@ def existing(best: str | None, output_dir: Path) -> str | None:
     def find() -> str | None:
         if best is None or (Path(best) / MANIFEST).is_file():
             return best
-        tag = folders.best(output_dir)
+        tag = directory.best(output_dir)
         return str(output_dir / tag) if tag and (output_dir / tag / MANIFEST).is_file() else None
 
     return _of_rank_0(find)
@@ -80,7 +81,7 @@ def point_to_best(output_dir: Path, best: str | None) -> None:
 
     def point() -> None:
         tag = Path(best).name if best else None
-        folders.point_to_best(output_dir, tag if tag and (output_dir / tag / MANIFEST).is_file() else None)
+        directory.point_to_best(output_dir, tag if tag and (output_dir / tag / MANIFEST).is_file() else None)
 
     _of_rank_0(point)
 

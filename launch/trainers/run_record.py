@@ -23,10 +23,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hdpissa.engine import pulse, zero3
+from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import StopError
-from hdpissa.engine.metrics import finite_row, keep_rows, peak_flops, write_json
-from hdpissa.launch.model_work import active_weights
+from hdpissa.engine.sharding import zero3
+from hdpissa.launch.metrics import finite_row, keep_rows, peak_flops, write_json
+from hdpissa.launch.planning.model_work import active_weights
 
 logger = logging.getLogger(__name__)
 METRICS, RUN, STATE = "metrics.jsonl", "run.json", "run_state.json"
@@ -61,7 +62,7 @@ class RunRecord(TrainerCallback):
         self._step = state.global_step
         zero3.barrier()  # all have read what they want of an earlier run
         if self._rank == 0:
-            with pulse.alone("record"):
+            with heartbeat.alone("record"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 keep_rows(self._folder / METRICS, state.global_step)
                 write_json(self._folder / RUN, self._description())
@@ -135,7 +136,7 @@ class RunRecord(TrainerCallback):
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row to metrics.jsonl; it has a step."""
         if self._rank == 0:
-            with pulse.alone("metrics"), (self._folder / METRICS).open("a") as file:
+            with heartbeat.alone("metrics"), (self._folder / METRICS).open("a") as file:
                 file.write(json.dumps(finite_row(row)) + "\n")
 
     def _figures(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class RunRecord(TrainerCallback):
 
     def _state(self, state: str) -> None:
         if self._rank == 0:
-            with pulse.alone("state"):
+            with heartbeat.alone("state"):
                 write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
 
     def _description(self) -> dict[str, Any]:

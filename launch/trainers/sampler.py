@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, Sampler
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.engine.slicing import SlicePlan
+from hdpissa.engine.sharding.slicing import SlicePlan
 
 
 class SliceOrder:

@@ -1,4 +1,4 @@
-"""Ends a run in one line, in time, when a rank hangs or is lost; see `engine/watch.py` for how that is told apart."""
+"""Ends a run in one line, in time, when a rank hangs or is lost; `engine/distributed/watchdog.py` tells them apart."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from hdpissa.engine import zero3
+from hdpissa.engine.distributed.peers import is_loss
+from hdpissa.engine.distributed.watchdog import Watch
 from hdpissa.engine.errors import ConfigError, LostError, StopError
-from hdpissa.engine.peers import is_loss
-from hdpissa.engine.watch import Watch
+from hdpissa.engine.sharding import zero3
 
 GRACE_S = 3.0  # launchers end every rank when one exits: neighbours get so long for their own line
 LOST = 1

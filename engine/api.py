@@ -1,0 +1,236 @@
+"""`initialize` and `load_pretrained`: from a model and a config to an engine, step by step.
+
+The order matters: what a person can get wrong is found before a weight is touched; targets are found before DeepSpeed
+wraps the model; the exact values are in place before anything is decomposed. Owns no state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checkpoint import state as checkpoint
+from .checkpoint.format import CheckpointReader
+from .comm.buckets import make_buckets
+from .comm.exchange import FactorExchange, choose_kinds
+from .config import ds_config
+from .config.section import HDPissaConfig
+from .directions import decompose
+from .directions.slice_cache import SliceCache, identity
+from .distributed import heartbeat
+from .engine import HDPissaEngine
+from .errors import ConfigError
+from .method import adapt, pretrained
+from .method.delta import DeltaRule
+from .method.targets import Target
+from .optim import modules_to_save
+from .optim.factors import FactorStore
+from .optim.modules_to_save import ModulesToSave
+from .optim.optimizer import SliceOptimizer
+from .settings import check_kernels, make_plan, make_rule, resolve_config
+from .sharding import base_files, sharded_load, zero3
+from .sharding.shards import HostMemory, make_shard
+from .sharding.slicing import SlicePlan
+
+logger = logging.getLogger(__name__)
+ENGINE = "_hdpissa_engine"  # the attribute by which a model knows its engine
+
+
+def initialize(
+    model: nn.Module,
+    config: str | Path | dict,
+    *,
+    lr: float | None = None,
+    resume_from: CheckpointReader | str | Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> HDPissaEngine:
+    """Makes an engine out of a model and a DeepSpeed config; collective.
+
+    Called again for the same model and config it returns the model's engine, restarted on the weights as they are
+    (`HDPissaEngine.restart`).
+
+    Args:
+        model: built under `zero.Init` (see `load_pretrained`), or whole on every rank; then rank 0's
+            values are taken and the model is sharded here.
+        config: path or dict; DeepSpeed's keys plus the section `hd_pissa`. "auto" values that the
+            Trainer would fill become: micro-batch 1, accumulation 1, no clipping, bf16 on a GPU.
+        lr: learning rate; default the config's `optimizer.params.lr`, else 2e-5.
+        resume_from: a checkpoint, or a folder of them whose latest counts; its factors and state are taken, and
+            nothing is decomposed. `engine.load_checkpoint` does the same later, after a decomposition.
+        progress: called with each target's name when its slices are ready, how many are, and of how many.
+
+    Raises:
+        ConfigError: anything in the config or the model that a user can mend, in one line.
+    """
+    settings, hd, values, plan = _settle(config, lr)
+    if (known := getattr(model, ENGINE, None)) is not None:
+        return _initialize_again(known, (settings, hd), values.learning_rate, resume_from)
+    if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
+        logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
+    heartbeat.reach("start.shards", slow=True)
+    targets, beside = _choose_weights(model, hd, plan)
+    ds = _shard(model, settings, targets, plan, hd)
+    base = checkpoint.describe_base(model, targets, plan)
+    rule = make_rule(hd)
+    store, exchange = _make_store(targets, plan, hd, rule), FactorExchange(plan)
+    if isinstance(resume_from, str | Path):
+        resume_from = checkpoint.open_checkpoint(resume_from)
+    if resume_from is None:
+        report = _decompose(model, hd, store, exchange, progress)
+    else:
+        numels = {name: zero3.full_numel(p) for name, p in beside.items()}
+        checkpoint.refuse_others(resume_from, store, rule, base, numels)
+        report = checkpoint.fill_factors(resume_from, store, exchange)
+    adapt.install(targets, store)
+    rate = hd.modules_to_save_learning_rate or values.learning_rate
+    others = ModulesToSave(beside, ds, lr=rate) if beside else None
+    optimizer = SliceOptimizer(
+        store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm, beside=others
+    )
+    accumulation = values.gradient_accumulation_steps
+    engine = HDPissaEngine(ds, optimizer, plan, accumulation=accumulation, report=report, base=base)
+    setattr(model, ENGINE, engine)
+    engine.config = (settings, hd)
+    if resume_from is not None:
+        engine.restore(resume_from)
+    if plan.rank == 0:
+        logger.info("%s", engine.exchange_plan())
+    heartbeat.reach("start.ready")
+    return engine
+
+
+def _initialize_again(
+    engine: HDPissaEngine,
+    config: tuple[dict, HDPissaConfig],
+    lr: float,
+    resume_from: CheckpointReader | str | Path | None,
+) -> HDPissaEngine:
+    """The engine that the model has already; raises ConfigError where another config asks for another one."""
+    for before, now in zip(engine.config, config, strict=True):
+        if _without_lr(before) != _without_lr(now):
+            raise ConfigError(
+                f"initialize was called again for a model that is in training with another config ({before}, now "
+                f"{now}): load the model anew, or give the same config"
+            )
+    engine.optimizer.defaults["lr"] = lr
+    if resume_from is None:
+        engine.restart()
+    else:
+        engine.resume_from(resume_from)
+    return engine
+
+
+def _without_lr(config: Any) -> Any:
+    """The learning rate is a scheduler's business, and may change."""
+    if not isinstance(config, dict):
+        return config
+    optimizer = {**config["optimizer"], "params": {**config["optimizer"]["params"], "lr": None}}
+    return {**config, "optimizer": optimizer}
+
+
+def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
+    from transformers import AutoModelForCausalLM
+
+    settings, *_ = _settle(config)
+    heartbeat.reach("start.model", slow=True)
+    with sharded_load.reading_own_rows():
+        return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
+
+
+# --- what a person can get wrong -------------------------------------------------------------------
+
+
+def _settle(
+    config: str | Path | dict, lr: float | None = None
+) -> tuple[dict, HDPissaConfig, ds_config.TrainValues, SlicePlan]:
+    """Settings, section, values and plan that fit each other and this machine; what does not is told before weights.
+
+    The process group is there afterwards.
+    """
+    zero3.init_distributed()
+    settings, hd, values = resolve_config(config, lr=lr)
+    plan = make_plan(hd, values.gradient_accumulation_steps)
+    check_kernels(hd)
+    return settings, hd, values, plan
+
+
+def _choose_weights(
+    model: nn.Module, hd: HDPissaConfig, plan: SlicePlan
+) -> tuple[list[Target], dict[str, nn.Parameter]]:
+    """(targets, what DeepSpeed trains beside them by name); all else is frozen. Before DeepSpeed wraps the model."""
+    adapt.freeze(model)
+    targets = adapt.find_targets(model, hd, plan)
+    for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
+        logger.warning("%s", line)
+    beside = modules_to_save.find(model, hd.modules_to_save, targets)
+    for param in beside.values():
+        param.requires_grad_(True)
+    return targets, beside
+
+
+# --- exact values, each rank's own rows ------------------------------------------------------------
+
+
+def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan, hd: HDPissaConfig) -> Any:
+    """DeepSpeed's engine around the model, of which every rank has its rows, those of targets in the master format."""
+    kept: dict[int, Tensor] = {}  # id of a target's parameter → exact values of the own range
+    if not zero3.is_sharded(model):
+        keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
+        kept = zero3.shard_module(model, settings, keep)
+    ds = zero3.wrap(model, settings)
+    model.train()
+    found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
+    host = HostMemory(sum(t.own_range(plan).numel for t in targets), pin=torch.cuda.is_available())
+    how: dict[str, Any] = {"format": hd.master.format, "device": hd.master.device, "host": host}
+    for target, values in found:
+        target.shard = make_shard(zero3.shard_getter(target.param), values, **how)
+    return ds
+
+
+# --- factors ---------------------------------------------------------------------------------------
+
+
+def _make_store(targets: list[Target], plan: SlicePlan, hd: HDPissaConfig, rule: DeltaRule) -> FactorStore:
+    """Room for the factors, bucketed by how each target's deltas will travel; nothing is in it yet."""
+    choose_kinds(targets, plan, hd.delta.exchange)
+    buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
+    return FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
+
+
+def _decompose(
+    model: nn.Module,
+    hd: HDPissaConfig,
+    store: FactorStore,
+    exchange: FactorExchange,
+    progress: Callable[[str, int, int], None],
+) -> decompose.InitReport:
+    """Fills the store from the weights, or from an earlier run's files."""
+    return decompose.compute_slices(
+        store,
+        exchange,
+        method=hd.init.method,
+        tol=hd.init.tol,
+        placement=hd.init.placement,
+        cache=_slice_cache(hd, model, store),
+        progress=progress,
+    )
+
+
+def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
+    if hd.init.cache_dir is None:
+        return None
+    # Rank 0's word counts: other hosts may have copies of the files, with times of their own.
+    told: list[Any] = [None]
+    if store.plan.rank == 0:
+        told[0] = identity(base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values())
+    dist.broadcast_object_list(told, 0)
+    how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
+    return SliceCache(os.path.expanduser(hd.init.cache_dir), store.targets, origin=told[0], how=how)

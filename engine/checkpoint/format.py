@@ -1,0 +1,367 @@
+"""What a checkpoint's folder holds, and reading it: one process, no communication, no pickle.
+
+    checkpoint.json                       the manifest: what the run was, SHA-256 and size of every other file
+    weights-00000-of-00002.safetensors    full kind: a saving rank's exact fp32 values, `<target>[start:stop]`
+    slice-00003.safetensors               a slice's running sums of ΔA, ΔB and its Adam moments
+    factors-00003.safetensors             a slice's A and B, which never change: the same file in every checkpoint
+    beside-00000-of-00002.safetensors     of `modules_to_save`, if any, a saving rank's part of the fp32 weights and
+                                          Adam moments, `<parameter>.<state>[start:stop]`
+    rng-00001.safetensors                 a saving rank's random number generators
+    trainer_state.json                    and the like: what the caller put beside them (`extra_files`)
+
+State is named by slice and by range of a weight, never by rank, so any number of ranks can read it. Weights that are
+not trained are the base model's; the manifest holds their checksums. A file is believed only when the manifest lists
+it and its SHA-256 agrees; the manifest holds its own. Who wants to forge a checkpoint can: the sums are against
+accidents. What a forged one cannot do is run code, or name a file outside of its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..files.disk import FileRecord, read_record
+from ..sharding.slicing import ShardRange
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+MAX_MANIFEST_BYTES = 2**28
+STATE = ("exp_avg", "exp_avg_sq", "delta_sum")  # names of flat buffers of `FactorStore`
+BESIDE_STATE = ("weight", "exp_avg", "exp_avg_sq")  # of `modules_to_save`
+Kind = Literal["full", "small"]
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used as it is: damaged, or of another run."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class TargetSpec(_Strict):
+    """A trained weight (rows × cols), its slices' rank and scale; see `targets.Target`."""
+
+    name: str
+    rows: int = Field(gt=0)
+    cols: int = Field(gt=0)
+    r: int = Field(gt=0)
+    scale: float
+    transposed: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: Any) -> dict[str, Any]:
+        """Nothing is said of a Linear: such manifests, older ones among them, have no `transposed`."""
+        return {key: value for key, value in serialize(self).items() if key != "transposed" or value}
+
+
+class Base(_Strict):
+    """The model before training: where it came from, its compute dtype, every parameter's checksum in hex."""
+
+    name_or_path: str
+    dtype: str
+    checksums: dict[str, str]
+
+
+class Beside(_Strict):
+    """What DeepSpeed trains beside the slices: name → elements, and the last learning rate."""
+
+    numels: dict[str, int]
+    learning_rate: float
+
+
+class StoredFile(_Strict):
+    """Size and SHA-256 of a file."""
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Manifest(_Strict):
+    """What a checkpoint is.
+
+    Attributes:
+        step, skipped_steps: optimizer steps done, and those of them that changed nothing. updates: Adam's t.
+        adam: beta1, beta2, eps.
+        exact: whether the weights are in it, or follow from its sums but for rounding.
+        largest_grad: bound of any gradient that Adam has seen; see `bounds`.
+        world_size: ranks that saved it. slices: S.
+        residual: small kind: ‖ΔW that it leaves out‖ / ‖ΔW‖ where it was measured, else None.
+        init_residual, init_worst: what the decomposition had reached, and where.
+        client_state: the caller's, JSON-serialisable.
+        beside: the `modules_to_save`, None where there are none.
+        extra_files: names of the caller's own files.
+    """
+
+    kind: Kind
+    step: int = Field(ge=0)
+    skipped_steps: int = Field(ge=0)
+    skipped_in_a_row: int = Field(ge=0)
+    updates: int = Field(ge=0)
+    largest_grad: float
+    learning_rate: float
+    world_size: int = Field(gt=0)
+    slices: int = Field(gt=0)
+    second_order: bool
+    adam: dict[str, float]
+    exact: bool
+    residual: float | None
+    init_residual: float
+    init_worst: str
+    targets: list[TargetSpec]
+    base: Base
+    versions: dict[str, str]
+    client_state: dict[str, Any]
+    files: dict[str, StoredFile]
+    beside: Beside | None = None
+    extra_files: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}\.json$")]] = []
+
+    def render(self) -> str:
+        """The file's text, with the SHA-256 of its content."""
+        content = self.model_dump(mode="json")
+        for name in ("beside", "extra_files"):  # as it was written before there was such a thing
+            if not content[name]:
+                del content[name]
+        return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def weights_file(rank: int, world_size: int) -> str:
+    return f"weights-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def slice_file(slice_id: int) -> str:
+    return f"slice-{slice_id:05d}.safetensors"
+
+
+def factors_file(slice_id: int) -> str:
+    return f"factors-{slice_id:05d}.safetensors"
+
+
+def beside_file(rank: int, world_size: int) -> str:
+    return f"beside-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+def range_key(target: str, start: int, stop: int) -> str:
+    """The key of elements [start, stop) of a weight, flat."""
+    return f"{target}[{start}:{stop}]"
+
+
+def file_names(kind: str, slices: int, world_size: int, *, beside: bool = False) -> list[str]:
+    """All files of a checkpoint beside the manifest."""
+    names = [beside_file(k, world_size) for k in range(world_size) if beside]
+    names += [slice_file(i) for i in range(slices)] + [factors_file(i) for i in range(slices)]
+    names += [rng_file(k) for k in range(world_size)]
+    return names + [weights_file(k, world_size) for k in range(world_size) if kind == "full"]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError unless the manifest is there, whole, and lists just the files it must."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes: {REMEDY}")
+        text = path.read_text()
+        outer = json.loads(text)
+        if not isinstance(outer, dict) or set(outer) != {"format", "sha256", "content"}:
+            raise ValueError("not the keys format, sha256, content")
+        if outer["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {outer['format']!r}, this version reads {FORMAT}: {REMEDY}")
+        if outer["sha256"] != _digest(outer["content"]):
+            raise ValueError("its content is not what was written")
+        manifest = Manifest.model_validate_json(json.dumps(outer["content"]))
+        if manifest.render() != text:
+            raise ValueError("its text is not what was written")
+    except (OSError, ValidationError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be used ({_reason(error)}): {REMEDY}") from None
+    _check_files(folder, manifest)
+    return manifest
+
+
+REMEDY = "give another checkpoint"
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:160]
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
+        raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
+    beside = manifest.beside is not None
+    wanted = {*file_names(manifest.kind, manifest.slices, manifest.world_size, beside=beside), *manifest.extra_files}
+    odd = sorted(wanted ^ set(manifest.files))
+    odd += [name for name, record in manifest.files.items() if not _SHA256.fullmatch(record.sha256)]
+    if odd:
+        raise CheckpointError(f"{folder / MANIFEST} lists its files wrongly (first: {odd[0][:80]}): {REMEDY}")
+
+
+def check_file(folder: Path, name: str, record: StoredFile) -> None:
+    """Raises CheckpointError unless a file has the bytes that the manifest says."""
+    path = folder / name
+    try:
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, must have {record.bytes}: {REMEDY}")
+        found = read_record(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)}): {REMEDY}") from None
+    if found != FileRecord(record.bytes, record.sha256):
+        raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's): {REMEDY}")
+
+
+class CheckpointReader:
+    """A checkpoint's tensors, by name; what is read is checked for shape and dtype. Files are mapped, not loaded.
+
+    Args:
+        folder: of the checkpoint. Call `check` first: only files that agree with their SHA-256 are worth reading.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.specs = {t.name: t for t in self.manifest.targets}
+        self._open_files: dict[str, Any] = {}  # a header of many thousand keys is parsed once
+
+    def check(self, names: list[str] | None = None) -> None:
+        """Compares files, default all, with the manifest; raises CheckpointError."""
+        for name in sorted(self.manifest.files) if names is None else names:
+            check_file(self.folder, name, self.manifest.files[name])
+
+    def check_headers(self, names: list[str]) -> None:
+        """Looks whether files hold the tensors they must, before anything is taken from any; raises CheckpointError."""
+        for name in set(names) - set(self.manifest.extra_files):
+            file, wanted = self._open(name), self._tensors_of(name)
+            if wanted is not None and set(file.keys()) != wanted.keys():
+                raise CheckpointError(f"{self.folder / name} does not hold the tensors it must: {REMEDY}")
+            for key, shape in (wanted or {}).items():
+                self._read(file, key, shape, slice(0, 0))
+
+    def _tensors_of(self, name: str) -> dict[str, tuple[int, ...]] | None:
+        """key → shape of a file's tensors; None for generators, which differ from device to device."""
+        kind, number = name.split("-")[0], int(name.split("-")[1].split(".")[0])
+        if kind == "rng":
+            return None
+        found: dict[str, tuple[int, ...]] = {}
+        if kind == "beside":
+            for param, part in self._beside_parts(number).items():
+                keys = (range_key(f"{param}.{state}", part.start, part.stop) for state in BESIDE_STATE if part.numel)
+                found |= dict.fromkeys(keys, (part.numel,))
+            return found
+        for t in self.manifest.targets:
+            A, B = (t.r, t.cols), (t.rows, t.r)
+            if kind == "factors":
+                found |= {f"{t.name}.A": A, f"{t.name}.B": B}
+            elif kind == "slice":
+                found |= {f"{t.name}.{s}_{side}": shape for s in STATE for side, shape in (("A", A), ("B", B))}
+            else:
+                part = ShardRange.of(number, self.manifest.world_size, t.rows, t.cols)
+                found |= {range_key(t.name, part.start, part.stop): (part.numel,)} if part.numel else {}
+        return found
+
+    def close(self) -> None:
+        """Lets go of the files: one that is mapped keeps its room on the disk after it was removed."""
+        self._open_files.clear()
+
+    def slice_state(self, slice_id: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """Yields (target, which of `STATE`, A part: R × I, B part: O × R), fp32."""
+        file = self._open(slice_file(slice_id))
+        for t in self.manifest.targets:
+            for state in STATE:
+                A = self._read(file, f"{t.name}.{state}_A", (t.r, t.cols))
+                yield t.name, state, A, self._read(file, f"{t.name}.{state}_B", (t.rows, t.r))
+
+    def delta_sum(self, slice_id: int, target: str) -> tuple[Tensor, Tensor]:
+        """Σ ΔA (R × I) and Σ ΔB (O × R) of one target."""
+        t = self.specs[target]
+        file = self._open(slice_file(slice_id))
+        A = self._read(file, f"{target}.delta_sum_A", (t.r, t.cols))
+        return A, self._read(file, f"{target}.delta_sum_B", (t.rows, t.r))
+
+    def factors(self, slice_id: int, target: str) -> tuple[Tensor, Tensor]:
+        """A (R × I) and B (O × R), fp32."""
+        t = self.specs[target]
+        file = self._open(factors_file(slice_id))
+        return self._read(file, f"{target}.A", (t.r, t.cols)), self._read(file, f"{target}.B", (t.rows, t.r))
+
+    def weights(self, target: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a weight, flat fp32, put together from the saving ranks' parts."""
+        t, world = self.specs[target], self.manifest.world_size
+        if self.manifest.kind != "full":
+            raise CheckpointError(f"{self.folder} is a small checkpoint: it holds no weights, only sums; {REMEDY}")
+        found = torch.empty(stop - start, dtype=torch.float32)
+        for rank in range(world):
+            part = ShardRange.of(rank, world, t.rows, t.cols)
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first >= last:
+                continue
+            key, file = range_key(target, part.start, part.stop), self._open(weights_file(rank, world))
+            values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
+            found[first - start : last - start] = values
+        return found
+
+    def _beside_parts(self, rank: int) -> dict[str, ShardRange]:
+        """Parameter → the range that a saving rank had of it."""
+        numels = self.manifest.beside.numels if self.manifest.beside else {}
+        return {name: ShardRange.of(rank, self.manifest.world_size, numel, 1) for name, numel in numels.items()}
+
+    def beside(self, param: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a parameter of `modules_to_save`, or of a moment of it, flat fp32."""
+        found = torch.empty(stop - start, dtype=torch.float32)
+        for rank in range(self.manifest.world_size):
+            part = self._beside_parts(rank)[param]
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                key = range_key(f"{param}.{state}", part.start, part.stop)
+                file = self._open(beside_file(rank, self.manifest.world_size))
+                values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
+                found[first - start : last - start] = values
+        return found
+
+    def rng(self, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A saving rank's generators: (states by name, those that are text)."""
+        file = self._open(rng_file(rank))
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    def _open(self, name: str) -> Any:
+        try:
+            if name not in self._open_files:
+                self._open_files[name] = safe_open(self.folder / name, framework="pt")
+            return self._open_files[name]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read ({_reason(error)}): {REMEDY}") from None
+
+    def _read(self, file: Any, key: str, shape: tuple[int, ...], part: slice | None = None) -> Tensor:
+        try:
+            stored = file.get_slice(key)
+            if tuple(stored.get_shape()) != shape or stored.get_dtype() != "F32":
+                raise ValueError(f"is {stored.get_dtype()} {tuple(stored.get_shape())}, must be F32 {shape}")
+            return stored[part if part is not None else slice(None)]
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: {key} cannot be read ({_reason(error)}): {REMEDY}") from None

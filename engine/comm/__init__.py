@@ -1,0 +1,1 @@
+"""What crosses the network in a step."""

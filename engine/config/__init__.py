@@ -1,0 +1,1 @@
+"""The DeepSpeed JSON and its section `hd_pissa`: read, refused, filled."""

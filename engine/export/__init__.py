@@ -1,0 +1,1 @@
+"""The trained model as a Hugging Face folder or a LoRA adapter, streamed from the shards."""

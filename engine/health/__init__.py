@@ -1,0 +1,1 @@
+"""What is looked at while a run is in progress: silent corruption, figures of every slice."""

@@ -1,0 +1,1 @@
+"""HD-PiSSA itself: targets, slices, the layer, the update."""

@@ -1,0 +1,1 @@
+"""The optimizer of the slices, and what it keeps."""

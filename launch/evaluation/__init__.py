@@ -1,0 +1,1 @@
+"""What `hdpissa evaluate` reads, generates and compares."""

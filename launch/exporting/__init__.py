@@ -1,0 +1,1 @@
+"""Exports from checkpoints, and the model card beside each export."""

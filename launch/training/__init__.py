@@ -1,0 +1,1 @@
+"""What train.py is made of: its options, rows, early checks and results."""
