@@ -36,6 +36,11 @@ def complete(rung: Rung, loss) -> dict[str, float]:
     return losses
 
 
+def by_name(rung: Rung) -> dict:
+    losses = complete(rung, lambda r: r.rate)
+    return {r.name: r for point in rung.points for r in runs_of(rung, point, losses)}
+
+
 def test_the_better_half_of_the_rates_goes_on_and_the_best_gets_all_seeds():
     """The best of the full runs is not the best of the short ones here."""
     [point] = RUNG.points
@@ -68,6 +73,14 @@ def test_runs_that_diverged_are_the_worst():
     losses = complete(RUNG, lambda r: math.inf if r.rate > 2e-3 else abs(math.log(r.rate / 1e-3)))
     assert {r.rate for r in finalists(RUNG, RUNG.points[0], losses)} == {1e-3}
     assert complete(RUNG, lambda _: math.inf)  # and a campaign of nothing else has an end
+
+
+def test_all_arms_of_a_batch_are_tuned_before_further_seeds():
+    arms = [replace(RUNG.points[0], arm=Arm(name, "lora", r=2)) for name in "ab"]
+    rung = replace(RUNG, points=(*arms, replace(arms[0], batch=8)))
+    runs = [(r.batch, r.seed) for r in map(by_name(rung).get, complete(rung, lambda r: r.rate))]
+    assert runs == sorted(runs)
+    assert {seed for _, seed in runs} == {0, 1, 2}
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
