@@ -19,7 +19,7 @@ import launch_runs
 import pytest
 import torch
 
-from hdpissa.benchmarks.quality import run
+from hdpissa.benchmarks.quality import report, run
 from hdpissa.benchmarks.quality.campaign import finalists, missing, outward, runs_of
 from hdpissa.benchmarks.quality.rungs import RUNGS, Arm, Point, Rung
 
@@ -81,6 +81,13 @@ def test_all_arms_of_a_batch_are_tuned_before_further_seeds():
     runs = [(r.batch, r.seed) for r in map(by_name(rung).get, complete(rung, lambda r: r.rate))]
     assert runs == sorted(runs)
     assert {seed for _, seed in runs} == {0, 1, 2}
+
+
+def test_the_good_region_of_rates():
+    """Ends between the rates by straight lines, at a rate before one that diverged, or with the sweep."""
+    losses = {1e-3: 1.04, 1e-2: 1.0, 1e-1: math.inf}
+    assert report.good_region(losses) == pytest.approx((10**-2.5, 1e-2))
+    assert report.good_region({1e-3: 1.0, 1e-2: 1.01, 1e-1: 1.03}) == pytest.approx((1e-3, 10**-1.5))
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
