@@ -132,7 +132,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -158,7 +158,7 @@ def campaign(tmp_path_factory):
     second.wait()
     there = {path.name: path.stat() for path in records.glob("*.json")}
     third = start(folder)
-    assert third.wait(240) == 0
+    assert third.wait(600) == 0
     return records, names, there
 
 

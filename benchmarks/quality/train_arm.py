@@ -274,6 +274,7 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     text = plain_text(rung, folder, tokenizer)
     collate = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     loss = functools.partial(mean_loss, collate=collate, dtype=rung.dtype)
     before = (loss(model, test), loss(model, text)) if run.last else (None, None)
     total = sum(p.numel() for p in model.parameters())
