@@ -30,7 +30,7 @@ The points of a run, in order; those with a dot after "step" are beats of `pulse
     export                                    per tensor
     spectra pairs.prepare                     before the spectra; per weight, before ranks hand each other its pair
     alone.NAME                                rank 0 is about to write NAME: record (run.json), state (run_state.json),
-                                              metrics, samples, card (and tokenizer), report, folder
+                                              metrics, samples, card (and tokenizer), report (of reporters, too), folder
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ The recording was made on a CPU with AVX-512, and torch's fp32 cross entropy dep
 more than the tolerance (golden_train.py says why). On another CPU the denominator of the softmax is therefore
 summed as AVX-512 does, in 16 lanes; `--lanes 0` leaves it to this CPU.
 
+`--slices 4` has no recording: the transcription of the published algorithm, with a process for each slice, makes one.
+
 `--method reference` runs, in place of the engine, the transcription of the published algorithm that benchmarks
 compare it with (golden_reference.py): losses and ‖ΔW‖ at the same tolerances.
 """
@@ -34,10 +36,10 @@ LOSS_TOLERANCE, DELTA_TOLERANCE, ADAPTER_TOLERANCE = 1e-5, 1e-4, 1e-3
 TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def train(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> None:
-    """The recorded run: S = 2, r = 16, 80 rows, micro-batch 2 x accumulation 2 per slice, lr 2e-4 cosine."""
+def train(model: str, data: str, folder: Path, *, ranks: int, slices: int, lanes: int) -> None:
+    """The recorded run: S = 2 (or more), r = 16, 80 rows, micro-batch 2 x accumulation 2 per slice, lr 2e-4 cosine."""
     config = folder / "ds.json"
-    hd_pissa = {"r": 16, "lora_alpha": 16, "slices": 2, "target_modules": TARGETS}
+    hd_pissa = {"r": 16, "lora_alpha": 16, "slices": slices, "target_modules": TARGETS}
     config.write_text(json.dumps({"zero_optimization": {"stage": 3}, "hd_pissa": hd_pissa}))
     command = [
         Path(sys.executable).parent / "deepspeed",
@@ -55,7 +57,7 @@ def train(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> Non
     ]
     command += ["--dataset_name", data, "--dataset_split", "train[:80]", "--prompt_field", "question"]
     command += ["--response_field", "answer", "--max_length", 256, "--per_device_train_batch_size", 2]
-    command += ["--gradient_accumulation_steps", 4 // ranks, "--learning_rate", 2e-4, "--warmup_ratio", 0.03]
+    command += ["--gradient_accumulation_steps", 2 * slices // ranks, "--learning_rate", 2e-4, "--warmup_ratio", 0.03]
     command += ["--export_format", "both", "--seed", 42, "--num_train_epochs", 1, "--output_dir", folder / "run"]
     environment = {
         **os.environ,
@@ -65,13 +67,28 @@ def train(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> Non
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
 
-def train_reference(model: str, data: str, folder: Path, *, ranks: int, lanes: int) -> None:
+def train_reference(model: str, data: str, folder: Path, *, ranks: int, slices: int, lanes: int) -> None:
     """The same run by the benchmarks' transcription of the published algorithm."""
     script = ["--num_accelerators", ranks, "--master_port", 29617, ROOT / "tests/golden_reference.py"]
     command = [Path(sys.executable).parent / "deepspeed", *script, "--model", model, "--data", data]
-    command += ["--lanes", lanes, "--output_dir", folder / "run"]
+    command += ["--lanes", lanes, "--slices", slices, "--output_dir", folder / "run"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run([str(part) for part in command], check=True, env=environment)
+
+
+def record(model: str, data: str, folder: Path, *, slices: int, lanes: int) -> dict:
+    """A recording of the transcription, in the form of the published reference's."""
+    train_reference(model, data, folder, ranks=slices, slices=slices, lanes=lanes)
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    with safe_open(folder / "run" / "model" / "model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    deltas = {
+        name: read(folder / "run" / "model", name) - read(Path(model), name) for name in names[:: len(names) // 12]
+    }
+    return {
+        "loss": [row["loss"] for row in rows],
+        "delta_W": {name: {"delta_fro": delta.norm().item()} for name, delta in deltas.items()},
+    }
 
 
 def read(folder: Path, name: str) -> torch.Tensor:
@@ -128,15 +145,18 @@ def compare_adapter(base: Path, folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--golden", required=True, help="the recording, JSON")
+    parser.add_argument("--golden", help="the recording, JSON; of two slices")
     parser.add_argument("--data", required=True, help="the jsonl file whose first 80 rows were used")
     parser.add_argument("--model", help="SmolLM2-135M-Instruct in fp32; default: made by launch/demo_model.py")
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
+    parser.add_argument("--slices", type=int, default=2, choices=(2, 4))
     parser.add_argument("--method", choices=("hd_pissa", "reference"), default="hd_pissa")
     native = 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
     parser.add_argument("--lanes", type=int, default=native, help="partial sums of the softmax; 0: this CPU's own")
     args = parser.parse_args()
     print(f"this CPU: {torch.backends.cpu.get_cpu_capability()}, softmax summed in {args.lanes or 'its own'} lanes")
+    if (args.golden is None) == (args.slices == 2):
+        parser.error("give --golden, or --slices 4, which has no recording")
     if args.method == "reference" and args.ranks > 2:
         parser.error(f"--ranks {args.ranks} --method reference: its two slices take at most 2 processes; give 1 or 2")
     model = args.model
@@ -145,9 +165,14 @@ def main() -> int:
 
         model = ensure_demo_model()
     with tempfile.TemporaryDirectory() as temporary:
+        how = {"slices": args.slices, "lanes": args.lanes}
+        if args.golden:
+            golden = json.loads(Path(args.golden).read_text())
+        else:
+            golden = record(model, args.data, Path(temporary) / "recorded", **how)
         runs = {"hd_pissa": train, "reference": train_reference}
-        runs[args.method](model, args.data, Path(temporary), ranks=args.ranks, lanes=args.lanes)
-        holds = compare(json.loads(Path(args.golden).read_text()), Path(model), Path(temporary) / "run")
+        runs[args.method](model, args.data, Path(temporary), ranks=args.ranks, **how)
+        holds = compare(golden, Path(model), Path(temporary) / "run")
         if args.method == "hd_pissa":
             holds &= compare_adapter(Path(model), Path(temporary) / "run")
     return 0 if holds else 1

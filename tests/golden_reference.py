@@ -27,7 +27,7 @@ from hdpissa.engine.slicing import SlicePlan
 from hdpissa.launch.alpaca import AlpacaEncoder
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
 
-SLICES, R, MICRO, PER_SLICE, LR, SEED = 2, 16, 2, 2, 2e-4, 42
+R, MICRO, PER_SLICE, LR, SEED = 16, 2, 2, 2e-4, 42
 
 
 def read(model: str, data: str, plan: SlicePlan, accumulation: int) -> DataLoader:
@@ -47,20 +47,23 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--lanes", type=int, default=0)
+    parser.add_argument("--slices", type=int, default=2)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     if args.lanes:
         golden_train.install(args.lanes)
     zero3.init_distributed()
-    accumulation = SLICES * PER_SLICE // dist.get_world_size()
-    method = build("reference", Setting(args.model, r=R, slices=SLICES, micro_batch=MICRO, accumulation=accumulation))
+    accumulation = args.slices * PER_SLICE // dist.get_world_size()
+    method = build(
+        "reference", Setting(args.model, r=R, slices=args.slices, micro_batch=MICRO, accumulation=accumulation)
+    )
     data = read(args.model, args.data, method.plan, accumulation)
     own = itertools.islice(data, dist.get_rank(), None, dist.get_world_size())
-    losses, steps = [], len(data) // (SLICES * PER_SLICE)
+    losses, steps = [], len(data) // (args.slices * PER_SLICE)
     for step in range(steps):
         total = sum(method.micro_step(batch) for batch in itertools.islice(own, accumulation))
         dist.all_reduce(total)
-        losses.append(total.item() / (SLICES * PER_SLICE))
+        losses.append(total.item() / (args.slices * PER_SLICE))
         method.step(lr=0.5 * LR * (1 + math.cos(math.pi * step / steps)))
         if dist.get_rank() == 0:
             print(f"step {step}  loss {losses[-1]:.7f}", flush=True)

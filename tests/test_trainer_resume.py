@@ -13,6 +13,7 @@ from trainer_resume_runs import (
     best_then_preempted,
     evaluated,
     finished_then_resumed,
+    reported,
     small_after_training,
 )
 
@@ -59,3 +60,10 @@ def test_evaluation_of_flat_rows_and_of_what_is_not_finite(tmp_path):
     found = run_ranks(2, evaluated, str(tmp_path), {"slices": 2})[0]
     assert found["flat"] == pytest.approx(found["padded"], rel=1e-6)
     assert math.isnan(found["nan"])
+
+
+def test_a_reporter_that_fails_does_not_end_the_run(tmp_path):
+    found = run_ranks(2, reported, str(tmp_path), {"slices": 2})[0]
+    assert len(found["losses"]) == 4
+    assert found["written"] == pytest.approx(found["losses"][:1], rel=1e-6)
+    assert len(found["warnings"]) == 1

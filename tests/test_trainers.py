@@ -45,11 +45,13 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         (2, 1, 1, {"bf16": True}),
         (4, 2, 1, {}),
         (1, 2, 4, {"stream": True}),
+        (2, 2, 2, {"modules_to_save": ["embed_tokens", "norm"]}),
     ],
 )
 def test_trainer_equals_the_bare_loop(world, slices, accumulation, more, tmp_path):
-    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams."""
-    section = {"slices": slices}
+    """S = K, 2K, K/2; accumulation; checkpointing; bf16 with fp32 masters; streams; whole parameters beside slices."""
+    more = dict(more)
+    section = {"slices": slices, "modules_to_save": more.pop("modules_to_save", [])}
     found = run_ranks(world, trainer_run, str(tmp_path), section, gradient_accumulation_steps=accumulation, **more)
     wanted = run_ranks(world, bare_run, section, accumulation=accumulation, **more)
     assert_equal(found[0]["weights"], wanted[0]["weights"])
@@ -121,6 +123,13 @@ def test_grpo(model_folder, tmp_path):
     log = trl("grpo", model_folder, tmp_path, gradient_accumulation_steps=1)[0]["log"]
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert log[-1]["kl"] > 1e-6
+
+
+@pytest.mark.slow
+def test_a_long_generation_is_no_hang(model_folder, tmp_path):
+    """Rewards that come after 20 s in a run that may stand still for 10."""
+    log = trl("grpo", model_folder, tmp_path, gradient_accumulation_steps=1, hang_timeout=10)[0]["log"]
+    assert len(log) == 3
 
 
 @pytest.mark.parametrize("kind", ["kto", "reward"])
@@ -234,6 +243,19 @@ def test_dpo_with_a_precomputed_reference(model_folder, tmp_path):
     assert [r["loss"] for r in before["log"]] == pytest.approx([r["loss"] for r in held["log"]], rel=1e-6)
     for name, weight in held["weights"].items():
         torch.testing.assert_close(before["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_packed_rows_do_not_see_each_other(model_folder, tmp_path):
+    """Two rows packed into one, without flash attention: the losses of the same rows apart."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(4, 20, (24, 9), generator=generator).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    more = {"file": str(tmp_path / "rows.jsonl"), "train_sampling_strategy": "sequential", "max_steps": 4}
+    packing = {"packing": True, "max_length": 18, "per_device_train_batch_size": 1}
+    apart = trl("sft", model_folder, tmp_path / "apart", slices=1, **more)[0]["log"]
+    packed = trl("sft", model_folder, tmp_path / "packed", slices=1, **more, **packing)[0]["log"]
+    assert [row["loss"] for row in packed] == pytest.approx([row["loss"] for row in apart], rel=1e-5)
 
 
 def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):

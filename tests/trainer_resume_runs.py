@@ -141,3 +141,34 @@ def evaluated(folder: str, section: dict[str, Any]) -> dict[str, float]:
 
     trainer.compute_loss = poisoned
     return found | {"nan": trainer.evaluate()["eval_loss"]}
+
+
+def reported(folder: str, section: dict[str, Any]) -> dict[str, Any]:
+    """TensorBoard, whose writer fails from the second step on, as on a full disk."""
+    import logging
+
+    from transformers.integrations import TensorBoardCallback
+
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hdpissa.launch.trainers").addHandler(handler)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{folder}/tb"
+    trainer = make(folder, section, report_to="tensorboard")
+    (reporter,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback))
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and reporter.tb_writer is not None:
+                reporter.tb_writer.add_scalar = lambda *args: 1 / 0
+
+    trainer.add_callback(Fail())
+    trainer.train()
+    written = []
+    if trainer.args.process_index == 0:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(f"{folder}/tb")
+        events.Reload()
+        written = [event.value for event in events.Scalars("train/loss")]
+    return {"losses": losses(trainer), "written": written, "warnings": [w for w in told if "TensorBoard" in w]}

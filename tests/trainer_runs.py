@@ -158,6 +158,16 @@ def digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(set(text)) for text in completions]
 
 
+def late_digits(completions: list[str], **kwargs: Any) -> list[float]:
+    """`digits`, once it has taken longer than the run may stand still."""
+    import time
+
+    if not hasattr(late_digits, "late"):
+        late_digits.late = True  # type: ignore[attr-defined]
+        time.sleep(20)
+    return digits(completions)
+
+
 def trl_run(
     kind: str, model: str, folder: str, section: dict[str, Any], *, file: str = "", resume: Any = None, **more: Any
 ):
@@ -177,7 +187,7 @@ def trl_run(
         settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
     data = datasets.load_dataset("json", data_files=file, split="train") if file else trl_data(kind)
     args = getattr(trainers, f"HDPissa{name}Config")(folder, deepspeed=config(**section), **{**settings, **more})
-    extra = {"reward_funcs": digits} if kind == "grpo" else {}
+    extra = {"reward_funcs": late_digits if more.get("hang_timeout") else digits} if kind == "grpo" else {}
     trainer = getattr(trainers, f"HDPissa{name}Trainer")(model=model, args=args, train_dataset=data, **extra)
     trainer.train(resume_from_checkpoint=resume)
     return {

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
+from hdpissa.engine import pulse
 from hdpissa.engine.errors import StopError
 from hdpissa.engine.integrity import IntegrityCheck
 from hdpissa.engine.slice_figures import SliceFigures
 
 from .arguments import option
+
+logger = logging.getLogger(__name__)
 
 
 class StopOnSignals(TrainerCallback):
@@ -63,6 +67,29 @@ class StopOnSignals(TrainerCallback):
         if self._trainer.preempted:  # all of that has been decided after the step
             control.should_evaluate = control.should_save = False
         return control
+
+
+def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
+    """From its first error on (a server that cannot be reached, a full disk) a reporter is left out, with a warning."""
+    failed: list[BaseException] = []
+
+    def careful(report: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if failed:
+                return None
+            with pulse.alone("report"):
+                try:
+                    return report(*args, **kwargs)
+                except Exception as error:
+                    failed.append(error)
+                    logger.warning("%s reports no more: %s: %s", type(reporter).__name__, type(error).__name__, error)
+                    return None
+
+        return call
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(reporter, name, careful(getattr(reporter, name)))
 
 
 class SliceGuard(TrainerCallback):

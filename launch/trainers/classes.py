@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
+from hdpissa.engine import pulse
 from hdpissa.engine.errors import ConfigError
 
 from .arguments import option
@@ -49,6 +50,13 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
 
     def _check(self, args: Any) -> None:
         _refuse_head(self.run_config.section.target_modules, "leave it out")
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Here TRL generates, rewards and asks the reference, which takes longer than any forward pass."""
+        pulse.reach("generate", slow=True)
+        inputs = super()._prepare_inputs(*args, **kwargs)
+        pulse.reach("step.forward")
+        return inputs
 
 
 class HDPissaKTOTrainer(HDPissaMixin, KTOTrainer):

@@ -43,7 +43,7 @@ from hdpissa.launch.train_lock import lock_folder
 from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
-from .callbacks import SliceGuard, StopOnSignals
+from .callbacks import SliceGuard, StopOnSignals, keep_from_ending_the_run
 from .resume import existing, find_checkpoint, point_to_best, refuse_fewer_steps, refuse_other_data, sample
 from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
@@ -105,6 +105,9 @@ class HDPissaMixin(_Base):
         self._sample = sample(more.get("train_dataset"))
         with self._sharded_loading(model, args):
             super().__init__(**more)
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__module__.startswith("transformers.integrations"):
+                keep_from_ending_the_run(callback)
         self._signals, self.run_record = StopOnSignals(self), RunRecord(self)
         for callback in (self._signals, self.run_record, SliceGuard(self)):
             self.add_callback(callback)

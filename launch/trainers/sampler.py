@@ -59,8 +59,9 @@ class SliceSampler(Sampler):
         self._order, self.steps = order, rows // order.rows
         self.dropped = rows - self.steps * order.rows
         if self.steps == 0:
+            left_out = "" if rows else " (TRL leaves out rows whose prompt alone fills max_length)"
             raise ConfigError(
-                f"an optimizer step takes {order.rows} rows and the dataset has {rows}: lower "
+                f"an optimizer step takes {order.rows} rows and the dataset has {rows}{left_out}: lower "
                 f"gradient_accumulation_steps or per_device_train_batch_size, or add rows"
             )
         self._shuffled = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
