@@ -410,7 +410,7 @@ class HDPissaMixin(_Base):
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         # As text: the best loss of a schedule that follows it begins at infinity.
         scheduler = json.dumps(_plain(self.lr_scheduler.state_dict()))
-        client_state = {"scheduler": scheduler, "data": self._data_identity()}
+        client_state: dict[str, Any] = {"scheduler": scheduler, "data": self._data_identity()}
         if not hasattr(self.train_dataset, "__len__"):
             client_state["passes"] = self._passes
         client_state |= self.run_record.described
