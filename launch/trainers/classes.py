@@ -47,7 +47,7 @@ class _OwnReference:
 
     @property
     def _precompute_model_hash(self) -> str | None:
-        """Under which they are kept; TRL hashes the state dict, which under ZeRO-3 is empty, as if all were one model."""
+        """Under which they are kept; TRL hashes the state dict, which ZeRO-3 leaves empty, as if all were one model."""
         known = self.__dict__["_precompute_model_hash"]
         model = getattr(self, "ref_model", None) or self.model  # type: ignore[attr-defined]
         if known is None or not zero3.is_sharded(model):
