@@ -9,7 +9,7 @@ CUDA in a state that no fork may use.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -35,10 +35,12 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def way_to_start() -> BaseContext:
-    """How a process starts: forked from the server, or anew where torch is built for GPUs, with or without one."""
+def way_to_start(preloaded: Sequence[str] = PRELOADED) -> BaseContext:
+    """How a process starts: forked from a server that has imported some modules, or anew where torch is built for GPUs,
+    with or without one.
+    """
     if torch.version.cuda or torch.version.hip:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(list(preloaded))
     return context

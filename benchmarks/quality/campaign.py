@@ -7,6 +7,7 @@ arm is judged at the edge of its sweep. A run that diverged counts as infinitely
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,8 +76,15 @@ def runs_of(rung: Rung, point: Point, losses: Mapping[str, float]) -> Iterator[R
 
 
 def missing(rung: Rung, losses: Mapping[str, float]) -> list[Run]:
-    """The runs that are known and not there, in the order of the rung's points."""
-    return [run for point in rung.points for run in runs_of(rung, point, losses) if run.name not in losses]
+    """The runs that are known and not there, in the order of the rung's points.
+
+    Of neighbours with one batch size the first seeds come first, so that all of them are soon in the table.
+    """
+    found: list[Run] = []
+    for _, points in itertools.groupby(rung.points, key=lambda point: point.batch):
+        runs = [run for point in points for run in runs_of(rung, point, losses) if run.name not in losses]
+        found += sorted(runs, key=lambda run: run.seed)
+    return found
 
 
 def finalists(rung: Rung, point: Point, losses: Mapping[str, float]) -> list[Run]:

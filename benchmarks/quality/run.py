@@ -15,7 +15,6 @@ import dataclasses
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from hdpissa.benchmarks import apart
 from hdpissa.benchmarks.quality.campaign import Run, finalists, missing
 from hdpissa.benchmarks.quality.rungs import RUNGS, Rung
 
@@ -60,8 +60,7 @@ def work(run: Run, rung: Rung, folder: str, train: str, test: str) -> None:
 
 def carry_out(rung: Rung, folder: Path, train: str, test: str, *, jobs: int, hours: float) -> int:
     """Runs what is missing; the number of runs that ended without a record."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hdpissa.benchmarks.quality.train_arm"])
+    context: Any = apart.way_to_start(["hdpissa.benchmarks.quality.train_arm"])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{rung.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one driver

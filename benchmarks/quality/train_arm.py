@@ -172,26 +172,30 @@ class SameRows(Trainer):
 
 
 class Curve(TrainerCallback):
-    """Test loss after each third of the steps."""
+    """Test loss after each third of a run's steps; of a short run none."""
 
-    def __init__(self, measure: Any, steps: int) -> None:
-        self._measure, self._at = measure, {steps // 3, 2 * steps // 3}
+    def __init__(self, measure: Callable[[], float], run: Run) -> None:
+        self._measure, self._at = measure, {run.steps // 3, 2 * run.steps // 3} if run.last else set()
         self.metrics: list[dict[str, Any]] = []
         self.seconds = self.cpu = 0.0  # that measuring has taken
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self._at:
             begun, cpu = time.perf_counter(), time.process_time()
-            self.metrics.append({"step": state.global_step, "valid loss": self._measure()})
+            self.metrics.append({"step": state.global_step, "valid loss": finite(self._measure())})
             self.seconds += time.perf_counter() - begun
             self.cpu += time.process_time() - cpu
 
 
 class Memory(TrainerCallback):
-    """Bytes that torch holds on the GPU after each step, or the process on a CPU."""
+    """Bytes that torch holds on the GPU after each step, or the process on a CPU; `cpu`, seconds before the first."""
 
     def __init__(self) -> None:
         self._bytes: list[int] = []
+        self.cpu = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.cpu = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
@@ -263,69 +267,86 @@ def stock(model: nn.Module, arm: Arm) -> nn.Module:
 # --- one run ------------------------------------------------------------------------------------------------------
 
 
+class Task:
+    """What all arms of a rung learn from and are measured by."""
+
+    def __init__(self, rung: Rung, train_file: str, test_file: str) -> None:
+        self.rung, self.folder = rung, model_folder(rung)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.questions = read(test_file)[: rung.test_rows]
+        self.train = encode(read(train_file), self.tokenizer, rung)
+        self.test = encode(self.questions, self.tokenizer, rung)
+        self.text = plain_text(rung, self.folder, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self.collate = Collator(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def loss(self, model: nn.Module, rows: Rows) -> float:
+        return mean_loss(model, rows, self.collate, self.rung.dtype)
+
+    def measure(self, model: nn.Module, run: Run, before: float | None) -> dict[str, float | None]:
+        """The last metrics of a run; None for what it is too short for.
+
+        Args:
+            before: loss on plain text of the model that nobody has trained.
+        """
+        found: dict[str, float | None] = {"test loss": self.loss(model, self.test)}
+        found |= {"forgetting": None, "test accuracy": None}
+        if before is not None:
+            found["forgetting"] = self.loss(model, self.text) - before
+        if run.last and self.rung.exact_match:
+            found["test accuracy"] = exact_match(
+                model, self.questions[: self.rung.exact_match], self.tokenizer, self.rung
+            )
+        return found
+
+
 def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -> dict[str, Any]:
     """Trains and measures; returns the record."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     begun, created = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat()
-    folder = model_folder(rung)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tests = read(test_file)[: rung.test_rows]
-    rows, test = encode(read(train_file), tokenizer, rung), encode(tests, tokenizer, rung)
-    text = plain_text(rung, folder, tokenizer)
-    collate = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    loss = functools.partial(mean_loss, collate=collate, dtype=rung.dtype)
-    before = (loss(model, test), loss(model, text)) if run.last else (None, None)
+    task = Task(rung, train_file, test_file)
+    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    before = {"test loss": task.loss(model, task.test), "plain": task.loss(model, task.text)} if run.last else {}
     total = sum(p.numel() for p in model.parameters())
     if run.arm.method == "hd_pissa":
         kind, args = ours(run, rung, scratch)
     else:
         args = arguments(run, rung, scratch, 1)
         kind, model = SameRows, stock(model, run.arm)
-    curve, seen = Curve(lambda: loss(model, test), run.steps), Seen(collate, run.batch)
-    memory = Memory()
-    callbacks = [memory, curve] if run.last else [memory]
-    trainer = kind(
-        model, args=args, train_dataset=datasets.Dataset.from_list(rows), data_collator=seen, callbacks=callbacks
-    )
+    curve, seen, memory = Curve(lambda: task.loss(model, task.test), run), Seen(task.collate, run.batch), Memory()
+    rows = datasets.Dataset.from_list(task.train)
+    trainer = kind(model, args=args, train_dataset=rows, data_collator=seen, callbacks=[memory, curve])
     start, cpu = time.perf_counter(), time.process_time()
     error = trained(trainer)
-    seconds, cpu = time.perf_counter() - start - curve.seconds, time.process_time() - cpu - curve.cpu
-    engine = getattr(trainer, "engine", None)
-    cost = cost_of(run, model, engine) | {"cpu seconds of a step": cpu / run.steps}
-    last: dict[str, Any] = {"test loss": None, "forgetting": None, "test accuracy": None}
+    cost = cost_of(run, model, getattr(trainer, "engine", None))
+    cost |= {"cpu seconds of a step": (time.process_time() - memory.cpu - curve.cpu) / run.steps}
+    cost |= {"cpu seconds of the start": memory.cpu - cpu}
+    train_info: dict[str, Any] = {**memory.figures(), "train_time": time.perf_counter() - start - curve.seconds}
+    train_info |= {"file_size": 4 * cost["trained numbers"], "num_trainable_params": cost["trained numbers"]}
+    last: dict[str, float | None] = {"test loss": None, "forgetting": None, "test accuracy": None}
     if not error:
-        model = plain(model, engine, scratch)
-        last["test loss"] = loss(model, test)
-        if run.last:
-            last["forgetting"] = loss(model, text) - before[1]
-    if not error and not all(math.isfinite(value) for value in last.values() if value is not None):
+        last = task.measure(plain(model, getattr(trainer, "engine", None), scratch), run, before.get("plain"))
+    if not all(math.isfinite(value) for value in last.values() if value is not None):
         error, last = "the loss is not finite", dict.fromkeys(last)
-    elif not error and rung.exact_match and run.last:
-        last["test accuracy"] = exact_match(model, tests[: rung.exact_match], tokenizer, rung)
-    losses = [{"step": r["step"], "train loss": r["loss"]} for r in trainer.state.log_history if "loss" in r]
-    seen_all = {"train loss": losses[-1]["train loss"] if losses else None, "train samples": run.steps * run.batch}
-    seen_all |= {"train total tokens": seen.tokens(run.steps)}
+    losses = [{"step": r["step"], "train loss": finite(r["loss"])} for r in trainer.state.log_history if "loss" in r]
+    of_all: dict[str, Any] = {"train samples": run.steps * run.batch, "train total tokens": seen.tokens(run.steps)}
+    of_all["train loss"] = losses[-1]["train loss"] if losses else None
+    metrics = [*losses, *curve.metrics, {"step": run.steps, **last, **of_all}]
+    train_info |= {"num_total_params": total, "status": "failed" if error else "success", "metrics": metrics}
+    own = {"run": dataclasses.asdict(run), "before": before, "rows": seen.digest(run.steps), "cost": cost}
     return {
         "run_info": run_info(run, rung, created, time.perf_counter() - begun, error),
-        "train_info": {
-            **memory.figures(),
-            "train_time": seconds,
-            "file_size": 4 * cost["trained numbers"],
-            "num_trainable_params": cost["trained numbers"],
-            "num_total_params": total,
-            "status": "failed" if error else "success",
-            "metrics": [*losses, *curve.metrics, {"step": run.steps, **last, **seen_all}],
-        },
+        "train_info": train_info,
         "meta_info": meta_info(),
-        "hdpissa": {
-            "run": dataclasses.asdict(run),
-            "before": {"test loss": before[0], "plain": before[1]},
-            "rows": seen.digest(run.steps),
-            "cost": cost,
-        },
+        "hdpissa": own,
     }
+
+
+def finite(value: float) -> float | None:
+    """As JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def trained(trainer: Trainer) -> str:
@@ -415,5 +436,5 @@ def meta_info() -> dict[str, Any]:
 def write(record: dict[str, Any], path: Path) -> None:
     """A record that is there is whole."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)

@@ -19,7 +19,7 @@ import launch_runs
 import pytest
 import torch
 
-from hdpissa.benchmarks.quality import run
+from hdpissa.benchmarks.quality import report, run
 from hdpissa.benchmarks.quality.campaign import finalists, missing, outward, runs_of
 from hdpissa.benchmarks.quality.rungs import RUNGS, Arm, Point, Rung
 
@@ -34,6 +34,11 @@ def complete(rung: Rung, loss) -> dict[str, float]:
     while todo := missing(rung, losses):
         losses[todo[0].name] = loss(todo[0])
     return losses
+
+
+def by_name(rung: Rung) -> dict:
+    losses = complete(rung, lambda r: r.rate)
+    return {r.name: r for point in rung.points for r in runs_of(rung, point, losses)}
 
 
 def test_the_better_half_of_the_rates_goes_on_and_the_best_gets_all_seeds():
@@ -68,6 +73,21 @@ def test_runs_that_diverged_are_the_worst():
     losses = complete(RUNG, lambda r: math.inf if r.rate > 2e-3 else abs(math.log(r.rate / 1e-3)))
     assert {r.rate for r in finalists(RUNG, RUNG.points[0], losses)} == {1e-3}
     assert complete(RUNG, lambda _: math.inf)  # and a campaign of nothing else has an end
+
+
+def test_all_arms_of_a_batch_are_tuned_before_further_seeds():
+    arms = [replace(RUNG.points[0], arm=Arm(name, "lora", r=2)) for name in "ab"]
+    rung = replace(RUNG, points=(*arms, replace(arms[0], batch=8)))
+    runs = [(r.batch, r.seed) for r in map(by_name(rung).get, complete(rung, lambda r: r.rate))]
+    assert runs == sorted(runs)
+    assert {seed for _, seed in runs} == {0, 1, 2}
+
+
+def test_the_good_region_of_rates():
+    """Ends between the rates by straight lines, at a rate before one that diverged, or with the sweep."""
+    losses = {1e-3: 1.04, 1e-2: 1.0, 1e-1: math.inf}
+    assert report.good_region(losses) == pytest.approx((10**-2.5, 1e-2))
+    assert report.good_region({1e-3: 1.0, 1e-2: 1.01, 1e-1: 1.03}) == pytest.approx((1e-3, 10**-1.5))
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
@@ -112,7 +132,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -138,7 +158,7 @@ def campaign(tmp_path_factory):
     second.wait()
     there = {path.name: path.stat() for path in records.glob("*.json")}
     third = start(folder)
-    assert third.wait(240) == 0
+    assert third.wait(600) == 0
     return records, names, there
 
 
