@@ -403,7 +403,7 @@ def run_info(run: Run, rung: Rung, created: str, seconds: float, error: str) -> 
         "experiment_name": f"{arm.name}/batch{run.batch}-steps{run.steps}-lr{run.rate:g}-seed{run.seed}",
         "peft_branch": None,
         "train_config": {
-            "model_id": Path(rung.model).name,
+            "model_id": Path(rung.model).name if Path(rung.model).is_dir() else rung.model,
             "dtype": rung.dtype,
             "max_seq_length": rung.max_length,
             "batch_size": run.batch,
