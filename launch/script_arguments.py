@@ -236,8 +236,19 @@ def _agree(values: dict[str, Any], given: set[str]) -> None:
     values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": unsaid | merged}
 
 
+EVALUATING = {"eval_strategy", "eval_steps"}
+
+
 def _choose_evaluation(values: dict[str, Any], given: set[str]) -> None:
     """With evaluation rows: before and after training, and every eval_steps; without: never."""
+    if values["push_to_hub"]:
+        raise ConfigError("--push_to_hub: a run pushes nothing; afterwards `hf upload REPO OUTPUT_DIR/model`")
+    best = values["metric_for_best_model"] or values["load_best_model_at_end"]
+    if values["early_stopping_patience"] and not (best and given & EVALUATING):
+        raise ConfigError(
+            "--early_stopping_patience needs evaluations to compare: give --eval_steps and --metric_for_best_model "
+            "eval_loss"
+        )
     rows = values["eval_dataset_name"] or values["dataset_test_split"] or values["test_split_size"]
     if not rows:
         wanted = next((name for name in ("eval_strategy", "eval_steps", "eval_on_start") if name in given), None)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from ranks import run_ranks
 from trainer_resume_runs import (
+    best_elsewhere,
     best_not_saved,
     best_then_preempted,
     evaluated,
     finished_then_resumed,
     reported,
+    second_pass,
     small_after_training,
 )
 
@@ -60,6 +62,16 @@ def test_evaluation_of_flat_rows_and_of_what_is_not_finite(tmp_path):
     found = run_ranks(2, evaluated, str(tmp_path), {"slices": 2})[0]
     assert found["flat"] == pytest.approx(found["padded"], rel=1e-6)
     assert math.isnan(found["nan"])
+
+
+def test_a_best_checkpoint_elsewhere_costs_none_here(tmp_path):
+    found = run_ranks(2, best_elsewhere, str(tmp_path), {"slices": 2})[0]
+    assert found["best"].startswith(str(tmp_path / "a"))
+    assert found["kept"] == ["checkpoint-4"]
+
+
+def test_a_stream_is_resumed_in_its_first_pass_only(tmp_path):
+    assert run_ranks(1, second_pass, str(tmp_path), {"slices": 4}) == ["CheckpointError"]
 
 
 def test_a_reporter_that_fails_does_not_end_the_run(tmp_path):

@@ -195,6 +195,7 @@ def test_mistakes_are_found_before_a_weight_is_read(model_folder):
             {},
             {"checkpoint_kind": "small", "load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
         ),
+        "checkpoints on the hub": ("SFT", {}, {"push_to_hub": True}),
         "split batches": ("SFT", {}, {"accelerator_config": {"split_batches": True}}),
     }
     found = run_ranks(1, refusals, model_folder, cases)[0]
@@ -243,6 +244,12 @@ def test_dpo_with_a_precomputed_reference(model_folder, tmp_path):
     assert [r["loss"] for r in before["log"]] == pytest.approx([r["loss"] for r in held["log"]], rel=1e-6)
     for name, weight in held["weights"].items():
         torch.testing.assert_close(before["weights"][name], weight, rtol=0, atol=1e-6)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    log = trl("dpo", str(other), tmp_path / "q", precompute_ref_log_probs=True, **more)[0]["log"]
+    assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6), "those of the first model were taken for its own"
 
 
 @pytest.mark.slow

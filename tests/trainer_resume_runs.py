@@ -119,6 +119,31 @@ def best_not_saved(folder: str, section: dict[str, Any], **more: Any) -> dict[st
     return {"losses": found, "best": trainer.state.best_model_checkpoint, "after": trainer.evaluate()["eval_loss"]}
 
 
+def best_elsewhere(folder: str, section: dict[str, Any]) -> dict[str, Any]:
+    """A run goes on in a folder of its own, where nothing is as good as what it came from."""
+    more: dict[str, Any] = EVERY | {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "eval_loss"}
+    more |= {"load_best_model_at_end": True, "warmup_steps": 0}
+    make(f"{folder}/a", section, max_steps=2, **more).train()
+    trainer = make(f"{folder}/b", section, learning_rate=1.0, save_total_limit=1, **more)
+    trainer.train(resume_from_checkpoint=f"{folder}/a/checkpoint-2")
+    return {"best": trainer.state.best_model_checkpoint, "kept": checkpoints(f"{folder}/b")}
+
+
+def second_pass(folder: str, section: dict[str, Any]) -> str:
+    """The error of a run that is resumed in the second pass over a stream."""
+    from hdpissa.launch.trainers import HDPissaTrainer
+
+    more = {"max_steps": 8, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 4}
+    for resume in (None, f"{folder}/checkpoint-6"):
+        args = arguments(folder, section, **more)
+        trainer = HDPissaTrainer(tiny_llama(), args=args, train_dataset=rows().to_iterable_dataset())
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Exception as error:
+            return type(error).__name__
+    return "nothing"
+
+
 def flat_rows(features: list[dict[str, Any]]) -> Any:
     """Rows one after the other in a single one, in a mapping that is no dict."""
     from transformers import BatchEncoding, DataCollatorWithFlattening

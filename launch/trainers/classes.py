@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-from hdpissa.engine import pulse
+from hdpissa.engine import pulse, zero3
 from hdpissa.engine.errors import ConfigError
 
 from .arguments import option
 from .mixin import HDPissaMixin
+
+logger = logging.getLogger(__name__)
 
 
 class HDPissaTrainer(HDPissaMixin, Trainer):
@@ -36,7 +42,30 @@ class HDPissaSFTTrainer(HDPissaMixin, SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
-class HDPissaDPOTrainer(HDPissaMixin, DPOTrainer):
+class _OwnReference:
+    """For trainers that keep the log-probabilities of a reference on disk."""
+
+    @property
+    def _precompute_model_hash(self) -> str | None:
+        """Under which they are kept; TRL hashes the state dict, which ZeRO-3 leaves empty, as if all were one model."""
+        known = self.__dict__["_precompute_model_hash"]
+        model = getattr(self, "ref_model", None) or self.model  # type: ignore[attr-defined]
+        if known is None or not zero3.is_sharded(model):
+            return known
+        own = hashlib.sha256()
+        for name, param in model.named_parameters():
+            own.update(name.encode())
+            own.update(zero3.shard_view(param).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, own.hexdigest())
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+
+    @_precompute_model_hash.setter
+    def _precompute_model_hash(self, found: str | None) -> None:
+        self.__dict__["_precompute_model_hash"] = found
+
+
+class HDPissaDPOTrainer(_OwnReference, HDPissaMixin, DPOTrainer):
     """`trl.DPOTrainer` with HD-PiSSA."""
 
     def _check(self, args: Any) -> None:
@@ -58,8 +87,19 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
         pulse.reach("step.forward")
         return inputs
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL counts its forward passes from 0, and keeps no completions that it has generated for several steps."""
+        found = super()._prepare_for_training(*args, **kwargs)
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if self._step % (self.args.steps_per_generation * self.num_iterations) and self.is_world_process_zero():
+            logger.warning(
+                "step %d lies between two generations: their completions are generated anew, by the model of now",
+                self.state.global_step,
+            )
+        return found
 
-class HDPissaKTOTrainer(HDPissaMixin, KTOTrainer):
+
+class HDPissaKTOTrainer(_OwnReference, HDPissaMixin, KTOTrainer):
     """`trl.KTOTrainer` with HD-PiSSA. Its KL is a mean over what all ranks compute at a time."""
 
     def _check(self, args: Any) -> None:

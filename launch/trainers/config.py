@@ -138,5 +138,7 @@ def _refuse(args: Any) -> None:
     found = [f"{name} is {value}: must be off, because {why}" for name, (value, why) in said.items() if value]
     if not str(args.optim.value if hasattr(args.optim, "value") else args.optim).startswith("adamw"):
         found.append(f"optim is {args.optim}: must be adamw_torch, because slices have their own Adam")
+    if args.push_to_hub and args.hub_strategy != "end":
+        found.append(f"hub_strategy is {args.hub_strategy.value}: must be end, because checkpoints are not pushed")
     if found:
         raise ConfigError("; ".join(found))

@@ -44,7 +44,15 @@ from . import config as run_config
 from .accelerate_cpu import check_world_size
 from .arguments import option
 from .callbacks import SliceGuard, StopOnSignals, keep_from_ending_the_run
-from .resume import existing, find_checkpoint, point_to_best, refuse_fewer_steps, refuse_other_data, sample
+from .resume import (
+    existing,
+    find_checkpoint,
+    point_to_best,
+    refuse_fewer_steps,
+    refuse_other_data,
+    refuse_passes,
+    sample,
+)
 from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
@@ -94,8 +102,8 @@ class HDPissaMixin(_Base):
         for name in ("peft_config", "quantization_config", "optimizer_cls_and_kwargs", "model_init"):
             if more.get(name) is not None:
                 raise ConfigError(f"{name} is given: W itself is trained here, by slices of its own; leave it out")
-        if (more.get("optimizers") or (None,))[0] is not None:
-            raise ConfigError("optimizers[0] is given: slices have their own Adam; leave it out")
+        if any(given is not None for given in more.get("optimizers") or ()):
+            raise ConfigError("optimizers is given: slices have their own Adam; say lr_scheduler_type, or leave it out")
         check_world_size(args.world_size)
         self.run_config = run_config.read(args, self.section_defaults)
         self._check(args)
@@ -161,6 +169,11 @@ class HDPissaMixin(_Base):
             refuse_fewer_steps(reader, max_steps)
             if not self.args.ignore_data_skip:
                 refuse_other_data(reader, self._data_identity())
+                refuse_passes(reader)
+            if getattr(self.args, "sync_ref_model", False):
+                raise ConfigError(
+                    "sync_ref_model: the moving reference is in no checkpoint; begin anew without resuming"
+                )
         self._make_engine(reader)
         self._generators = generators()
         point_to_best(Path(self.args.output_dir), self.state.best_model_checkpoint)
@@ -202,6 +215,7 @@ class HDPissaMixin(_Base):
         lock_folder(Path(self.args.output_dir), self.args.process_index)
         self._reader = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir))
         self._steps_since_log: list[StepResult] = []
+        self._passes = -1  # over the rows, that are complete
         eval_on_start = self.args.eval_on_start
         if self._reader is not None:
             self.args.eval_on_start = False  # that was before the first step
@@ -219,15 +233,19 @@ class HDPissaMixin(_Base):
         if self.state.global_step >= self.state.max_steps:  # a finished run was resumed
             self.control.should_training_stop = True
             return
+        self._passes += 1
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Trainer loads the best checkpoint, and with save_total_limit=1 removes all others."""
+        """Trainer loads the best checkpoint; with save_total_limit=1 it would remove all others of the folder."""
         self._finish_saves()
-        # The one that a preempted run has just saved is what it goes on from, whatever is best so far.
         best = None if self.preempted else self.state.best_model_checkpoint
         self.state.best_model_checkpoint = existing(best, Path(self._get_output_dir(trial=trial)))
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the engine has seen to it
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def _watching(self) -> contextlib.AbstractContextManager:
         hang_s = option(self.args, "hang_timeout")
@@ -319,6 +337,7 @@ class HDPissaMixin(_Base):
             "rows of a micro-batch": self._train_batch_size,
             "rows of a step": order.rows,
             "rows": len(self.train_dataset) if known else None,
+            "workers of a stream": None if known else self.args.dataloader_num_workers,
             "sample": self._sample,
         }
 
@@ -332,7 +351,8 @@ class HDPissaMixin(_Base):
             return super().prediction_step(model, inputs, *args, **kwargs)
         labels = self._without_fill(labels, inputs.get("position_ids"))
         found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
-        tokens = (labels[:, 1:] != -100).sum()
+        shifted = getattr(self, "_loss_shifts_labels", True)
+        tokens = ((labels[:, 1:] if shifted else labels) != -100).sum()
         if found[0] is not None:
             loss = torch.where(tokens > 0, found[0].double() * tokens, 0.0)  # of no tokens it is 0 / 0
             self._evaluated += torch.stack([loss, tokens]).to(self._evaluated)
@@ -390,7 +410,9 @@ class HDPissaMixin(_Base):
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         # As text: the best loss of a schedule that follows it begins at infinity.
         scheduler = json.dumps(_plain(self.lr_scheduler.state_dict()))
-        client_state = {"scheduler": scheduler, "data": self._data_identity()}
+        client_state: dict[str, Any] = {"scheduler": scheduler, "data": self._data_identity()}
+        if not hasattr(self.train_dataset, "__len__"):
+            client_state["passes"] = self._passes
         client_state |= self.run_record.described
         save = functools.partial(
             self.engine.save_checkpoint,
@@ -410,8 +432,6 @@ class HDPissaMixin(_Base):
             self._save_failed(str(error))
             if self.preempted:  # there is no other step to save after
                 self._save_last(save)
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / f"checkpoint-{state.global_step}"))
 
     def _save_last(self, save: Callable[[], Any]) -> None:
         try:

@@ -94,6 +94,15 @@ def refuse_fewer_steps(reader: CheckpointReader, max_steps: int) -> None:
         )
 
 
+def refuse_passes(reader: CheckpointReader) -> None:
+    """Raises CheckpointError for a stream that had been through: where its next pass stood is not known."""
+    if passes := reader.manifest.client_state.get("passes", 0):
+        raise CheckpointError(
+            f"{reader.folder} was saved in pass {passes + 1} over a stream, and a stream is resumed in its first only: "
+            f"give ignore_data_skip=True to begin a pass anew, or a dataset that is no stream"
+        )
+
+
 def sample(dataset: Any) -> str | None:
     """Checksum of up to 64 rows of a dataset as it was given; None where rows cannot be asked for by number.
 
