@@ -220,7 +220,7 @@ def weight_decay_of(arm: Arm, rung: Rung) -> float:
 def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HDPissaTrainingArguments:
     """For stock Trainer, too: they allow bf16 on a CPU."""
     micro = min(rung.micro, run.batch // slices)
-    settings = {
+    settings: dict[str, Any] = {
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": run.batch // micro,
         "max_steps": run.steps, "learning_rate": run.rate, "lr_scheduler_type": "cosine",
         "warmup_steps": int(rung.warmup * run.steps), "max_grad_norm": rung.clip, "seed": run.seed,
