@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.method import adapt
 from hdpissa.engine.sharding import zero3
+from hdpissa.launch import shipped_configs
 
-CONFIGS = Path(ds_config.__file__).resolve().parents[1] / "ds_configs"
+CONFIGS = shipped_configs.FOLDER
 # Elements of the buffer that DeepSpeed reduces gradients in; its default of 500 million is 2 GB in fp32. The engine has
 # the smaller one in its own config.
 REDUCED_AT_LEAST, REDUCED_AT_MOST = 10_000, 50_000_000

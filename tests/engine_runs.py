@@ -8,14 +8,18 @@ from tiny import build, tiny_batch
 
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:
-    """Every trained weight, exact, on rank 0 (empty elsewhere); those that are trained whole as they compute."""
+    """Every target's weight, exact, on rank 0 (empty elsewhere)."""
+    gathered = {f"{t.name}.weight": gather_exact(t, engine.plan) for t in engine.targets}
+    return {name: w.clone() for name, w in gathered.items() if w is not None}
+
+
+def all_trained(engine) -> dict[str, torch.Tensor]:
+    """The same, and the parameters that are trained whole."""
     from hdpissa.engine.sharding import zero3
 
-    gathered = {f"{t.name}.weight": gather_exact(t, engine.plan) for t in engine.targets}
     beside = engine.optimizer.beside.params.items() if engine.optimizer.beside else ()
     whole = {name: zero3.whole_value(param) for name, param in beside}
-    found = {name: w.clone() for name, w in gathered.items() if w is not None}
-    return found | {name: w.clone() for name, w in whole.items() if engine.plan.rank == 0}
+    return whole_weights(engine) | {name: w.clone() for name, w in whole.items() if engine.plan.rank == 0}
 
 
 def gather_exact(target, plan) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import torch
-from engine_runs import whole_weights
+from engine_runs import all_trained, whole_weights
 from tiny import tiny_llama
 
 SEED, LR, MICRO = 3, 1e-3, 2
@@ -64,7 +64,7 @@ def trainer_run(
     trainer.train(resume_from_checkpoint=resume)
     return {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "weights": whole_weights(trainer.engine),
+        "weights": all_trained(trainer.engine),
         "names": [name for name, _ in trainer.model.named_parameters()],
         "steps": trainer.state.global_step,
     }
@@ -101,7 +101,7 @@ def bare_run(
             result = engine.step()
         scheduler.step()
         losses.append(result.loss)
-    return {"losses": losses, "weights": whole_weights(engine)}
+    return {"losses": losses, "weights": all_trained(engine)}
 
 
 def resumed_run(folder: str, section: dict[str, Any], *, stop_at: int, world_again: int | None = None, **more: Any):

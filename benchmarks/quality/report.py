@@ -35,7 +35,8 @@ class Records:
         return self._all[name]["hdpissa"]["cost"][key]
 
     def curve(self, name: str, key: str) -> list[tuple[int, float]]:
-        return [(row["step"], row[key]) for row in self._all[name]["train_info"]["metrics"] if key in row]
+        rows = self._all[name]["train_info"]["metrics"]
+        return list({row["step"]: row[key] for row in rows if key in row}.items())  # the last step has two rows
 
 
 def spread(values: list[float], digits: int = 4) -> str:

@@ -221,7 +221,7 @@ def weight_decay_of(arm: Arm, rung: Rung) -> float:
 def arguments(run: Run, rung: Rung, folder: str, slices: int, **more: Any) -> HDPissaTrainingArguments:
     """For stock Trainer, too: they allow bf16 on a CPU."""
     micro = min(rung.micro, run.batch // slices)
-    settings = {
+    settings: dict[str, Any] = {
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": run.batch // micro,
         "max_steps": run.steps, "learning_rate": run.rate, "lr_scheduler_type": "cosine",
         "warmup_steps": int(rung.warmup * run.steps), "max_grad_norm": rung.clip, "seed": run.seed,
@@ -404,7 +404,7 @@ def run_info(run: Run, rung: Rung, created: str, seconds: float, error: str) -> 
         "experiment_name": f"{arm.name}/batch{run.batch}-steps{run.steps}-lr{run.rate:g}-seed{run.seed}",
         "peft_branch": None,
         "train_config": {
-            "model_id": Path(rung.model).name,
+            "model_id": Path(rung.model).name if Path(rung.model).is_dir() else rung.model,
             "dtype": rung.dtype,
             "max_seq_length": rung.max_length,
             "batch_size": run.batch,

@@ -17,6 +17,14 @@ from hdpissa.launch.training.script_arguments import Arguments
 
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 OF_TRL = ("messages", "conversations", "prompt", "input_ids")  # SFTTrainer reads these, and dataset_text_field
+# Sets of columns of which a trainer takes any.
+NEEDED = {
+    "sft": (("messages",), ("conversations",), ("prompt", "completion"), ("input_ids",)),
+    "dpo": (("chosen", "rejected"),),
+    "reward": (("chosen", "rejected"),),
+    "kto": (("completion", "label"), ("chosen", "rejected")),
+    "grpo": (("prompt",),),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ def read_rows(arguments: Arguments, tokenizer: Any) -> Rows:
         held_out = load(arguments, str(name), script.dataset_test_split or "train", streaming=False)
     template, chat = _kind_of(train, arguments)
     train, held_out = (rows and _mapped(rows, arguments, tokenizer, template) for rows in (train, held_out))
+    if template is None:
+        for rows in filter(None, (train, held_out)):
+            _refuse_columns(rows, arguments)
     return Rows(train, held_out, template, chat)
 
 
@@ -109,6 +120,19 @@ def instruction_columns(rows: Any, arguments: Arguments) -> dict[str, str]:
             f"--response_field to two of them, or rename columns to what TRL takes"
         )
     return {}
+
+
+def _refuse_columns(rows: Any, arguments: Arguments) -> None:
+    """Raises ConfigError for rows that TRL's trainer would stumble over."""
+    columns, kind = _columns(rows), arguments.kind
+    texts = ((arguments.training.dataset_text_field,),) if kind == "sft" else ()
+    choices = (*NEEDED[kind], *texts)
+    if not any(set(choice) <= set(columns) for choice in choices):
+        wanted = "; or ".join(" and ".join(choice) for choice in choices)
+        raise ConfigError(
+            f"--trainer {kind} takes rows with the columns {wanted}; the dataset has {', '.join(columns)}: rename them, "
+            f"or name two with --prompt_field and --response_field"
+        )
 
 
 def _mapped(rows: Any, arguments: Arguments, tokenizer: Any, template: PromptTemplate | None) -> Any:

@@ -52,6 +52,7 @@ TRAIN = {
     "broken data": {"dataset_name": "DIR/broken.jsonl"},
     "empty data": {"dataset_name": "DIR/empty.jsonl"},
     "wrong column": {"prompt_field": "prompt"},
+    "rows of another trainer": {"trainer": "dpo"},
     "a row without answer": {"dataset_name": "DIR/hole.jsonl"},
     "unknown split": {"dataset_split": "valid"},
     "template without placeholder": {"prompt_template": "DIR/notes.txt"},
