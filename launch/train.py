@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> bool:
     script, args = arguments.script, arguments.training
     empty = run_checks.check(arguments)
     tokenizer = run_checks.read_tokenizer(str(script.model_name_or_path), script.model_revision, args.trust_remote_code)
+    if arguments.kind == "grpo":
+        rewards(script)  # a mistake in their names is told before rows are read
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"

@@ -169,7 +169,7 @@ def test_no_op_is_probed_for_a_gpu():
 import torch.distributed as dist
 from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
-from hdpissa.engine import zero3
+from hdpissa.engine.sharding import zero3
 
 dist.init_process_group("gloo")
 get_accelerator().set_device = lambda index: None
