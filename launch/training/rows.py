@@ -130,8 +130,8 @@ def _refuse_columns(rows: Any, arguments: Arguments) -> None:
     if not any(set(choice) <= set(columns) for choice in choices):
         wanted = "; or ".join(" and ".join(choice) for choice in choices)
         raise ConfigError(
-            f"--trainer {kind} takes rows with the columns {wanted}; the dataset has {', '.join(columns)}: rename them, "
-            f"or name two with --prompt_field and --response_field"
+            f"--trainer {kind} takes rows with the columns {wanted}; the dataset has {', '.join(columns)}: rename "
+            f"them, or name two with --prompt_field and --response_field"
         )
 
 
