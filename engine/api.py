@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import consensus
 from .checkpoint import state as checkpoint
 from .checkpoint.format import CheckpointReader
 from .comm.buckets import make_buckets
@@ -228,9 +228,7 @@ def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> Sli
     if hd.init.cache_dir is None:
         return None
     # Rank 0's word counts: other hosts may have copies of the files, with times of their own.
-    told: list[Any] = [None]
-    if store.plan.rank == 0:
-        told[0] = identity(base_files.checkpoint_files(getattr(model, "name_or_path", "") or "").values())
-    dist.broadcast_object_list(told, 0)
+    files = base_files.checkpoint_files
+    origin = consensus.from_rank0(lambda: identity(files(getattr(model, "name_or_path", "") or "").values()))
     how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
-    return SliceCache(os.path.expanduser(hd.init.cache_dir), store.targets, origin=told[0], how=how)
+    return SliceCache(os.path.expanduser(hd.init.cache_dir), store.targets, origin=origin, how=how)

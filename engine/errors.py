@@ -1,13 +1,14 @@
-"""The exceptions that are told in one line, without a traceback.
+"""Errors that users see as one line, without a traceback.
 
-Everything a person can get wrong (a config key, a path, a column name) is
-raised as `ConfigError` with one line that names the value, the rule and the
-remedy. Scripts under `launch/` print that line on rank 0 and exit with code 2.
-Ranks that lose each other raise `LostError`; each prints its line, exit code 1.
-What all ranks have found out together and no run should go on with raises
-`StopError` on all of them; rank 0 prints the line, exit code 1.
-Anything else is a bug and keeps its traceback.
+* `ConfigError`: bad input (a config key, a path, a column name). Scripts under `launch/` print the line on rank 0 and
+  exit with code 2.
+* `LostError`: ranks lost each other. Each prints its line and exits with code 1.
+* `StopError`: all ranks found together that the run must not go on. Rank 0 prints the line; exit code 1.
+
+Any other exception is a bug and keeps its traceback.
 """
+
+from __future__ import annotations
 
 
 class ConfigError(ValueError):
@@ -20,3 +21,18 @@ class LostError(RuntimeError):
 
 class StopError(RuntimeError):
     """The run must not go on, and every rank knows it. The message is one line: what, at which step, on which rank."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception as part of a one-line message, at most `limit` characters.
+
+    For an error of the file system the file and the system's words ("x.json: No space left on device"), for this
+    package's own errors their message, for any other "KeyError: 'name'".
+    """
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, (ConfigError, LostError, StopError)):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:limit]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hdpissa.engine.files import atomic
 
 AFTER_TRAINING = "after training"  # `when` a sample is of the model that is exported, whichever step that has
 # Dense bf16 peak in FLOP/s, by the vendors' data sheets.
@@ -25,13 +26,6 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key in device_name), None)
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, rank: int = 0) -> None:
-    """Writes a JSON file that a reader never sees half-written, whatever other ranks are writing there."""
-    temporary = path.with_name(f".{path.name}.{rank}.partial")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
-
-
 def keep_rows(path: Path, steps: int) -> None:
     """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again.
 
@@ -39,9 +33,7 @@ def keep_rows(path: Path, steps: int) -> None:
     """
     rows = _whole_lines(path) if steps else ()
     kept = [line + "\n" for line, row in rows if row["step"] <= steps and row.get("when") != AFTER_TRAINING]
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    atomic.write_text(path, "".join(kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.files import atomic
 from hdpissa.launch import command_line
 from hdpissa.launch.metrics import RunFiles, counted, read_json
 
@@ -65,9 +66,10 @@ def write_report(folder: Path, state: Mapping[str, Any] | None = None) -> list[s
     with _style():
         drawn = draw_loss(record), draw_slices(record), draw_spectra(spectra)
         if loss := drawn[0]:
-            _replace(folder / LOSS, lambda path: loss.figure.savefig(path, format="png", dpi=130))
+            with atomic.replacing(folder / LOSS) as draft:
+                loss.figure.savefig(draft, format="png", dpi=130)
     page = render(record, state or record.state, [picture for picture in drawn if picture], spectra)
-    _replace(folder / PAGE, lambda path: path.write_text(page))
+    atomic.write_text(folder / PAGE, page)
     return [PAGE, LOSS] if loss else [PAGE]
 
 
@@ -248,13 +250,6 @@ def _axes(width: float, height: float, rows: int = 1, columns: int = 1, **more: 
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **more)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..distributed.faults import fault
 from ..errors import ConfigError
-from ..files import disk
+from ..files import atomic, disk
 from .format import MANIFEST
 
 LATEST, BEST = "latest", "best"
@@ -61,10 +61,10 @@ def publish(written: Path, folder: Path, *, best: bool = False) -> None:
             os.rename(replaced, folder)
         raise
     fault("save.before_latest")
-    disk.replace_text(folder.parent / LATEST, folder.name + "\n")
+    atomic.write_text(folder.parent / LATEST, folder.name + "\n", "save")
     fault("save.after_latest")
     if best:
-        disk.replace_text(folder.parent / BEST, folder.name + "\n")
+        atomic.write_text(folder.parent / BEST, folder.name + "\n", "save")
     if replaced is not None:
         disk.remove(replaced)
 
@@ -153,7 +153,7 @@ def point_to_best(parent: Path, tag: str | None) -> None:
     if tag is None:
         (parent / BEST).unlink(missing_ok=True)
     else:
-        disk.replace_text(parent / BEST, tag + "\n")
+        atomic.write_text(parent / BEST, tag + "\n", "save")
 
 
 def _named(pointer: Path) -> str | None:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..comm.exchange import FactorExchange
 from ..directions.decompose import InitReport
 from ..distributed import heartbeat
@@ -220,14 +221,14 @@ def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointR
         CheckpointError: on all ranks alike.
     """
     path, rank, world_size = Path(path), dist.get_rank(), dist.get_world_size()
-    choice: list[Any] = [None]
-    if rank == 0:
+
+    def candidates() -> list[str]:
         itself = (path / layout.MANIFEST).is_file()
         found = [path] if itself else directory.candidates(path) if path.is_dir() else []
-        choice = [[str(p) for p in (found if fall_back else found[:1])]]
-    dist.broadcast_object_list(choice, 0)  # what rank 0 sees, so that all try the same
+        return [str(p) for p in (found if fall_back else found[:1])]
+
     problems = []
-    for candidate in choice[0]:
+    for candidate in consensus.from_rank0(candidates):  # what rank 0 sees, so that all try the same
         reader, problem = _verified(Path(candidate), rank, world_size)
         if reader is not None and problem is None:
             return reader
@@ -249,9 +250,7 @@ def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReade
         reader.check_headers(names)
     except CheckpointError as error:
         problem = str(error)
-    answers: list[Any] = [None] * world_size
-    dist.all_gather_object(answers, problem)
-    return reader, next((a for a in answers if a is not None), None)
+    return reader, consensus.first(problem)
 
 
 def refuse_others(
@@ -330,9 +329,8 @@ def refuse_changed(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
     """Raises CheckpointError, on all ranks alike, for a small checkpoint when W is not the base model's any more."""
     if reader.manifest.kind != "small":
         return
-    changed = optimizer.store.delta_sum.any()  # `updates` may be of a run that began anew on these weights
-    dist.all_reduce(changed := changed.int(), dist.ReduceOp.MAX)
-    if changed:
+    # `updates` may be of a run that began anew on these weights
+    if consensus.any_rank(bool(optimizer.store.delta_sum.any())):
         raise CheckpointError(
             f"{reader.folder} is a small checkpoint and this engine has trained: the checkpoint's sums are applied to "
             f"the base model's weights; load the model anew, or save full checkpoints"

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import consensus
 from ..distributed import heartbeat
 from ..files import disk
 from ..files.disk import FileRecord
@@ -189,21 +190,14 @@ class Saver:
 
     def _agree(self, job: Job, action: Callable[[], T]) -> list[T]:
         """Every rank's result, where all succeeded."""
-        result, problem = None, None
         try:
-            result = action()
-        except Exception as error:  # whatever it is: the other ranks wait for our word
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            problem = f"rank {self.rank}: {' '.join(str(reason).split())}"
-        answers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(answers, (result, problem), group=self._group)
-        problems = [p for _, p in answers if p]
-        if problems:
+            return consensus.gather(consensus.together(action, self._group), self._group)
+        except consensus.RankFailedError as error:
             if self.rank == 0:
                 with contextlib.suppress(OSError):  # a disk that fails may fail here, too; the next save cleans up
                     disk.remove(directory.partial(job.folder))
-            raise SaveError(f"{job.folder} was not saved ({problems[0]}); earlier checkpoints are as they were")
-        return [r for r, _ in answers]
+            text = f"{job.folder} was not saved ({error}); earlier checkpoints are as they were"
+        raise SaveError(text)
 
     def _prepare(self, job: Job, partial: Path, need: int) -> None:
         if self.rank:

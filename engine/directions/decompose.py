@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import consensus
 from ..comm.buckets import Bucket
 from ..comm.exchange import FactorExchange
 from ..distributed import heartbeat
@@ -86,9 +87,7 @@ def compute_slices(
 
 def _worst(mine: InitReport) -> InitReport:
     """The report with the largest residual of all ranks, on all ranks."""
-    reports: list[InitReport] = [mine] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
-    return max(reports, key=lambda report: report.residual)
+    return max(consensus.gather(mine), key=lambda report: report.residual)
 
 
 class _Own:
@@ -130,12 +129,12 @@ def _from_cache(cache: SliceCache, store: FactorStore) -> list[_Own] | None:
         own.append(_Own(bucket))
         for target, A_SRI, B_SOR in own[-1].parts:
             problem = problem or cache.read(target.name, store.plan.owned, A_SRI, B_SOR)
-    problem = _first(problem)
+    problem = consensus.first(problem)
     if problem is None:
         residual = _misfit([part for bucket in own for part in bucket.parts], store.plan)
         foreign = f"its slices are not those of these weights (relative residual {residual:.1e})"
         limit = SLACK * max(cache.reached()[0], ROUNDING)
-        problem = _first(None if residual <= limit else foreign)  # a float may differ from rank to rank
+        problem = consensus.first(None if residual <= limit else foreign)  # a float may differ from rank to rank
     if problem is None:
         return own
     if store.plan.rank == 0:
@@ -249,7 +248,8 @@ class _Pipeline:
             matrices = [self._arrived(a) for a in arriving]
             arriving = self._gather(wave + 1)
             parts, residual, problem = self._decompose(wave, matrices)
-            _raise_together(problem)
+            if (problem := consensus.first(problem)) is not None:
+                raise ConfigError(problem)
             del matrices
             yield from map(self._received, leaving)
             leaving = self._scatter(wave, parts, residual)
@@ -316,21 +316,3 @@ class _Pipeline:
             [self.plan.slices_per_rank * leaving.target.r * n for n in (leaving.target.cols, leaving.target.rows)]
         )
         return A, B, leaving.residual
-
-
-# --- agreement --------------------------------------------------------------------------------------
-
-
-def _first(problem: str | None) -> str | None:
-    """The first rank's problem, on every rank."""
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, problem)
-    return next((text for text in told if text is not None), None)
-
-
-def _raise_together(problem: str | None) -> None:
-    """Raises any rank's problem on every rank, so that none is left waiting in the next collective."""
-    flag = torch.tensor([0 if problem is None else 1], device=zero3.device())
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
-        raise ConfigError(str(_first(problem)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import atomic
 from ..method.targets import Target
 
 Identity = tuple[str, int, int]
@@ -60,24 +60,15 @@ class SliceCache:
     def write(self, name: str, A_SRI: Tensor, B_SOR: Tensor) -> None:
         """Keeps all slices of a target; raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = self._file(name)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file({"A": A_SRI.float().cpu().contiguous(), "B": B_SOR.float().cpu().contiguous()}, partial)
-            os.replace(partial, target)
+            with atomic.replacing(self._file(name)) as draft:
+                save_file({"A": A_SRI.float().cpu().contiguous(), "B": B_SOR.float().cpu().contiguous()}, draft)
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from None
-        finally:
-            partial.unlink(missing_ok=True)
 
     def finish(self, residual: float, worst: str) -> None:
         """Declares the cache complete; call when all targets are written."""
-        partial = self._index.with_suffix(f".{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps({"residual": residual, "worst": worst, "targets": len(self.targets)}))
-            os.replace(partial, self._index)
-        finally:
-            partial.unlink(missing_ok=True)
+        atomic.write_json(self._index, {"residual": residual, "worst": worst, "targets": len(self.targets)})
 
     def reached(self) -> tuple[float, str]:
         """(largest residual, its target) when the slices were computed."""

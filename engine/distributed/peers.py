@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import psutil
 import torch.distributed as dist
 
+from .. import consensus
 from ..errors import LostError
 from . import blame, heartbeat
 from .blame import Answer, Place
@@ -186,16 +187,14 @@ class Peers:
     @classmethod
     def meet(cls, address: str, timeout_s: float, hang_s: float) -> Peers:
         """Opens the own door and tells the others where it is; collective."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        tokens = [secrets.token_hex(16)]
-        dist.broadcast_object_list(tokens, 0)
-        door = Door(address, tokens[0])
+        rank = dist.get_rank()
+        token = consensus.from_rank0(lambda: secrets.token_hex(16))
+        door = Door(address, token)
         own = Peer(rank, socket.gethostname(), address, door.port)
-        met: list[Peer] = [own] * world
-        dist.all_gather_object(met, own)
+        met = consensus.gather(own)
         if len({peer.host for peer in met}) > 1:  # another host's loopback address would be our own
             met = [Peer(p.rank, p.host, p.address, 0) if is_loopback(p.address) else p for p in met]
-        return cls(rank, met, timeout_s, hang_s, door=door, token=tokens[0])
+        return cls(rank, met, timeout_s, hang_s, door=door, token=token)
 
     def may_speak(self) -> bool:
         """True once: the exception and the watch may both find the same loss."""

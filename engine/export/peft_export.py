@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..distributed.faults import fault
 from ..errors import ConfigError
-from ..method.pretrained import agreed, names_by_param
+from ..method.pretrained import names_by_param
 from ..method.targets import Target
 from ..optim.factors import FactorStore
 from ..sharding import zero3
@@ -199,7 +200,7 @@ def _measure(
             found = {t.name: base.name_of(params[id(t.param)], t.rows, t.cols) for t, _ in weights}
         except ConfigError:  # damaged since it was loaded; the other ranks may see it whole
             found = {"": None}
-        if not agreed(all(found.values())):
+        if not consensus.all_ranks(all(found.values())):
             what = f"of the base {origin}" if origin else "since the model was not loaded from a folder or a hub name"
             return None, f"the weights it began with cannot be read again {what}"
         changes = [

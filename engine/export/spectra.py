@@ -12,15 +12,14 @@ out what would not fit into its seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..distributed import heartbeat
-from ..method.pretrained import agreed
 from ..optim.factors import FactorStore
 from ..sharding import zero3
 from .adapter import Adapted
@@ -65,7 +64,7 @@ def measure(model: nn.Module, store: FactorStore, *, most: int, most_seconds: fl
     left_out: list[str] = []
     problem = ""
     try:
-        pairs = _together(_begin, model, store, world)
+        pairs = consensus.together(lambda: _begin(model, store, world))
         for name in choose(list(pairs.stacks), most):
             adapted = pairs.stacks[name].adapted
             values = _of_one(pairs, adapted, clock)
@@ -75,27 +74,9 @@ def measure(model: nn.Module, store: FactorStore, *, most: int, most_seconds: fl
                 r, slices = adapted.r // (2 * store.plan.slices), store.plan.slices
                 what = {"name": name, "rows": adapted.rows, "cols": adapted.cols, "r": r, "slices": slices}
                 found.append({**what, "values": values})
-    except _FailedError as failed:
+    except consensus.RankFailedError as failed:
         problem = str(failed)
     return {"weights": found, "left_out": left_out, "seconds": round(clock.spent, 2), "problem": problem}
-
-
-class _FailedError(Exception):
-    """Something failed on one rank or several, and all know it."""
-
-
-def _together(work: Callable[..., Any], *args: Any) -> Any:
-    """What `work` returns, which communicates with nobody; `_FailedError` on all ranks where it fails on one."""
-    result, said = None, ""
-    try:
-        result = work(*args)
-    except Exception as error:
-        said = f"rank {dist.get_rank()}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if not agreed(not said):
-        told = [said] * dist.get_world_size()
-        dist.all_gather_object(told, said)
-        raise _FailedError(next(text for text in told if text))
-    return result
 
 
 def _begin(model: nn.Module, store: FactorStore, world: World) -> LivePairs:
@@ -107,9 +88,9 @@ def _of_one(pairs: LivePairs, adapted: Adapted, clock: _Clock) -> list[float] | 
     """Singular values of a weight's change, on rank 0; None where there is no time or no room for them; collective."""
     world = pairs.world
     fits = _has_room(adapted, world.device) and (world.rank > 0 or clock.has_time(_operations(adapted)))
-    if not agreed(fits):
+    if not consensus.all_ranks(fits):
         return None
-    parts = _together(pairs.prepare, adapted, 0, adapted.r)
+    parts = consensus.together(lambda: pairs.prepare(adapted, 0, adapted.r))
     pairs.share(adapted, 0, parts)
 
     def compute() -> list[float] | None:
@@ -125,7 +106,7 @@ def _of_one(pairs: LivePairs, adapted: Adapted, clock: _Clock) -> list[float] | 
             return None
         return [float(f"{v:.4g}") for v in values.tolist()]
 
-    return _together(compute)
+    return consensus.together(compute)
 
 
 def _operations(adapted: Adapted) -> float:

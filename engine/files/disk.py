@@ -34,25 +34,34 @@ class FileRecord:
     sha256: str
 
 
-def write_file(path: Path, chunks: Iterable[Chunk]) -> FileRecord:
-    """Writes a new file and fsyncs it; raises OSError. The folder's entry is not safe before `sync_folder`."""
+def write_file(path: Path, chunks: Iterable[Chunk], point: str | None = "save") -> FileRecord:
+    """Writes a new file and fsyncs it; raises OSError. The folder's entry is not safe before `sync_folder`.
+
+    Args:
+        point: where faults can be injected: `point`.write and `point`.fsync. None: nowhere.
+    """
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         for chunk in chunks:
-            _write_all(descriptor, memoryview(chunk).cast("B"))
+            _write_all(descriptor, memoryview(chunk).cast("B"), point)
             digest.update(chunk)
             size += len(memoryview(chunk).cast("B"))
-        fault("save.fsync")
+        _fault(point, "fsync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return FileRecord(size, digest.hexdigest())
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def _fault(point: str | None, call: str) -> None:
+    if point is not None:
+        fault(f"{point}.{call}")
+
+
+def _write_all(descriptor: int, data: memoryview, point: str | None) -> None:
     while data:
-        fault("save.write")
+        _fault(point, "write")
         data = data[os.write(descriptor, data) :]
 
 
@@ -66,30 +75,22 @@ def read_record(path: Path, chunk_bytes: int = 2**22) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, point: str | None = "save") -> None:
     """Makes the names in a folder safe."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fault("save.fsync_folder")
+        _fault(point, "fsync_folder")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def rename(source: Path, target: Path) -> None:
+def rename(source: Path, target: Path, point: str | None = "save") -> None:
     """Renames within a folder and makes it safe; an existing file is replaced, a folder must not exist."""
-    fault("save.before_rename")
+    _fault(point, "before_rename")
     os.rename(source, target)
-    fault("save.after_rename")
-    sync_folder(target.parent)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Gives a small file a new content, all of it or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_file(partial, [text.encode()])
-    rename(partial, path)
+    _fault(point, "after_rename")
+    sync_folder(target.parent, point)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:

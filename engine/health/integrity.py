@@ -26,9 +26,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..comm.buckets import Bucket
 from ..distributed import faults, heartbeat
 from ..errors import StopError
@@ -121,8 +121,7 @@ class IntegrityCheck:
             heartbeat.tick()
         changed = [name for name, value in fixed.items() if value != self._first[name]]
         mine = (changed, self._agreed(fixed), self._shared(), self._slice_norms.updates())
-        told = [mine] * self._store.plan.world_size
-        dist.all_gather_object(told, mine)
+        told = consensus.gather(mine)
         findings = self._findings(told)
         if findings:
             more = f" and {len(findings) - MOST_TOLD} more" if len(findings) > MOST_TOLD else ""

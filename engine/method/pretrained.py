@@ -12,9 +12,9 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..sharding import zero3
 from ..sharding.base_files import BaseFiles
 from ..sharding.slicing import SlicePlan
@@ -38,7 +38,7 @@ def exact_values(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) -
     with BaseFiles(origin) as base:
         for target in targets:
             value = _read(target, plan, names[id(target.param)], base)
-            if not agreed(value is not None):
+            if not consensus.all_ranks(value is not None):
                 value = zero3.shard_view(target.param).float()
                 rounded.append(target.name)
             yield target, value
@@ -69,10 +69,3 @@ def _read(target: Target, plan: SlicePlan, names: list[str], base: BaseFiles) ->
             if torch.equal(value.to(shard.dtype), shard):
                 return value
     return None
-
-
-def agreed(mine: bool) -> bool:
-    """Whether it holds on every rank."""
-    flag = torch.tensor([int(mine)], device=zero3.device())
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag.item())

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from .factors import FactorStore
 
 
@@ -25,10 +25,8 @@ def locate(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence
         beside: parameters of `modules_to_save` whose gradient is not finite in this rank's shard. They are averages,
             so they do not say on which rank it began.
     """
-    mine = _describe(store, module, loss, beside)
-    told: list[str] = [mine] * store.plan.world_size
-    dist.all_gather_object(told, mine)
-    found = {rank: text for rank, text in enumerate(told) if text}
+    reports = consensus.gather(_describe(store, module, loss, beside))
+    found = {rank: text for rank, text in enumerate(reports) if text}
     if not found:
         return ""
     first = min(found)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import consensus
 from ..distributed import heartbeat
 from ..errors import ConfigError
 from . import zero3
@@ -56,11 +57,11 @@ def reading_own_rows(new: Sequence[str] = ()) -> Iterator[None]:
         building.close()
         with ExitStack() as stack:
             source, damage = _open(stack, checkpoint_files) if state_dict is None else ({}, None)
-            damage = _agree(damage)
+            damage = consensus.first(damage)
             if damage is not None:
                 raise ConfigError(damage)
             needed, tied = _parameters_and_buffers(model)
-            obstacle = _agree(_obstacle(needed, tied, source))
+            obstacle = consensus.first(_obstacle(needed, tied, source))
             if obstacle is None:
                 return _fill(model, needed, source), None
         if dist.get_rank() == 0:
@@ -131,13 +132,6 @@ def _obstacle(needed: dict[str, Tensor], tied: set[str], source: dict[str, Any])
 
 def _shape(tensor: Tensor) -> torch.Size:
     return zero3.full_shape(tensor) if isinstance(tensor, nn.Parameter) else tensor.shape
-
-
-def _agree(obstacle: str | None) -> str | None:
-    """The first rank's obstacle, on all ranks: they read together or not at all."""
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, obstacle)
-    return next((text for text in told if text is not None), None)
 
 
 def _fill(model: nn.Module, needed: dict[str, Tensor], source: dict[str, Any]) -> Any:

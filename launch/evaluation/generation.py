@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from hdpissa.engine import consensus
 
 
 def generate(
@@ -52,9 +53,7 @@ def generate(
             new = ids[:, inputs["input_ids"].shape[1] :]
             answers |= dict(zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
     if world_size > 1:
-        told: list[Any] = [None] * world_size
-        dist.all_gather_object(told, answers)
-        answers = {number: text for part in told for number, text in part.items()}
+        answers = {number: text for part in consensus.gather(answers) for number, text in part.items()}
     return [answers[i] for i in range(len(prompts))]
 
 

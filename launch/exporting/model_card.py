@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding.base_files import local_folder
 
 from ..metrics import RunFiles, counted
@@ -117,9 +118,7 @@ def write_card(folder: Path, trained: Trained, report: Mapping[str, Any]) -> Pat
     shown = content(trained, report)
     card = ModelCard.from_template(metadata(trained, report), template_str=TEMPLATE.read_text(), **shown)
     target = folder / CARD
-    temporary = target.with_name(f".{CARD}.partial")
-    temporary.write_text(re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n")
-    os.replace(temporary, target)
+    atomic.write_text(target, re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n")
     return target
 
 

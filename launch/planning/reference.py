@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hdpissa.engine import consensus
 from hdpissa.launch.planning.arguments import PlanArguments, make_run
 from hdpissa.launch.planning.hardware import GIB, GPUS, Cluster
 from hdpissa.launch.planning.memory import memory
@@ -24,10 +25,8 @@ def smallest_gpu() -> int | None:
     """Bytes of the run's GPU with the least memory, the same on every rank; None without GPUs. Collective."""
     if not torch.cuda.is_available():
         return None
-    total = torch.tensor(torch.cuda.mem_get_info()[1], device="cuda")
-    if dist.is_initialized():
-        dist.all_reduce(total, dist.ReduceOp.MIN)
-    return int(total)
+    total = torch.cuda.mem_get_info()[1]
+    return min(consensus.gather(total)) if dist.is_initialized() else total
 
 
 def choose(arguments: Arguments, rows: Any, nbytes: int | None) -> str:

@@ -8,10 +8,10 @@ import re
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
+from hdpissa.engine import consensus
 from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.sharding import zero3
@@ -57,9 +57,7 @@ class _OwnReference:
         for name, param in model.named_parameters():
             own.update(name.encode())
             own.update(zero3.shard_view(param).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, own.hexdigest())
-        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+        return hashlib.sha256(" ".join(consensus.gather(own.hexdigest())).encode()).hexdigest()
 
     @_precompute_model_hash.setter
     def _precompute_model_hash(self, found: str | None) -> None:

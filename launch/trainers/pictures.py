@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.export import spectra
+from hdpissa.engine.files import atomic
 from hdpissa.launch import report
-from hdpissa.launch.metrics import write_json
 
 logger = logging.getLogger(__name__)
 MOST_WEIGHTS = 21  # three of each of Llama's seven kinds
@@ -54,5 +54,5 @@ def _write(folder: Path, found: dict[str, Any] | None, ended: dict[str, str]) ->
             logger.warning("spectra of %d weights, then %s", len(found["weights"]), found["problem"])
         if found["left_out"]:
             logger.warning("no spectra of %s: no time or memory for them", ", ".join(found["left_out"]))
-        write_json(folder / report.SPECTRA, found)
+        atomic.write_json(folder / report.SPECTRA, found)
     report.write_report(folder, ended)

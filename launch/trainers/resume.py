@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch.distributed as dist
 
+from hdpissa.engine import consensus
 from hdpissa.engine.checkpoint import directory
 from hdpissa.engine.checkpoint import state as checkpoint
 from hdpissa.engine.checkpoint.format import MANIFEST, CheckpointError, CheckpointReader
@@ -45,16 +45,10 @@ def _any(folder: Path) -> bool:
 
 def _of_rank_0(function: Callable[[], Any]) -> Any:
     """What a function returns there, where the files are; raises StopError on all ranks if it cannot. Collective."""
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told[0] = function()
-        except OSError as error:
-            told[1] = str(error)
-    dist.broadcast_object_list(told, 0)
-    if told[1] is not None:
-        raise StopError(told[1])
-    return told[0]
+    try:
+        return consensus.from_rank0(function)
+    except consensus.RankFailedError as error:
+        raise StopError(str(error)) from None
 
 
 def existing(best: str | None, output_dir: Path) -> str | None:

@@ -25,8 +25,9 @@ from transformers import TrainerCallback
 
 from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import StopError
+from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding import zero3
-from hdpissa.launch.metrics import finite_row, keep_rows, peak_flops, write_json
+from hdpissa.launch.metrics import finite_row, keep_rows, peak_flops
 from hdpissa.launch.planning.model_work import active_weights
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class RunRecord(TrainerCallback):
             with heartbeat.alone("record"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 keep_rows(self._folder / METRICS, state.global_step)
-                write_json(self._folder / RUN, self._description())
+                atomic.write_json(self._folder / RUN, self._description())
         self._state("running")
         self._begun = time.perf_counter()
 
@@ -106,7 +107,7 @@ class RunRecord(TrainerCallback):
         self._folder.mkdir(parents=True, exist_ok=True)  # a host may have one of its own
         text = str(error) if lost or isinstance(error, StopError) else f"{type(error).__name__}: {error}"
         whose = "" if lost or self._rank == 0 or isinstance(error, StopError) else f"rank {self._rank}: "
-        write_json(path, {"state": "failed", "step": self._step, "message": whose + text}, rank=self._rank)
+        atomic.write_json(path, {"state": "failed", "step": self._step, "message": whose + text})
 
     def figures(self, row: Mapping[str, Any]) -> None:
         """A row of figures per slice, which took its time."""
@@ -166,7 +167,7 @@ class RunRecord(TrainerCallback):
     def _state(self, state: str) -> None:
         if self._rank == 0:
             with heartbeat.alone("state"):
-                write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
+                atomic.write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
 
     def _description(self) -> dict[str, Any]:
         trainer = self._trainer

@@ -11,6 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from hdpissa.engine import consensus
 from hdpissa.engine.errors import ConfigError
 
 _held: dict[Path, int] = {}  # descriptors; closing one gives the lock back
@@ -22,13 +23,10 @@ def lock_folder(folder: Path, rank: int) -> None:
     Raises:
         ConfigError: on all ranks: another run holds it.
     """
-    import torch.distributed as dist
-
-    answer: list[str | None] = [_take(folder) if rank == 0 else None]
-    dist.broadcast_object_list(answer, 0)
-    if answer[0] is not None:
+    owner = consensus.from_rank0(lambda: _take(folder))
+    if owner is not None:
         raise ConfigError(
-            f"--output_dir {folder} is in use by another run (process {answer[0]}): wait for its end, or end it (a "
+            f"--output_dir {folder} is in use by another run (process {owner}): wait for its end, or end it (a "
             f"launcher that was killed leaves its ranks behind); or give another folder"
         )
 

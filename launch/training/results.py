@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 
 from hdpissa.engine.checkpoint import directory
 from hdpissa.engine.distributed import heartbeat
+from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding import zero3
 from hdpissa.launch.evaluation.generation import add_stops, generate
 from hdpissa.launch.exporting import model_card
-from hdpissa.launch.metrics import RunFiles, write_json
+from hdpissa.launch.metrics import RunFiles
 from hdpissa.launch.training.alpaca import prompt_ids
 from hdpissa.launch.training.rows import Rows
 from hdpissa.launch.training.script_arguments import Arguments
@@ -98,7 +99,9 @@ class RunEnds(TrainerCallback):
         engine.train()
         if args.process_index == 0:
             with heartbeat.alone("samples"):
-                write_json(self._folder / f"sample_{when}_training.json", {"prompt": texts[0], "answer": answers[0]})
+                atomic.write_json(
+                    self._folder / f"sample_{when}_training.json", {"prompt": texts[0], "answer": answers[0]}
+                )
                 print(f"answer {when} training: {answers[0].strip()}", flush=True)
 
     def _prompt(self, text: str) -> str:

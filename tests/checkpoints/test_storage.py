@@ -126,8 +126,12 @@ def stop_on_a_full_disk(argv, cache):
 
     from hdpissa.engine.files import disk
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    write = disk.write_file
+
+    def full(path, chunks, point="save"):
+        if point == "save":
+            raise OSError(28, "No space left on device")
+        return write(path, chunks, point)
 
     disk.write_file = full
     in_step(1, 2, lambda: signal.raise_signal(signal.SIGTERM))
