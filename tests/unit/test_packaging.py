@@ -23,8 +23,8 @@ PACKAGE = "hdpissa"
 FOLDERS = ("engine", "kernels", "launch", "benchmarks")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-# The rooms, from the ground up: which others each may use. `errors` and `precision` are everybody's, `kernels` is below
-# all; what lies directly in `engine/` puts the rooms together, and `launch/` and `benchmarks/` are above that.
+# The rooms, from the ground up: which others each may use. `errors`, `precision` and `consensus` are everybody's,
+# `kernels` is below all; what lies directly in `engine/` joins the rooms, `launch/` and `benchmarks/` are above.
 ROOMS = {
     "distributed": "",
     "files": "distributed",
@@ -33,12 +33,12 @@ ROOMS = {
     "method": "distributed config sharding",
     "comm": "sharding method",
     "optim": "distributed sharding method comm",
-    "directions": "distributed sharding method comm optim",
+    "directions": "distributed files sharding method comm optim",
     "checkpoint": "distributed files sharding method comm optim directions",
     "export": "distributed files sharding method comm optim",
     "health": "distributed files sharding method comm optim",
 }
-EVERYBODYS = {"engine.errors", "engine.precision"}
+EVERYBODYS = {"engine.errors", "engine.precision", "engine.consensus"}
 
 
 def name_of(path: Path) -> str:
@@ -130,7 +130,8 @@ def test_no_cycles():
 
 
 LEAVES = {
-    *EVERYBODYS,
+    "engine.errors",
+    "engine.precision",
     *(f"engine.distributed.{name}" for name in ("faults", "heartbeat", "blame")),
     *(f"engine.directions.{name}" for name in ("eigen", "krylov", "svd")),
     "engine.files.checksum",
