@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A 70B Llama on one node of 8 × 80 GB, bf16, gradient checkpointing; docs/70b.md explains it.
+# A 70B Llama on one node of 8 × 80 GB, bf16, gradient checkpointing; docs/large-models.md explains it.
 #
 #   launch/recipes/llama_70b.sh train.jsonl [more options of hdpissa train]
 #

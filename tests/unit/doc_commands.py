@@ -36,6 +36,7 @@ HUB = {
     "meta-llama/Llama-3.1-70B": (8192, 8, 28672, 80, 64, 128256),
     "Qwen/Qwen2.5-7B": (3584, 4, 18944, 28, 28, 152064),
 }
+OTHERS = ("cd", "git", "python3", "vllm")  # programs that are not ours, and that need not be installed
 RECORDED = ("hdpissa", "deepspeed", "torchrun", "srun")  # what shell scripts of ours call in the end
 
 
@@ -137,6 +138,8 @@ def check_words(words: list[str], place: Place, environment: dict[str, str]) -> 
         _pip(words[1], words[2:])
     elif name == ".":
         assert words[1:] == [".venv/bin/activate"]
+    elif name in OTHERS:
+        return
     else:
         raise AssertionError(f"no test knows what {name} is; say in tests/unit/doc_commands.py how it is held")
 
@@ -290,6 +293,8 @@ def _python(words: list[str]) -> None:
         assert (ROOT / words[2]).is_file(), words[2]
     elif words[0] == "launch/train.py":
         _train(words[1:], 1)
+    elif words[0] == "convert_hf_to_gguf.py":  # llama.cpp's
+        return
     elif words[0].startswith("tests/"):
         source = (ROOT / words[0]).read_text()
         none_of(words[0], (word for word in words[1:] if word.startswith("--") and f'"{word}"' not in source))

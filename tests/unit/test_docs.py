@@ -104,7 +104,7 @@ def test_recipe(recipe, plans, capsys, tmp_path):
     data = f"{tmp_path}/train.jsonl" if "${1:" in recipe.read_text() else ""
     check(f"launch/recipes/{recipe.name} {data} --max_steps 5", place)
     assert place.fits == [True]
-    assert f"`{recipe.name}`" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"`{recipe.name}`" in (ROOT / "docs" / "training.md").read_text()
     assert recipe.stat().st_mode & 0o111
 
 
@@ -165,7 +165,20 @@ def test_python(block):
 
 # Options of programs that are not ours, or that have no parser to ask.
 OTHERS = {"help", "version", "no_ssh", "module", "lanes", "golden", "data", "method", "checkpoint", "format", "dtype"}
-OTHERS |= {"config", "rank", "base_model", "json", "write", "signal", "import-mode", "logdir", "apply_chat_template"}
+OTHERS |= {
+    "index-url",
+    "torch-backend",
+    "max-lora-rank",
+    "config",
+    "rank",
+    "base_model",
+    "json",
+    "write",
+    "signal",
+    "import-mode",
+    "logdir",
+    "apply_chat_template",
+}
 
 
 @pytest.fixture(scope="module")
