@@ -63,11 +63,11 @@ bench: $(READY)
 # Needs a GPU; on a bare machine no virtual environment either (benchmarks/README.md). PHASES="smoke tests" runs a part,
 # DRY=1 all of it on the CPU with toy sizes.
 gpu:
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY),--dry) $(PHASES)
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu/run.py $(if $(DRY),--dry) $(PHASES)
 
 # Kernels compiled ahead for `make gpu` on a machine whose Python is GPU_PYTHON; needs no GPU.
 gpu-cache: $(READY)
-	$(BIN)/python benchmarks/gpu_cache.py --python $(or $(GPU_PYTHON),3.12)
+	$(BIN)/python benchmarks/gpu/gpu_cache.py --python $(or $(GPU_PYTHON),3.12)
 
 clean:
 	rm -rf $(VENV) $(FLOOR) outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

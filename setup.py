@@ -16,7 +16,7 @@ from setuptools import setup
 ROOMS = {
     "engine": "config distributed files sharding method comm optim directions checkpoint export health",
     "launch": "trainers training planning exporting evaluation",
-    "benchmarks": "quality",
+    "benchmarks": "common gpu kernel_timing memory quality startup step",
 }
 FOLDERS = ["engine", "kernels", "launch", "benchmarks", "ds_configs"]
 FOLDERS += [f"{top}/{room}" for top, rooms in ROOMS.items() for room in rooms.split()]

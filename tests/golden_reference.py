@@ -16,11 +16,12 @@ from pathlib import Path
 
 import golden_train
 import torch.distributed as dist
+from datasets import load_dataset
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
-from hdpissa.benchmarks import task
-from hdpissa.benchmarks.methods import Setting, build
+from hdpissa.benchmarks.step.methods import Setting, build
 from hdpissa.engine.sharding import zero3
 from hdpissa.engine.sharding.slicing import SlicePlan
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
@@ -32,13 +33,15 @@ R, MICRO, PER_SLICE, LR, SEED = 16, 2, 2, 2e-4, 42
 
 def read(model: str, data: str, plan: SlicePlan, accumulation: int) -> DataLoader:
     """The recording's micro-batches: of a step every rank's first one, then every rank's second one."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoder = AlpacaEncoder(tokenizer, resolve_template("alpaca"), "question", "answer")
-    rows = task.encode(task.load(data, "train[:80]"), encoder, max_length=256)
+    rows = load_dataset("json", data_files=data, split="train[:80]").map(
+        lambda batch: {name: [row[:256] for row in column] for name, column in encoder(batch).items()},
+        batched=True,
+        remove_columns=["question", "answer"],
+    )
     sampler = SliceSampler(len(rows), SliceOrder(plan, accumulation, MICRO), SEED)
-    return DataLoader(rows, MICRO, sampler=sampler, collate_fn=task.collator(tokenizer))
+    return DataLoader(rows, MICRO, sampler=sampler, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import plots
+from hdpissa.benchmarks.common import plots
 
 from .campaign import Run, finalists, runs_of
 from .rungs import Arm, Point, Rung

@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks import apart
+from hdpissa.benchmarks.common import apart
 from hdpissa.benchmarks.quality.campaign import Run, finalists, missing
 from hdpissa.benchmarks.quality.rungs import RUNGS, Rung
 

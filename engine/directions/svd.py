@@ -166,7 +166,7 @@ class Rates:
     row: float
 
 
-# Measured by `benchmarks/svd_methods.py --rates` on one core of an EPYC (AVX2, MKL).
+# Measured by `benchmarks/startup/svd_methods.py --rates` on one core of an EPYC (AVX2, MKL).
 CPU = Rates(gemm32=45e9, gemm64=33e9, eigh32=5.5e9, eigh64=3.1e9, row=0.0)
 # Assumed, not measured: 40 TFLOP/s in float32 and float64 products (H100 without tensor cores' TF32, A100 half of
 # that), 1 TFLOP/s effective in the 9 n³ FLOP of a dense eigendecomposition, 30 µs per Householder step.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hdpissa.benchmarks.methods import Setting, build
+from hdpissa.benchmarks.step.methods import Setting, build
 
 
 def batch(number: int, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def train_one(name: str, setting: Setting, steps: int) -> dict[str, Any]:
 
 def collectives() -> dict[str, tuple[int, int]]:
     """What `Wire` counts of each collective on three ranks: (sent, received) of this one."""
-    from hdpissa.benchmarks.wire import Wire
+    from hdpissa.benchmarks.step.wire import Wire
     from hdpissa.engine.sharding import zero3
 
     wire = Wire.of_process()

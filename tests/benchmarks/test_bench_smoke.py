@@ -6,7 +6,6 @@ starts such scripts is shown by tests/benchmarks/test_throughput.py and, for all
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import sys
@@ -17,11 +16,12 @@ import torch
 from ranks import run_ranks
 from tiny import tiny_llama
 
-from hdpissa.benchmarks import ranks, suite
+from hdpissa.benchmarks.common import ranks
+from hdpissa.engine.errors import ConfigError
 
 
 def main_of(stem: str, arguments: list[str]) -> None:
-    """A benchmark's `main` with a command line."""
+    """A benchmark's `main` with a command line; `stem` is its room and its name."""
     sys.argv = [stem, *arguments]
     importlib.import_module(f"hdpissa.benchmarks.{stem}").main()
 
@@ -32,7 +32,9 @@ def bench(tmp_path, monkeypatch):
 
     def forked(script: str, count: int, *arguments: object):
         out = tmp_path / "out.json"
-        run_ranks(count, main_of, Path(script).stem, [*map(str, arguments), "--out", str(out)])
+        run_ranks(
+            count, main_of, ".".join(Path(script).with_suffix("").parts[-2:]), [*map(str, arguments), "--out", str(out)]
+        )
         return json.loads(out.read_text())
 
     def call(stem: str, result: str, *arguments: object):
@@ -57,7 +59,9 @@ def model(tmp_path_factory):
 
 
 def test_slice_cache_start(bench, model):
-    [row] = bench("slice_cache_start", "slice_cache_start", "--model", model, "--ranks", 2, "--r", 2, "--slices", 2)
+    [row] = bench(
+        "startup.slice_cache_start", "slice_cache_start", "--model", model, "--ranks", 2, "--r", 2, "--slices", 2
+    )
     assert row["cache MB"] > 0
     assert row["second: slices s"] > 0
     assert row["second / first, slices s"] == row["second: slices s"] / row["first: slices s"]
@@ -65,7 +69,7 @@ def test_slice_cache_start(bench, model):
 
 def test_checkpoint(bench, model):
     """Every round has a sample of its own of each kind and way."""
-    rows = bench("checkpoint", "checkpoint", "--model", model, "--r", 2, "--slices", 2, "--rounds", 3)
+    rows = bench("memory.checkpoint", "checkpoint", "--model", model, "--r", 2, "--slices", 2, "--rounds", 3)
     assert [row["kind"] for row in rows] == ["full", "small"]
     for row in rows:
         assert row["files MB"] > row["of them fixed factors MB"] > 0
@@ -77,7 +81,7 @@ def test_checkpoint(bench, model):
 
 
 def test_cpu_rates(bench):
-    rows = bench("cpu_rates", "cpu_rates", "--seconds", 0.01, "--weights", 600_000)
+    rows = bench("step.cpu_rates", "cpu_rates", "--seconds", 0.01, "--weights", 600_000)
     assert [row["unit"] for row in rows] == ["GFLOP/s per process"] * 6 + ["MB/s received"] * 3
     for row in rows:
         (values,) = row["samples"].values()
@@ -87,7 +91,7 @@ def test_cpu_rates(bench):
 
 
 def test_load_memory(bench, model):
-    rows = bench("load_memory", "load_memory", "--model_folder", model, "--ranks", 2)
+    rows = bench("startup.load_memory", "load_memory", "--model_folder", model, "--ranks", 2)
     assert [row["path"] for row in rows] == ["own rows", "rank 0 reads all"]
     assert all(0 < row["peak MB"] < row["bound MB"] for row in rows)
 
@@ -95,13 +99,24 @@ def test_load_memory(bench, model):
 def test_export_memory(bench, tmp_path):
     wide = tiny_llama(hidden=128, intermediate_size=128)  # room for 8 slices of rank 8
     wide.to(torch.bfloat16).save_pretrained(tmp_path / "wide")
-    rows = bench("export_memory", "export_memory", "--model_folder", tmp_path / "wide")
+    rows = bench("memory.export_memory", "export_memory", "--model_folder", tmp_path / "wide")
     assert len(rows) == 12
     assert all(row["seconds"] > 0 for row in rows)
 
 
+def test_init(bench, model, capsys):
+    """Every target once, errors against LAPACK; more directions than a target has are refused."""
+    rows = bench("startup.init", "init", "--model_name_or_path", model, "--r", 2, "--slices", 2)
+    [every] = [row for row in rows if row.get("shape") == "all"]
+    assert every["matrices"] == 14 == sum("matrix" in row for row in rows)
+    assert every["σ error"] <= 1e-12
+    assert every["slice angle"] <= 1e-6
+    with pytest.raises(ConfigError):
+        bench("startup.init", "init", "--model_name_or_path", model, "--r", 99)
+
+
 def test_svd_methods(bench):
-    rows = bench("svd_methods", "svd_methods", "--largest", 576, "--ranks", 32)
+    rows = bench("startup.svd_methods", "svd_methods", "--largest", 576, "--ranks", 32)
     assert [row["spectrum"] for row in rows] == ["flat", "decaying"]
     assert all(row[f"{name} residual"] <= 1e-4 for row in rows for name in ("gram", "randomized"))
     assert all(row["lowrank σ error"] > 1e-3 for row in rows)  # the control
@@ -109,7 +124,7 @@ def test_svd_methods(bench):
 
 def test_cpu_layers(bench):
     """Every sample is measured: the optimizer step takes its turn in each round."""
-    rows = bench("cpu_layers", "cpu_layers_fp32_1_layers_x", *_CPU_LAYERS, "--rounds", 2, "--label", "x")
+    rows = bench("step.cpu_layers", "cpu_layers_fp32_1_layers_x", *_CPU_LAYERS, "--rounds", 2, "--label", "x")
     steps = [f"optimizer step of ours, S = {s}" for s in (1, 8)]
     assert [row["variant"] for row in rows] == ["frozen", "ours", "lora", *steps]
     assert rows[0]["/ frozen, median of rounds"] == 1
@@ -123,40 +138,3 @@ def test_cpu_layers(bench):
 
 
 _CPU_LAYERS = ("--dtype", "fp32", "--layers", 1)
-
-
-# Script → the test that runs its `main` and looks at what it found. Those that are slow alone are named.
-CASES = {
-    "aot_table": "test_kernel_aot.py::compiled",
-    "cpu_rates": "test_bench_smoke.py::test_cpu_rates",
-    "cpu_layers": "test_bench_smoke.py::test_cpu_layers",
-    "init": "test_suite.py::test_init",
-    "svd_methods": "test_bench_smoke.py::test_svd_methods",
-    "slice_cache_start": "test_bench_smoke.py::test_slice_cache_start",
-    "load_memory": "test_bench_smoke.py::test_load_memory",
-    "export_memory": "test_bench_smoke.py::test_export_memory",
-    "checkpoint": "test_bench_smoke.py::test_checkpoint",
-    "throughput": "test_throughput.py::test_a_run_through_the_launcher",
-    "projection": "test_throughput.py::test_the_script_counts_and_draws",
-    "update_rank": "test_update_rank.py::test_measured_ranks_reach_their_bounds",
-}
-SLOW_ALONE = {"projection"}  # what it counts and compares is in test_the_plan_is_what_is_counted
-
-
-def case_of(script: str) -> ast.FunctionDef:
-    """The test (or the fixture that measures for several tests) that runs a script."""
-    file, name = CASES[script].split("::")
-    (path,) = Path(__file__).parents[1].rglob(file)
-    tree = ast.parse(path.read_text())
-    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-
-
-@pytest.mark.parametrize("script", [step.script.removesuffix(".py") for step in suite.STEPS])
-def test_every_script_of_the_suite_has_a_case(script):
-    """One that `make test` runs, and that runs the script and not something beside it."""
-    case = case_of(script)
-    marks = [ast.unparse(decorator) for decorator in case.decorator_list]
-    assert any(mark.startswith("pytest.mark.slow") for mark in marks) == (script in SLOW_ALONE)
-    text = ast.unparse(ast.Module(case.body, []))
-    names = (f"'{script}'", f"'{script}.py'", f"{script}.main(", "SCRIPT")
-    assert any(name in text for name in names), f"{CASES[script]} does not run {script}"

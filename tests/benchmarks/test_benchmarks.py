@@ -14,10 +14,12 @@ import pytest
 import torch
 from tensors import DEVICE
 
-from hdpissa.benchmarks import aot_table, apart, gpu, linear_layers, memcheck_run, shapes, timing
+from hdpissa.benchmarks.common import apart, timing
+from hdpissa.benchmarks.gpu import run as gpu
+from hdpissa.benchmarks.kernel_timing import aot_table, linear_layers, memcheck_run, shapes
 
-BENCHMARKS = Path(gpu.__file__).parent
-SCRIPTS = sorted(p.stem for p in BENCHMARKS.glob("bench_*.py"))
+BENCHMARKS = Path(gpu.__file__).parents[1]
+SCRIPTS = sorted(p.stem for p in BENCHMARKS.glob("kernel_timing/bench_*.py"))
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 
 
@@ -27,7 +29,7 @@ def start(script: str, *arguments: str, **environment: str) -> subprocess.Comple
 
 
 @without_gpu
-@pytest.mark.parametrize("script", ["linear_layers.py", "gpu.py"])
+@pytest.mark.parametrize("script", ["kernel_timing/linear_layers.py", "gpu/run.py"])
 def test_without_gpu_one_line_and_exit_code_2(script):
     done = start(script)
     assert done.returncode == 2
@@ -38,7 +40,7 @@ def test_without_gpu_one_line_and_exit_code_2(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kernel_benchmarks_import_without_gpu(script):
     """Nothing of a GPU is touched before they ask for one."""
-    importlib.import_module(f"hdpissa.benchmarks.{script}")
+    importlib.import_module(f"hdpissa.benchmarks.kernel_timing.{script}")
 
 
 @pytest.mark.slow
@@ -48,7 +50,7 @@ def test_whole_step(tmp_path):
         ((), "whole_step_tiny", ["frozen", "frozen", "ours", "ours", "lora", "lora", "frozen (2)"]),
         (("--reference",), "whole_step_reference_tiny", ["ours", "reference"]),
     ):
-        done = start("whole_step.py", "--tiny", *arguments, "--folder", str(tmp_path), OMP_NUM_THREADS="1")
+        done = start("step/whole_step.py", "--tiny", *arguments, "--folder", str(tmp_path), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stdout + done.stderr
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         assert [r["variant"] for r in rows] == variants
@@ -101,13 +103,13 @@ def test_no_process_is_forked_where_torch_knows_gpus(monkeypatch, cuda, hip, way
 
 def test_a_new_result_does_not_make_another_revision(tmp_path, monkeypatch):
     """Of code that has changed the revision says so; a script that writes after every run finds its own results."""
-    for name in ("README.md", "benchmarks/timing.py", "benchmarks/results/x.json"):
+    for name in ("README.md", "benchmarks/common/timing.py", "benchmarks/results/x.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "one"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "common" / "timing.py"))
     clean = timing._revision()
     (tmp_path / "benchmarks" / "results" / "x.json").write_text("two")
     assert timing._revision() == clean

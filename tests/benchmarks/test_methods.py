@@ -7,8 +7,8 @@ import torch
 from method_runs import collectives, train
 from ranks import run_ranks
 
-from hdpissa.benchmarks import method_zero3
-from hdpissa.benchmarks.methods import METHODS, Setting, build
+from hdpissa.benchmarks.step import method_zero3
+from hdpissa.benchmarks.step.methods import METHODS, Setting, build
 from hdpissa.engine.errors import ConfigError
 
 R, RANKS, MICRO = 4, 2, 2

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from hdpissa.benchmarks import projection, throughput, throughput_table, throughput_work, throughput_worker
-from hdpissa.benchmarks.methods import Setting
+from hdpissa.benchmarks.step import plan_counted, throughput, throughput_table, throughput_work, throughput_worker
+from hdpissa.benchmarks.step.methods import Setting
 from hdpissa.launch.metrics import PEAK_FLOPS
 
 BENCHMARKS = os.path.dirname(throughput.__file__)
@@ -142,11 +142,6 @@ def test_only_memory_may_fail(monkeypatch, tmp_path, why, code):
     assert row["remark"] == why
 
 
-def test_the_note_names_what_noise_can_be_read_from():
-    assert "lora and pissa run the same graph" in throughput.note(throughput.parse([]))
-    assert "the same graph" not in throughput.note(throughput.parse(["--methods", "lora", "frozen"]))
-
-
 def test_every_run_is_written_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
     """What is stopped, or cannot draw, leaves its figures: after each method those of all methods so far."""
     there = []
@@ -195,27 +190,28 @@ def test_why_a_run_ended(log, code, word):
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "told"),
+    ("words", "named"),
     [
-        (throughput, ["--methods", "lorra"], "--methods lorra"),
-        (throughput, ["--num_accelerators", "0"], "--num_accelerators 0: must be at least 1"),
-        (throughput, ["--model", "no/such/folder"], "no/such/folder"),
-        (throughput, ["--layers", "9"], "--layers 9: tiny has 3"),
-        (throughput, ["--dtype", "fp16"], "--dtype fp16: must be one of fp32, bf16"),
-        (throughput, ["--steps", "0"], "--steps 0: must be at least 1"),
-        (throughput, ["--step", "2"], "--step"),
-        (throughput, ["--steps", "two"], "two"),
-        (projection, ["--gpu", "H1"], "--gpu H1"),
-        (projection, ["--num_accelerators", "16"], "48"),
+        (["--methods", "lorra"], "--methods lorra"),
+        (["--num_accelerators", "0"], "--num_accelerators 0"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--layers", "9"], "--layers 9"),
+        (["--dtype", "fp16"], "--dtype fp16"),
+        (["--steps", "0"], "--steps 0"),
+        (["--step", "2"], "--step"),
+        (["--steps", "two"], "two"),
     ],
 )
-def test_bad_input_is_one_line(script, words, told, capsys, tmp_path):
-    if script is projection and "--gpu" in words:
-        words = [*words, "--num_accelerators"]
-    assert script.main([*words, "--folder", str(tmp_path)]) == 2
+def test_bad_input_is_one_line(words, named, capsys, tmp_path):
+    assert throughput.main([*words, "--folder", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert told in error[0]
+    assert named in error[0]
+
+
+def test_more_processes_than_a_target_has_slices_for_are_refused():
+    with pytest.raises(plan_counted.ConfigError):
+        plan_counted.parse(["--num_accelerators", "16"])
 
 
 # --- real runs ------------------------------------------------------------------------------------------------------
@@ -249,28 +245,21 @@ def test_a_run_that_fails_says_why():
 @pytest.mark.parametrize("kept", [0, 10**12])
 def test_the_plan_is_what_is_counted(ranks, kept):
     """Bytes and FLOP of a real step are the plan's, to the last; also where all weights stay gathered."""
-    setting = dataclasses.replace(projection.SETTING, zero={"stage3_param_persistence_threshold": kept})
-    job = {"setting": dataclasses.asdict(setting), "max_length": projection.LENGTH, "steps": 1}
-    job |= {"warmup": projection.WARMUP, "count_flops": True, "method": "hd_pissa"}
+    setting = dataclasses.replace(plan_counted.SETTING, zero={"stage3_param_persistence_threshold": kept})
+    job = {"setting": dataclasses.asdict(setting), "max_length": plan_counted.LENGTH, "steps": 1}
+    job |= {"warmup": plan_counted.WARMUP, "count_flops": True, "method": "hd_pissa"}
     found = run_ranks(ranks, throughput_worker.measure, job)[0]
-    rows = projection.compare(found, projection.planned_run(setting, ranks), setting)
+    rows = plan_counted.compare(found, plan_counted.planned_run(setting, ranks), setting)
     assert len(rows) == 6
     assert [row["what"] for row in rows if not row["agrees"]] == []
     assert {row["what"] for row in rows if row["beside the plan"]} == {"FLOP of attention"}
 
 
 @pytest.mark.slow
-def test_the_script_counts_and_draws(tmp_path):
+def test_the_script_counts(tmp_path):
     """By the launcher, at every number of processes."""
-    words = ["--num_accelerators", 1, 2, 4, "--models", "tiny", "--r", 4]
-    done = start("projection.py", *words, "--folder", tmp_path)
+    done = start("plan_counted.py", "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "plan_counted.json").read_text())["rows"]
     assert len(rows) == 18
     assert all(row["agrees"] and (row["counted"] > 0 or row["ranks"] == 1) for row in rows)
-    assert {row["what"] for row in rows if row["beside the plan"]} == {"FLOP of attention"}
-    projected = json.loads((tmp_path / "projection.json").read_text())["rows"]
-    assert [row["GPUs"] for row in projected] == list(projection.GPUS)
-    assert projected[0]["efficiency"] == 1
-    assert all(row["step s"] > row["compute s"] > 0 for row in projected)
-    assert (tmp_path / "projection.png").stat().st_size > 1000

@@ -16,7 +16,7 @@ import toy_device
 from tiny import tiny_batch, tiny_llama
 from triton.runtime.interpreter import GridExecutor
 
-from hdpissa.benchmarks import plain_engine
+from hdpissa.benchmarks.step import plain_engine
 from hdpissa.engine.method import layer
 from hdpissa.engine.optim import factors
 

@@ -16,8 +16,8 @@ import torch
 import triton
 from spilling_kernel import spilling
 
-from hdpissa.benchmarks import plain_engine, whole_step
-from hdpissa.benchmarks.launch_capture import Launch, capture
+from hdpissa.benchmarks.kernel_timing.launch_capture import Launch, capture
+from hdpissa.benchmarks.step import plain_engine, whole_step
 from hdpissa.kernels import api, low_rank_grad_A
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hdpissa.benchmarks import gpu, gpu_cache, gpu_rows
+from hdpissa.benchmarks.gpu import gpu_cache, gpu_rows
+from hdpissa.benchmarks.gpu import run as gpu
 
 BENCHMARKS = gpu.ROOT / "benchmarks"
 EVERY = (*gpu.PHASES, *gpu.BY_NAME)
@@ -22,7 +23,7 @@ EVERY = (*gpu.PHASES, *gpu.BY_NAME)
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     """gpu.py, with its rows in `folder`."""
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    command = [sys.executable, str(BENCHMARKS / "gpu" / "run.py"), *arguments]
     log = (folder.parent / "log").open("w")
     return subprocess.Popen(command, env={**os.environ, "OUT": str(folder)}, stdout=log, stderr=log)
 
@@ -57,7 +58,7 @@ def test_a_kill_leaves_the_rows(tmp_path):
     process.wait()
     assert len(rows_of(folder, "svd")) == 6
     assert not (folder / "gpu.md").exists()
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_rows.py"), str(folder)], check=True)
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu" / "gpu_rows.py"), str(folder)], check=True)
     assert done.returncode == 0
     assert (folder / "gpu.md").read_text().startswith("## svd")
 
@@ -162,8 +163,8 @@ CACHED = """
 import sys
 from pathlib import Path
 import torch
-from hdpissa.benchmarks import gpu_cache
-from hdpissa.benchmarks.launch_capture import capture
+from hdpissa.benchmarks.gpu import gpu_cache
+from hdpissa.benchmarks.kernel_timing.launch_capture import capture
 from hdpissa.kernels import api
 folder, found = Path(sys.argv[1]), []
 for digit in "aab":
@@ -204,7 +205,11 @@ def imported(file: Path) -> set[str]:
 def test_all_that_the_phases_import_is_asked_for():
     """Else a machine that lacks it is found out by the first script, after minutes."""
     todo = [BENCHMARKS / phase.command[0] for phase in EVERY]
-    todo += [BENCHMARKS / "throughput_worker.py", BENCHMARKS / "method_zero3.py", gpu.ROOT / "tests/conftest.py"]
+    todo += [
+        BENCHMARKS / "step/throughput_worker.py",
+        BENCHMARKS / "step/method_zero3.py",
+        gpu.ROOT / "tests/conftest.py",
+    ]
     seen, others = set(), set()
     while todo:
         file = todo.pop()

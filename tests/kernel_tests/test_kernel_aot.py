@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hdpissa.benchmarks import aot_table
+from hdpissa.benchmarks.kernel_timing import aot_table
 from hdpissa.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]

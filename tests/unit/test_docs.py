@@ -16,7 +16,6 @@ import pytest
 import yaml
 from doc_commands import ROOT, Block, Place, blocks, check, commands
 
-from hdpissa.benchmarks import figures
 from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import HDPissaConfig
 from hdpissa.launch import cli, train_launcher
@@ -202,7 +201,6 @@ def test_options_in_the_text_exist(page, options):
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     if page.parent.name == "benchmarks":  # options of scripts, in its blocks alone
         return
-    prose = re.sub(rf"{figures.BEGIN}.*{figures.END}", "", prose, flags=re.DOTALL)  # commands of benchmarks
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", prose))
     assert sorted(mentioned - options) == []
 

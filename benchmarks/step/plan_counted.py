@@ -1,0 +1,149 @@
+"""Does the plan of `launch/plan.py` agree with what a step really sends and computes?
+
+    python benchmarks/step/plan_counted.py [--num_accelerators 1 2 4]
+
+A tiny model takes real steps with the engine on each number of processes, through the real launcher. Bytes are counted
+at torch.distributed (wire.py), FLOP by torch's flop_counter, and both are compared with the plan of the very same run:
+they must agree exactly, or plus just what the plan leaves out (the half of attention that the causal mask cuts off and
+eager attention computes). Exit code 1 says that they do not. Neither depends on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hdpissa.benchmarks.common import timing
+from hdpissa.benchmarks.step import method_models, throughput, throughput_work
+from hdpissa.benchmarks.step.methods import Setting
+from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.planning import arguments as plan_arguments
+from hdpissa.launch.planning import step as plan_step
+from hdpissa.launch.planning.run import Run
+
+# Eager attention, because the counter knows no CPU kernel of the fused one; nothing is kept gathered between steps.
+SETTING = Setting(
+    "tiny", r=4, accumulation=2, random_slices=True, attention="eager", zero={"stage3_param_persistence_threshold": 0}
+)
+LENGTH = 32
+WARMUP = 3  # DeepSpeed records the order of modules in the first steps
+CHECKED = ("ranks", "what", "counted", "planned", "beside the plan", "agrees", "remark")
+
+
+def planned_run(setting: Setting, ranks: int) -> Run:
+    """The plan's view of a run of hd_pissa, from the same config."""
+    from hdpissa.benchmarks.step.method_zero3 import zero_config
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        method_models.shape_config(setting.model).save_pretrained(folder)
+        file = folder / "ds.json"
+        file.write_text(json.dumps(zero_config(setting) | {"hd_pissa": {"r": setting.r}}))
+        words = ["--model", name, "--gpus", str(ranks), "--max_length", str(LENGTH), "--ds_config", str(file)]
+        return plan_arguments.resolve(*plan_arguments.parse(words))
+
+
+def count(setting: Setting, ranks: int, timeout: int) -> dict[str, Any]:
+    """What rank 0 of real processes sent and computed in a step.
+
+    Raises:
+        RuntimeError: the run failed.
+    """
+    job = {"setting": dataclasses.asdict(setting), "max_length": LENGTH, "steps": 1, "warmup": WARMUP}
+    found = throughput.run("hd_pissa", ranks, job | {"count_flops": True}, timeout)
+    if isinstance(found, str):
+        raise RuntimeError(f"hd_pissa on {ranks} processes: {found}")
+    return found["ranks"][0]
+
+
+def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[str, Any]]:
+    """Rows of counted and planned numbers of one rank's step, and what is beside the plan, and why."""
+    names = ("what", "counted", "planned", "beside the plan", "remark")
+    rows = [dict(zip(names, row, strict=True)) for row in (*_bytes(found, run), *_flops(found, run, setting))]
+    for row in rows:
+        row["agrees"] = row["counted"] == row["planned"] + row["beside the plan"]
+    return [{"ranks": run.plan.world_size, **row} for row in rows]
+
+
+def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
+    """Sent by the rank in a step."""
+    ranks, planned = run.plan.world_size, dict(plan_step.step(run).wire)
+    norm = planned.pop(plan_step.NORM)
+    gathers = planned.pop(plan_step.GATHERS) + planned.pop(plan_step.AGAIN, 0)
+    exchanged = found["exchange_bytes"] or 0
+    summed = found["sent_by_name"].get("allreduce", 0)
+    voted = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
+    why = "a float64 that it all-reduces, the gradient norm of the one element that it trains"
+    return [
+        ("bytes of the update", exchanged, sum(planned.values()), 0, ""),
+        ("bytes of ZeRO-3's gathers", found["steps"][-1]["sent"] - exchanged - voted, gathers, 0, ""),
+        ("bytes of DeepSpeed's vote", voted, norm, 0, why),
+    ]
+
+
+def _flops(found: Mapping[str, Any], run: Run, setting: Setting) -> list[tuple]:
+    """Computed by the rank in a step."""
+    lengths, passes, update = found["lengths"], found["flops"]["passes"], found["flops"]["update"]
+    work = throughput_work.model_work(setting.model, setting.layers)
+    without = dataclasses.replace(work, attention=0.0)
+    weights = round(throughput_work.useful_flops(without, "hd_pissa", lengths))
+    attention = round(throughput_work.useful_flops(work, "hd_pissa", lengths)) - weights
+    products = passes.get("aten.mm", 0) + passes.get("aten.addmm", 0)
+    thin = round(run.work.low_rank_flops) * sum(lengths)
+    why = "4 per weight and token, and 4 r (I + O) per target and token of the slices' thin products"
+    half = "planned: the half that the causal mask leaves; beside: the other one, which eager attention computes, too"
+    applied = round(plan_step.apply_seconds(run, 1.0))  # at 1 FLOP/s nothing but products takes time
+    return [
+        ("FLOP of forward and backward, but for attention", products, weights + thin, 0, why),
+        ("FLOP of attention", passes.get("aten.bmm", 0), attention, attention, half),
+        ("FLOP of the update", sum(update.values()), applied, 0, "4 r S per element of the shard"),
+    ]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Raises ConfigError for a number of processes that the tiny model has no slices for."""
+    parser = throughput.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--num_accelerators", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--timeout", type=int, default=600, help="seconds that a run may take")
+    parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
+    args = parser.parse_args(argv)
+    for ranks in args.num_accelerators:
+        if ranks < 1:
+            raise ConfigError(f"--num_accelerators {ranks}: must be at least 1")
+        _ = planned_run(SETTING, ranks).targets
+    return args
+
+
+def main() -> int:
+    args = parse()
+    rows: list[dict[str, Any]] = []
+    for ranks in args.num_accelerators:
+        rows += compare(count(SETTING, ranks, args.timeout), planned_run(SETTING, ranks), SETTING)
+    agree = sum(row["agrees"] for row in rows)
+    note = (
+        f"Rank 0 of hd_pissa on a model of {method_models.SHAPES[SETTING.model][2]} tiny layers, r = {SETTING.r}, one "
+        f"slice per process, {SETTING.accumulation} micro-batches, after {WARMUP} steps: what a step sent and "
+        f"computed, counted, and what launch/plan.py says of the same run."
+    )
+    timing.write(
+        "plan_counted",
+        rows,
+        CHECKED,
+        note,
+        folder=args.folder,
+        identity=("ranks", "what"),
+        headline=f"{agree} of {len(rows)} figures agree",
+        configuration={"num_accelerators": args.num_accelerators, **dataclasses.asdict(SETTING)},
+    )
+    return 0 if agree == len(rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(timing.run(main))
