@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from tiny import build, tiny_batch
@@ -137,13 +139,40 @@ def eval_loss(engine) -> float:
     return loss
 
 
+def live_tensor_bytes() -> int:
+    """Bytes of every CPU storage that a tensor of the process still refers to, each once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def expected_bytes(engine) -> dict[str, int]:
+    """Of a rank: 4 bytes per target weight, the parameter's width per other weight, factors and their state."""
+    from hdpissa.engine.sharding import zero3
+
+    world = engine.plan.world_size
+    targets = sum(t.rows * t.cols for t in engine.targets)
+    every = sum(zero3.full_numel(p) for p in engine.module.parameters())
+    width = zero3.shard_view(engine.targets[0].param).element_size()
+    held = engine.memory_bytes()
+    parts = {
+        "target weights": 4 * targets // world,
+        "other weights": width * (every - targets) // world,
+        "factors": held["factors"],
+        "slice state": held["slice_state"],
+    }
+    return {**parts, "expected": sum(parts.values())}
+
+
 def measure_memory(settings, model):
-    """What benchmarks/shard_memory.py finds for a tiny model, and `memory_bytes()`."""
-    from hdpissa.benchmarks.shard_memory import measure
+    """Bytes of this rank after two steps, measured and expected, and `memory_bytes()`."""
     from hdpissa.engine import initialize
 
     engine = initialize(model=build(model), config=settings)
-    return measure(engine, tiny_batch(0, 0, 0)), engine.memory_bytes()
+    for _ in range(2 * engine.gradient_accumulation_steps()):
+        engine.backward(engine(**tiny_batch(0, 0, 0)).loss)
+        engine.step()
+    return {"measured": live_tensor_bytes(), **expected_bytes(engine)}, engine.memory_bytes()
 
 
 def losses_in_shards(settings, *, steps, lr, bf16_only=False):
@@ -349,7 +378,6 @@ def train_real(settings, folder, ids, export_folder, *, steps, lr, layers):
     """Trains the first layers of a checkpoint on one text; what test_real_model.py looks at."""
     from safetensors import safe_open
 
-    from hdpissa.benchmarks.shard_memory import expected_bytes, live_tensor_bytes
     from hdpissa.engine import initialize, load_pretrained
 
     engine = initialize(model=load_pretrained(folder, settings, num_hidden_layers=layers), config=settings)
