@@ -95,9 +95,10 @@ def initialize(
         store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm, beside=others
     )
     accumulation = values.gradient_accumulation_steps
-    engine = HDPissaEngine(ds, optimizer, plan, accumulation=accumulation, report=report, base=base)
+    engine = HDPissaEngine(
+        ds, optimizer, plan, config=(settings, hd), accumulation=accumulation, report=report, base=base
+    )
     setattr(model, ENGINE, engine)
-    engine.config = (settings, hd)
     if resume_from is not None:
         engine.restore(resume_from)
     if plan.rank == 0:

@@ -60,13 +60,14 @@ class HDPissaEngine:
         optimizer: SliceOptimizer,
         plan: SlicePlan,
         *,
+        config: tuple[dict, HDPissaConfig],
         accumulation: int,
         report: decompose.InitReport,
         base: Base,
     ) -> None:
         self.ds, self.optimizer, self.plan = ds, optimizer, plan
         self.init_report, self.base = report, base
-        self.config: tuple[dict, HDPissaConfig]  # what `initialize` made it from: DeepSpeed's, and the section
+        self.config = config  # what `initialize` made it from: DeepSpeed's, and the section
         self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
         self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._accumulation = accumulation

@@ -68,8 +68,8 @@ class IntegrityCheck:
     def __init__(self, module: nn.Module, optimizer: SliceOptimizer) -> None:
         self._module, self._optimizer, self._store = module, optimizer, optimizer.store
         self._first = {name: checksum(tensor) for name, tensor in self._fixed()}
-        self._slice_norms = SliceNorms.of(optimizer)
-        self._slice_norms.with_updates = True
+        self._slice_norms = SliceNorms(optimizer)
+        optimizer.observers.append(self._slice_norms)
 
     # --- what is looked at ---------------------------------------------------------------------------
 

@@ -1,14 +1,10 @@
 """Figures of every slice: how large its gradient and its update are, and how much of W the update moves.
 
-Everything is seen while the optimizer makes it, so nothing is kept for it:
+Two observers of the optimizer's step, present only in the steps that are looked at:
 
-* the norms of ΔA_i, ΔB_i and of their gradients: one reading of each bucket's buffers (`SliceNorms`, which
-  `integrity` uses, too);
-* the share of the weights whose bf16 half changed, which is what the next forward pass sees: of one weight at a time
-  the own shard's half is copied, and compared after the update (`CountingRule`).
-
-Off, it costs nothing: the rule is the plain one, nobody observes. On, it costs that at every so many steps, and one
-small all-reduce.
+* `SliceNorms`: the norms of ΔA_i, ΔB_i and of their gradients, one reading of each bucket's buffers;
+* `MovedWeights`: the share of the weights whose bf16 half changed, which is what the next forward pass sees: of one
+  weight at a time the own shard's half is copied, and compared after the update.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -25,41 +20,24 @@ from torch import Tensor
 
 from ..comm.buckets import Bucket
 from ..distributed import heartbeat
-from ..method.delta import DeltaRule
-from ..optim.optimizer import SliceOptimizer
+from ..optim.optimizer import SliceOptimizer, StepObserver
 from ..sharding import zero3
 from ..sharding.shards import Shard
-from ..sharding.slicing import ShardRange, SlicePlan
+from ..sharding.slicing import SlicePlan
 
 
-class SliceNorms:
-    """Norms of the own slices' last update, collected as the optimizer makes it; one per optimizer (`of`).
+class SliceNorms(StepObserver):
+    """Norms of the own slices' last update and, if wanted, gradient; no waiting for the device."""
 
-    Attributes:
-        with_updates, with_grads: what is collected in the steps to come.
-    """
-
-    def __init__(self, optimizer: SliceOptimizer) -> None:
-        self._optimizer, self._store = optimizer, optimizer.store
-        self.with_updates = self.with_grads = False
+    def __init__(self, optimizer: SliceOptimizer, *, gradients: bool = False) -> None:
+        self._optimizer, self._store, self._gradients = optimizer, optimizer.store, gradients
         self._updates: Tensor | None = None
         self._grads: Tensor | None = None
 
-    @classmethod
-    def of(cls, optimizer: SliceOptimizer) -> SliceNorms:
-        """The one that observes this optimizer already, or a new one."""
-        found = getattr(optimizer.observe, "__self__", None)
-        if not isinstance(found, cls):
-            found = cls(optimizer)
-            optimizer.observe = found.observe
-        return found
-
-    def observe(self, bucket: Bucket, delta: Tensor) -> None:
-        """Called by the optimizer with each bucket's Δ: one reading of it, no waiting for the device."""
+    def delta(self, bucket: Bucket, delta: Tensor) -> None:
         first = bucket is self._store.buckets[0]
-        if self.with_updates:
-            self._updates = self._add(None if first else self._updates, bucket, delta)
-        if self.with_grads:
+        self._updates = self._add(None if first else self._updates, bucket, delta)
+        if self._gradients:
             grads = self._store.grads[bucket.start : bucket.stop]
             self._grads = self._add(None if first else self._grads, bucket, grads)
 
@@ -80,55 +58,26 @@ class SliceNorms:
         return [] if self._grads is None else (self._grads.sqrt() * self._optimizer.grad_scale).tolist()
 
 
-# --- what moves in bf16 ----------------------------------------------------------------------------
+class MovedWeights(StepObserver):
+    """How many weights of the own shards an update changes in bf16; sums stay on the device until they are read."""
 
-
-@dataclass
-class Moved:
-    """How many weights of the own shards changed in bf16; sums that stay on their device until they are asked for."""
-
-    changed: list[Tensor] = field(default_factory=list)
-    looked_at: int = 0
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        self.changed.append((before != after).sum())
-        self.looked_at += before.numel()
-
-    def totals(self) -> tuple[int, int]:
-        """(changed, looked at)."""
-        return sum(int(count) for count in self.changed), self.looked_at
-
-
-@dataclass(frozen=True)
-class CountingRule(DeltaRule):
-    """The same update, which also counts what of W's bf16 halves it changes; holds one weight's half meanwhile."""
-
-    moved: Moved = field(default_factory=Moved)
-
-    @classmethod
-    def counting(cls, rule: DeltaRule, moved: Moved) -> CountingRule:
-        return cls(**{f.name: getattr(rule, f.name) for f in fields(DeltaRule)}, moved=moved)
-
-    def plain(self) -> DeltaRule:
-        return DeltaRule(**{f.name: getattr(self, f.name) for f in fields(DeltaRule)})
-
-    def apply(self, shard: Shard, owned: ShardRange, *update: Any, **scale: Any) -> None:
-        with self._counted(shard, 0, owned.numel):
-            super().apply(shard, owned, *update, **scale)
-
-    def subtract(self, shard: Shard, begin: int, D: Tensor, *update: Any, **scale: Any) -> None:
-        with self._counted(shard, begin, begin + D.numel()):
-            super().subtract(shard, begin, D, *update, **scale)
+    def __init__(self) -> None:
+        self._changed: list[Tensor] = []
+        self._compared = 0
 
     @contextlib.contextmanager
-    def _counted(self, shard: Shard, begin: int, end: int) -> Iterator[None]:
-        """Within, elements [begin, end) are changed."""
+    def writing(self, shard: Shard, begin: int, end: int) -> Iterator[None]:
         before = _half(shard, begin, end)
         yield
         if before.numel():
             if before.device != zero3.device():  # what was staged is on its way home
                 zero3.fence()
-            self.moved.add(before, _half(shard, begin, end))
+            self._changed.append((before != _half(shard, begin, end)).sum())
+            self._compared += before.numel()
+
+    def totals(self) -> tuple[int, int]:
+        """(weights changed, weights compared)."""
+        return sum(int(count) for count in self._changed), self._compared
 
 
 def _half(shard: Shard, begin: int, end: int) -> Tensor:
@@ -152,18 +101,15 @@ class SliceFigures:
 
     def __init__(self, optimizer: SliceOptimizer, *, every: int, patience: int, start: int) -> None:
         self._optimizer, self._plan, self._every = optimizer, optimizer.store.plan, every
-        self._norms = SliceNorms.of(optimizer)
         self._silence = Silence(self._plan, every, patience)
-        self._updates_too = self._norms.with_updates  # somebody else wants them in any case
-        self._moved: Moved | None = None
+        self._observing: tuple[SliceNorms, MovedWeights] | None = None
         self._prepare(start + 1)
 
     def _prepare(self, step: int) -> None:
         """Has the step looked at, if it is its turn; one that was skipped is made up for by the next."""
-        if self._moved is None and step % self._every == 0:
-            self._moved = Moved()
-            self._optimizer.rule = CountingRule.counting(self._optimizer.rule, self._moved)
-            self._norms.with_updates = self._norms.with_grads = True
+        if self._observing is None and step % self._every == 0:
+            self._observing = SliceNorms(self._optimizer, gradients=True), MovedWeights()
+            self._optimizer.observers += self._observing
 
     def after(self, result: Any, recorder: Any) -> None:
         """Writes the row of a step that was looked at.
@@ -171,35 +117,32 @@ class SliceFigures:
         Args:
             result: of the step.
         """
-        if self._moved is not None and result.applied:
+        if self._observing is not None and result.applied:
             begun = time.perf_counter()
-            grads, updates, share = self._collect(self._moved)
+            grads, updates, share = self._collect(*self._observing)
             row = {"step": result.step, "slice_grad_norms": grads, "slice_delta_norms": updates, "bf16_moved": share}
             recorder.figures(row | {"seconds": round(time.perf_counter() - begun, 4)})
             for line in self._silence.see(result.step, grads, updates, result.learning_rate):
                 recorder.say(line)
-            self._stop()
+            for observer in self._observing:
+                self._optimizer.observers.remove(observer)
+            self._observing = None
         self._prepare(result.step + 1)
 
-    def _stop(self) -> None:
-        assert isinstance(self._optimizer.rule, CountingRule)
-        self._optimizer.rule, self._moved = self._optimizer.rule.plain(), None
-        self._norms.with_updates, self._norms.with_grads = self._updates_too, False
-
-    def _collect(self, moved: Moved) -> tuple[list[float], list[float], float]:
+    def _collect(self, norms: SliceNorms, moved: MovedWeights) -> tuple[list[float], list[float], float]:
         """(gradient norm of every slice, norm of its update, share of all weights that moved); collective."""
         heartbeat.reach("step.slices")
         plan = self._plan
         found = torch.zeros(2, plan.slices, dtype=torch.float64)
         if plan.replica == 0:  # ranks that share a slice know the same
             own = slice(plan.owned.start, plan.owned.stop)
-            found[0, own] = torch.tensor(self._norms.grads(), dtype=torch.float64)
-            found[1, own] = torch.tensor(self._norms.updates(), dtype=torch.float64)
+            found[0, own] = torch.tensor(norms.grads(), dtype=torch.float64)
+            found[1, own] = torch.tensor(norms.updates(), dtype=torch.float64)
         counts = torch.tensor(moved.totals(), dtype=torch.float64)
-        told = torch.cat([found.flatten(), counts]).to(zero3.device())
-        dist.all_reduce(told)
-        *norms, changed, looked_at = told.tolist()
-        return norms[: plan.slices], norms[plan.slices :], changed / max(looked_at, 1.0)
+        summed = torch.cat([found.flatten(), counts]).to(zero3.device())
+        dist.all_reduce(summed)
+        *per_slice, changed, compared = summed.tolist()
+        return per_slice[: plan.slices], per_slice[plan.slices :], changed / max(compared, 1.0)
 
 
 class Silence:

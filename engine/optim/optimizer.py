@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,7 +34,7 @@ from ..comm.exchange import FactorExchange, predicted_bytes
 from ..distributed import faults, heartbeat
 from ..method.delta import DeltaRule
 from ..precision import full_fp32
-from ..sharding.shards import staging_bytes
+from ..sharding.shards import Shard, staging_bytes
 from ..sharding.slicing import ShardRange
 from . import bounds
 from .bounds import Extent, WeightBounds
@@ -57,6 +58,17 @@ class Vote:
     grad_norm: float
     tallies: list[float]
     refusal: str = ""
+
+
+class StepObserver:
+    """Sees what a step makes, and changes none of it (`SliceOptimizer.observers`). This one looks at nothing."""
+
+    def delta(self, bucket: Bucket, delta: Tensor) -> None:
+        """Called with the own slices' Δ of each bucket, flat, before it is sent; `store.grads` is still there."""
+
+    def writing(self, shard: Shard, begin: int, end: int) -> AbstractContextManager[None]:
+        """Entered around every update of elements [begin, end) of a target's shard."""
+        return nullcontext()
 
 
 class SliceOptimizer(torch.optim.Optimizer):
@@ -94,7 +106,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self._clip = 1.0
         self._change = 0.0  # bound of |ΔA| and |ΔB| in the step that was voted on
         self.largest_grad = 0.0  # bound of any gradient that Adam has seen
-        self.observe: Callable[[Bucket, Tensor], None] | None = None  # is shown every bucket's Δ (`integrity`)
+        self.observers: list[StepObserver] = []
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
         if beside is not None:
@@ -193,19 +205,19 @@ class SliceOptimizer(torch.optim.Optimizer):
             for bucket in self.store.buckets:
                 heartbeat.reach("step.exchange")
                 dtype = self.rule.dtype if bucket.kind == "factor" else torch.float32
-                self._apply(bucket, partial(self._adam, bucket, dtype))
+                self._apply(bucket, partial(self._adam, bucket, dtype), self.rule)
         heartbeat.reach("step.applied")
 
-    def _apply(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
+    def _apply(self, bucket: Bucket, delta: Callable[[], Tensor], rule: DeltaRule) -> None:
         """Sends Δ of the own slices and takes everybody's off W.
 
         Args:
             delta: makes it; called once, so that it can be freed as soon as it is sent.
         """
         if bucket.kind == "factor":
-            self._apply_factors(bucket, delta)
+            self._apply_factors(bucket, delta, rule)
         else:
-            self._apply_dense(bucket, delta)
+            self._apply_dense(bucket, delta, rule)
 
     def _adam(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
         """Δ of the own slices, flat, laid out as `Bucket` says; moments and running sums in place."""
@@ -219,12 +231,19 @@ class SliceOptimizer(torch.optim.Optimizer):
             grad_scale=self.grad_scale * self._clip,
             dtype=dtype,
         )
-        if self.observe is not None:
-            self.observe(bucket, delta)
+        for observer in self.observers:
+            observer.delta(bucket, delta)
         store.delta_sum[here] += delta  # as it is sent: what rounding to bf16 took away never reaches W
         return delta
 
-    def _apply_factors(self, bucket: Bucket, delta: Callable[[], Tensor]) -> None:
+    def _writing(self, shard: Shard, begin: int, end: int) -> ExitStack:
+        """Within, elements [begin, end) of a shard change, and all observers know."""
+        stack = ExitStack()
+        for observer in self.observers:
+            stack.enter_context(observer.writing(shard, begin, end))
+        return stack
+
+    def _apply_factors(self, bucket: Bucket, delta: Callable[[], Tensor], rule: DeltaRule) -> None:
         """All slices' ΔA and ΔB rows come here."""
         received = self.exchange.factors(bucket, delta())
         heartbeat.reach("step.apply")
@@ -234,10 +253,11 @@ class SliceOptimizer(torch.optim.Optimizer):
             factors = self.store.A[target.name], self.store.B_rows[target.name]
             deltas = received.A(index), received.B(index)
             owned = target.own_range(self.store.plan)
-            self.rule.apply(target.shard, owned, factors, deltas, self._bad, scale=target.scale)
+            with self._writing(target.shard, 0, owned.numel):
+                rule.apply(target.shard, owned, factors, deltas, self._bad, scale=target.scale)
             del deltas  # before the next target's are put together
 
-    def _apply_dense(self, bucket: Bucket, delta_of: Callable[[], Tensor]) -> None:
+    def _apply_dense(self, bucket: Bucket, delta_of: Callable[[], Tensor], rule: DeltaRule) -> None:
         """The own slices' delta of every member's shard goes out, the sum of all members' on this shard comes back."""
         delta = delta_of()
         dA = bucket.views_A(delta[: bucket.numel_A])
@@ -245,11 +265,11 @@ class SliceOptimizer(torch.optim.Optimizer):
         deltas = {t.name: (A, B) for t, A, B in zip(bucket.targets, dA, dB, strict=True)}
         for pieces in bucket.rounds or ():
             heartbeat.tick()
-            self._subtract(pieces, self.exchange.reduce_to_owners(self._dense_parts(pieces, deltas)))
+            self._subtract(pieces, self.exchange.reduce_to_owners(self._dense_parts(pieces, deltas, rule)), rule)
 
-    def _dense_parts(self, pieces: list[Piece], deltas: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _dense_parts(self, pieces: list[Piece], deltas: dict[str, tuple[Tensor, Tensor]], rule: DeltaRule) -> Tensor:
         """What the own slices change on each member's pieces (G × elements of a round), in the wire's dtype."""
-        plan, dtype = self.store.plan, self.rule.dtype
+        plan, dtype = self.store.plan, rule.dtype
         size = sum(p.size for p in pieces)
         parts = torch.empty(plan.group_size, size, dtype=dtype, device=self.store.grads.device)
         at = 0
@@ -257,19 +277,20 @@ class SliceOptimizer(torch.optim.Optimizer):
             target, column = piece.target, parts[:, at : at + piece.size]
             factors = self.store.A[target.name], self.store.own_B[target.name]
             for rows, where in _cells(piece, plan.group, whole=piece.is_whole(plan)):
-                block = self.rule.dense(where, factors, deltas[target.name], dtype)
+                block = rule.dense(where, factors, deltas[target.name], dtype)
                 _put(column[rows], block)
                 del block
             at += piece.size
         return parts
 
-    def _subtract(self, pieces: list[Piece], summed: Tensor) -> None:
+    def _subtract(self, pieces: list[Piece], summed: Tensor, rule: DeltaRule) -> None:
         plan, at = self.store.plan, 0
         for piece in pieces:
             assert piece.target.shard is not None
             faults.fault("apply.weight")
             D = summed[at : at + piece.of(plan.rank).numel]
-            self.rule.subtract(piece.target.shard, piece.begin, D, self._bad, scale=piece.target.scale)
+            with self._writing(piece.target.shard, piece.begin, piece.begin + D.numel()):
+                rule.subtract(piece.target.shard, piece.begin, D, self._bad, scale=piece.target.scale)
             at += piece.size
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -286,13 +307,10 @@ class SliceOptimizer(torch.optim.Optimizer):
 
         W must be the base model's. The sums travel in fp32, whatever the wire's dtype is in training.
         """
-        rule, self.rule = self.rule, replace(self.rule, second_order=False, dtype=torch.float32)
-        try:
-            with full_fp32():
-                for bucket in self.store.buckets:
-                    self._apply(bucket, self.store.delta_sum[bucket.start : bucket.stop].clone)
-        finally:
-            self.rule = rule
+        rule = replace(self.rule, second_order=False, dtype=torch.float32)
+        with full_fp32():
+            for bucket in self.store.buckets:
+                self._apply(bucket, self.store.delta_sum[bucket.start : bucket.stop].clone, rule)
 
     def resume(self, updates: int, largest_grad: float, lr: float) -> None:
         """Goes on after `updates` steps; collective. The weights are in place, their bounds are measured anew."""
