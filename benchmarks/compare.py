@@ -68,7 +68,13 @@ def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
         before, after = (figures(rows.get(key, {}), new["identity"]) for rows in (olds, news))
         why = news.get(key, {}).get("remark")
         for figure in dict.fromkeys((*before, *after)):
-            line = {"result": name, "row": key, "figure": figure, "old": before.get(figure), "new": after.get(figure)}
+            line: dict[str, Any] = {
+                "result": name,
+                "row": key,
+                "figure": figure,
+                "old": before.get(figure),
+                "new": after.get(figure),
+            }
             if figure not in after or (math.isfinite(line["old"] or 0) and not math.isfinite(line["new"])):
                 yield {**line, "verdict": f"{LOST}: {why}" if why else LOST}
             elif figure not in before:
@@ -91,7 +97,7 @@ def judge(figure: str, old: Mapping[str, Any], new: Mapping[str, Any], counts: S
     if before == after:
         return {"verdict": "equal"}
     line: dict[str, Any] = {"new / old": after / before} if before else {}
-    samples = [(row.get("samples") or {}).get(figure) for row in (old, new)]
+    samples: list[list[float]] = [(row.get("samples") or {}).get(figure) or [] for row in (old, new)]
     if not all(samples) or min(value for side in samples for value in side) <= 0:
         return {**line, "verdict": "differs; noise unknown"}
     units = [units_of(side, count) for side, count in zip(samples, counts, strict=True)]

@@ -15,7 +15,7 @@ def full_fp32() -> Iterator[None]:
     torch keeps the older setting (`set_float32_matmul_precision`, `allow_tf32`) beside the newer `fp32_precision` of
     each backend, and raises where somebody reads the older one while the two disagree; so both are set, and restored.
     """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # no stub has the second
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"  # beside which the older setting can be read, whatever it is

@@ -93,7 +93,8 @@ def _chip() -> str:
     if not torch.cuda.is_available():
         return "sm_80"
     # by memory, not by generation: later consumer chips have less than Hopper
-    return "sm_90" if torch.cuda.get_device_properties().shared_memory_per_block_optin >= LARGE_SHARED else "sm_80"
+    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return "sm_90" if shared >= LARGE_SHARED else "sm_80"
 
 
 def fused_linear(x_TI: Tensor, W_OI: Tensor, A_RI: Tensor, bias_O: Tensor | None = None) -> tuple[Tensor, Tensor]:

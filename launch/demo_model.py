@@ -144,7 +144,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     # Loaded from GGUF the model counts as quantised, and such a model cannot be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     _say(f"saving with transformers {transformers.__version__}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ The four go side by side; each has its row as soon as it is over. Inputs are mad
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -102,9 +103,9 @@ class Life:
         start = load_file(Path(self.arguments["model_name_or_path"]) / "model.safetensors")
         found, wanted = self.weights(name), self.weights(other)
         trained = [key for key in wanted if "_proj." in key]
-        off = sum((found[key].double() - wanted[key].double()).square().sum() for key in trained)
-        moved = sum((start[key].double() - wanted[key].double()).square().sum() for key in trained)
-        return float((off / moved).sqrt())
+        off = sum(float((found[key].double() - wanted[key].double()).square().sum()) for key in trained)
+        moved = sum(float((start[key].double() - wanted[key].double()).square().sum()) for key in trained)
+        return math.sqrt(off / moved)
 
 
 def free_port() -> int:

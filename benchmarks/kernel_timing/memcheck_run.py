@@ -34,7 +34,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     bad = torch.zeros(1, dtype=torch.int32, device=device)
     parts = api.split_fp32(random(numel)) if dtype == torch.bfloat16 else (random(numel),)
     where: dict[str, Any] = {"start": start, "second_order": True, "impl": "triton"}
-    adam = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    adam: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
     return {
         "low_rank_forward": lambda: api.low_rank_forward(x, A, impl="triton"),
         "low_rank_grad_B": lambda: api.low_rank_grad_B_(grad_B, dy, p, B, impl="triton"),

@@ -92,7 +92,8 @@ def measure(model: str, r: int, slices: int, rounds: int) -> dict[str, Any]:
         "hd_pissa": {"r": r, "slices": slices},
     }
     engine = initialize(model=load_pretrained(model, config), config=config)
-    ids = torch.randint(0, engine.module.config.vocab_size, (1, 16), device=zero3.device())
+    config_of_model: Any = engine.module.config
+    ids = torch.randint(0, config_of_model.vocab_size, (1, 16), device=zero3.device())
     one_step(engine, {"input_ids": ids, "labels": ids})
     place: list[Any] = [tempfile.mkdtemp() if engine.plan.rank == 0 else None]
     dist.broadcast_object_list(place, 0)

@@ -168,7 +168,7 @@ class SameRows(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
         order = SliceOrder(SlicePlan(1, 1, 0), args.gradient_accumulation_steps, args.per_device_train_batch_size)
-        return SliceSampler(len(self.train_dataset), order, args.seed)
+        return SliceSampler(len(self.train_dataset), order, args.seed)  # type: ignore[arg-type]  # it has a length
 
 
 class Curve(TrainerCallback):
@@ -306,7 +306,7 @@ def train(run: Run, rung: Rung, train_file: str, test_file: str, scratch: str) -
     torch.manual_seed(run.seed)
     begun, created = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat()
     task = Task(rung, train_file, test_file)
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = {"test loss": task.loss(model, task.test), "plain": task.loss(model, task.text)} if run.last else {}
     total = sum(p.numel() for p in model.parameters())
@@ -369,7 +369,7 @@ def plain(model: nn.Module, engine: Any, scratch: str) -> nn.Module:
     folder = Path(scratch) / "export"
     engine.export(folder, dtype="fp32")
     unset_hf_deepspeed_config()  # or the model would be cut into shards
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return found.to(next(model.parameters()).device)
 
 

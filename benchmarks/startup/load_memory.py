@@ -23,7 +23,12 @@ import torch.distributed as dist
 from hdpissa.benchmarks.common import ranks, timing
 from hdpissa.benchmarks.memory.memory import Peak
 
-LAYER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4}
+LAYER: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 VOCABULARY = 32_000
 PROCESS_BYTES = 600e6
 COLUMNS = ("ranks", "path", "model MB", "largest tensor MB", "peak MB", "bound MB", "seconds")
@@ -40,7 +45,7 @@ def write_model(folder: Path, gigabytes: float) -> None:
     layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * 2048) / per_layer))
     config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **LAYER)
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="500MB")
 
 
 def load(folder: str, path: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def measure(dtype: torch.dtype, layers: int | None, rounds: int) -> list[dict[st
     models = {name: load(dtype, layers) for name in ("frozen", "ours", "lora")}
     plain_engine.attach(models["ours"], r=R)
     models["lora"] = with_lora(models["lora"])
-    embedding = models["frozen"].get_input_embeddings()
+    embedding = models["frozen"].get_input_embeddings()  # type: ignore[operator]
     ids = torch.randint(0, embedding.num_embeddings, (BATCH, LENGTH))
     embeds = embedding(ids).detach()
     works = {name: forward_backward(model, embeds, ids) for name, model in models.items()}

@@ -88,7 +88,8 @@ def whole_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
     config = config_of(setting.model, setting.layers)
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": setting.attention}
     if not is_shape(setting.model):
-        return AutoModelForCausalLM.from_pretrained(setting.model, config=config, **how).to(zero3.device())
+        net: Any = AutoModelForCausalLM.from_pretrained(setting.model, config=config, **how)
+        return net.to(zero3.device())
     torch.manual_seed(setting.seed)
     with zero3.device():
         net = AutoModelForCausalLM.from_config(config, **how)

@@ -156,12 +156,12 @@ class Stock(Method):
 
         for name, module in self.ds.module.named_modules():
             if isinstance(module, LoraLayer):
-                base = module.get_base_layer()
-                A, B = (zero3.whole_value(part["default"].weight) for part in (module.lora_A, module.lora_B))
-                merged = zero3.whole_value(base.weight) + module.scaling["default"] * (B @ A)
+                layers = (module.get_base_layer(), module.lora_A["default"], module.lora_B["default"])
+                W, A, B = (zero3.whole_value(adapt.matrix(layer)) for layer in layers)
+                merged = W + module.scaling["default"] * (B @ A)
                 yield f"{name.removeprefix('base_model.model.')}.weight", merged.cpu()
             elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in DEFAULT_TARGETS:
-                yield f"{name}.weight", zero3.whole_value(module.weight).cpu()
+                yield f"{name}.weight", zero3.whole_value(adapt.matrix(module)).cpu()
 
 
 def with_adapters(net: nn.Module, setting: Setting, kind: str) -> nn.Module:

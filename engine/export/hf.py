@@ -94,4 +94,4 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     config.dtype = dtype
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr,operator]

@@ -176,7 +176,7 @@ class Outbox:
         for entry in entries:
             for piece in collect(entry, self.world):
                 data = piece.view(torch.uint8).cpu()
-                yield memoryview(data.numpy())
+                yield memoryview(data.numpy())  # type: ignore[arg-type]  # numpy has the buffer protocol
 
     def _write(self, name: str, stream: Iterator[memoryview], entries: Sequence[Entry]) -> None:
         path = self.partial / name

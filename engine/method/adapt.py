@@ -70,7 +70,7 @@ def remarks(model: nn.Module, targets: Sequence[Target], config: HDPissaConfig, 
         for name, module in _decoder(model)
         if is_matrix_layer(module) and module is not head and id(module.weight) not in trained
         if not _named(name, config.exclude_modules)
-        if min(zero3.full_shape(module.weight)) >= plan.slices * config.r
+        if min(zero3.full_shape(matrix(module))) >= plan.slices * config.r
     }
     if idle:
         lines.append(
@@ -184,6 +184,11 @@ def is_matrix_layer(module: nn.Module) -> bool:
     return is_conv1d(module)
 
 
+def matrix(layer: Any) -> nn.Parameter:
+    """The weight of a matrix layer, which torch's types take for a tensor or a module."""
+    return layer.weight
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a Linear whose weight is stored transposed."""
     from transformers.pytorch_utils import Conv1D
@@ -198,11 +203,11 @@ def _named(name: str, wanted: Sequence[str] | str) -> bool:
 
 
 def _describe(name: str, module: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> Target:
-    rows, cols = zero3.full_shape(module.weight)
+    rows, cols = zero3.full_shape(matrix(module))
     r = next((r for key, r in config.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config.r)
     ranges = [ShardRange.of(k, plan.world_size, rows, cols) for k in range(plan.world_size)]
     scale, transposed = config.scale_for(r), is_conv1d(module)
-    return Target(name, module.weight, [module], rows, cols, r, scale, ranges, transposed=transposed)
+    return Target(name, matrix(module), [module], rows, cols, r, scale, ranges, transposed=transposed)
 
 
 def _refuse_too_thin(targets: Iterable[Target], slices: int) -> None:

@@ -38,7 +38,7 @@ def exact_values(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) -
     with BaseFiles(origin) as base:
         for target in targets:
             value = _read(target, plan, names[id(target.param)], base)
-            if not consensus.all_ranks(value is not None):
+            if not consensus.all_ranks(value is not None) or value is None:
                 value = zero3.shard_view(target.param).float()
                 rounded.append(target.name)
             yield target, value

@@ -70,17 +70,18 @@ def reading_own_rows(new: Sequence[str] = ()) -> Iterator[None]:
         _refuse_missing(model, loaded[0].missing_keys, new)
         return loaded
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
     try:
         with building:
             building.enter_context(zero3.building_without_broadcast())
             yield
     finally:
-        PreTrainedModel._load_pretrained_model = original
+        PreTrainedModel._load_pretrained_model = original  # type: ignore[method-assign]
 
 
 def _refuse_missing(model: nn.Module, missing: set[str], new: Sequence[str]) -> None:
-    tied, ignored = getattr(model, "all_tied_weights_keys", None) or {}, model._keys_to_ignore_on_load_missing or ()
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     named = {name for name, _ in model.named_parameters()} & set(missing) - set(tied)
     lost = sorted(n for n in named if n.split(".")[0] not in new and not any(re.search(p, n) for p in ignored))
     if lost:

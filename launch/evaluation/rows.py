@@ -46,7 +46,7 @@ def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> An
     reading = {"max_length": SFT_DEFAULTS["max_length"]}
     reading |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
     reading |= {name: given[name] for name in READING if name in given}
-    fixed = {"output_dir": scratch, "report_to": "none", "use_cpu": True, "bf16": False}
+    fixed: dict[str, Any] = {"output_dir": scratch, "report_to": "none", "use_cpu": True, "bf16": False}
     fixed |= {"trust_remote_code": args.trust_remote_code}
     training = tried("--model", args.model, lambda: Config(**fixed, **reading))
     return Arguments(ScriptArguments(**named), training, trl.DatasetMixtureConfig(), frozenset(given))
@@ -145,7 +145,7 @@ def _question(row: dict[str, Any], tokenizer: Any, template: Any, columns: dict[
         inputs = [row[columns["input"]]] if "input" in columns else []
         text = template.render(row[columns["prompt"]], *inputs)
         return Question(prompt_ids(tokenizer, text), text, row[columns["response"]].strip())
-    row = trl.maybe_convert_to_chatml(row)
+    row = dict(trl.maybe_convert_to_chatml(row))
     if messages := row.pop("messages", None):
         row |= {"prompt": messages[:-1], "completion": messages[-1:]}
     if not row.get("prompt") or not row.get("completion"):

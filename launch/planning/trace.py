@@ -111,7 +111,7 @@ def gathered_whole(trace: Trace, module: nn.Module, leaves: list[nn.Module]) -> 
     return replace(trace, visits=visits, params=params, below=below, leaves=frozenset(inside.values()))
 
 
-def head_read_by_the_model(trace: Trace, module: nn.Module) -> Trace:
+def head_read_by_the_model(trace: Trace, module: Any) -> Trace:
     """The trace as ZeRO-3 sees it under TRL's chunked head, which takes `lm_head.weight` and never calls lm_head.
 
     DeepSpeed then counts the weight among the whole model's own parameters, and holds it through each pass.

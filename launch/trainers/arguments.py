@@ -66,12 +66,13 @@ class HDPissaArguments:
         if torch.cuda.is_available():
             super()._validate_args()  # type: ignore[misc]
             return
-        wanted = self.bf16, self.bf16_full_eval  # type: ignore[has-type]
-        self.bf16 = self.bf16_full_eval = False
+        stock: Any = self  # the fields are those of the TrainingArguments that this class is mixed into
+        wanted = stock.bf16, stock.bf16_full_eval
+        stock.bf16 = stock.bf16_full_eval = False
         try:
             super()._validate_args()  # type: ignore[misc]
         finally:
-            self.bf16, self.bf16_full_eval = wanted
+            stock.bf16, stock.bf16_full_eval = wanted
 
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(HDPissaArguments)}

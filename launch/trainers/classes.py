@@ -71,7 +71,7 @@ class HDPissaDPOTrainer(_OwnReference, HDPissaMixin, DPOTrainer):
         _refuse_head(self.run_config.section.target_modules, "leave it out")
 
 
-class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
+class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):  # type: ignore[misc]  # the mixin passes the sampler through
     """`trl.GRPOTrainer` with HD-PiSSA. Its sampler repeats prompts, so what a slice sees depends on the ranks."""
 
     slice_order = False
@@ -90,7 +90,8 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):
         """TRL counts its forward passes from 0, and keeps no completions that it has generated for several steps."""
         found = super()._prepare_for_training(*args, **kwargs)
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        if self._step % (self.args.steps_per_generation * self.num_iterations) and self.is_world_process_zero():
+        per_generation = self.args.steps_per_generation  # type: ignore[attr-defined]  # GRPOConfig's
+        if self._step % (per_generation * self.num_iterations) and self.is_world_process_zero():
             logger.warning(
                 "step %d lies between two generations: their completions are generated anew, by the model of now",
                 self.state.global_step,

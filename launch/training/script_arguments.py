@@ -52,14 +52,14 @@ class ScriptArguments(trl.ScriptArguments):
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hugging Face folder or hub name."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
-    dataset_name: str | None = field(
+    dataset_name: str | None = field(  # type: ignore[assignment]  # None: the file of --config has `datasets`
         default=None, metadata={"help": "jsonl, json, csv, parquet file, folder (saved by datasets, too), or hub name."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
     dataset_train_split: str = field(
         default="train", metadata={"help": "Split to train on, also train[:80]. (--dataset_split)"}
     )
-    dataset_test_split: str | None = field(
+    dataset_test_split: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Split to evaluate on; of --eval_dataset_name train. (--eval_split)"}
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Dataset to evaluate on."})
@@ -132,7 +132,7 @@ class Parser(trl.TrlParser):
         self.given |= named.keys()
         return super().set_defaults_with_config(**named)
 
-    def parse_args_into_dataclasses(self, args: Any = None, **_: Any) -> Any:
+    def parse_args_into_dataclasses(self, args: Any = None, **_: Any) -> Any:  # type: ignore[override]
         values, unknown = self.parse_known_args(args)
         self._refuse(unknown)
         names = {name: action.dest for action in self._actions for name in action.option_strings}
