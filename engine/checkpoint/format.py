@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..files.disk import FileRecord, read_record
 from ..sharding.slicing import ShardRange
 
@@ -199,17 +199,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValidationError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} cannot be used ({_reason(error)}): {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be used ({one_line(error, 160)}): {REMEDY}") from None
     _check_files(folder, manifest)
     return manifest
 
 
 REMEDY = "give another checkpoint"
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:160]
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -231,7 +226,7 @@ def check_file(folder: Path, name: str, record: StoredFile) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, must have {record.bytes}: {REMEDY}")
         found = read_record(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({_reason(error)}): {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error, 160)}): {REMEDY}") from None
     if found != FileRecord(record.bytes, record.sha256):
         raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's): {REMEDY}")
 
@@ -355,7 +350,7 @@ class CheckpointReader:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
             return self._open_files[name]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / name} cannot be read ({_reason(error)}): {REMEDY}") from None
+            raise CheckpointError(f"{self.folder / name} cannot be read ({one_line(error, 160)}): {REMEDY}") from None
 
     def _read(self, file: Any, key: str, shape: tuple[int, ...], part: slice | None = None) -> Tensor:
         try:
@@ -364,4 +359,4 @@ class CheckpointReader:
                 raise ValueError(f"is {stored.get_dtype()} {tuple(stored.get_shape())}, must be F32 {shape}")
             return stored[part if part is not None else slice(None)]
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: {key} cannot be read ({_reason(error)}): {REMEDY}") from None
+            raise CheckpointError(f"{self.folder}: {key} cannot be read ({one_line(error, 160)}): {REMEDY}") from None

@@ -28,6 +28,7 @@ from .. import consensus
 from ..comm.exchange import FactorExchange
 from ..directions.decompose import InitReport
 from ..distributed import heartbeat
+from ..errors import one_line
 from ..files.checksum import MASK, checksum, forget, signed
 from ..method.delta import DeltaRule
 from ..method.targets import Target
@@ -153,7 +154,7 @@ def make_manifest(
     try:
         client_state = json.loads(json.dumps(client_state))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"client_state must be JSON-serialisable: {error}") from None
+        raise CheckpointError(f"client_state must be JSON-serialisable: {one_line(error)}") from None
     store, rule = optimizer.store, optimizer.rule
     manifest = Manifest(
         kind=kind,  # type: ignore[arg-type]
@@ -182,8 +183,9 @@ def make_manifest(
     try:
         Manifest.model_validate_json(json.dumps(manifest.model_dump(mode="json")))
     except ValueError as error:
-        told = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"client_state would not be read back ({told}): use plain text and numbers") from None
+        raise CheckpointError(
+            f"client_state would not be read back ({one_line(error, 160)}): use plain text and numbers"
+        ) from None
     return manifest
 
 
@@ -367,7 +369,7 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             set_generators(*reader.rng(store.plan.rank))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"{reader.folder}: its generators cannot be used ({error}); {layout.REMEDY}"
+                f"{reader.folder}: its generators cannot be used ({one_line(error)}); {layout.REMEDY}"
             ) from None
     elif store.plan.rank == 0:
         logger.warning(

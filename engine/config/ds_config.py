@@ -255,23 +255,13 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
     if not problems:
         values = _fit_batch(out, values, "gradient_accumulation_steps" not in fixed | args.given, differ)
     problems += second_copy_problems(_at(out, "zero_optimization.zero_hpz_partition_size"), args.world_size)
-    _fail_if(problems, differ)
-    _fill_off_and_sizes(out, args.hidden_size)
-    return out, values
-
-
-def check_values(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ()) -> None:
-    """As much of `fill_auto` as does not depend on how many processes there are; raises the same."""
-    *_, problems, differ = _fill(ds, args, differ)
-    _fail_if(problems, differ)
-
-
-def _fail_if(problems: list[str], differ: list[str]) -> None:
     if differ:
         remedy = 'set these config values to "auto" or drop the arguments'
         problems = [*problems, f"config and command line must agree: {', '.join(differ)}; {remedy}"]
     if problems:
         fail(["DeepSpeed config: " + problems[0], *problems[1:]])
+    _fill_off_and_sizes(out, args.hidden_size)
+    return out, values
 
 
 def _fill(

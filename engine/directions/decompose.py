@@ -22,7 +22,7 @@ from .. import consensus
 from ..comm.buckets import Bucket
 from ..comm.exchange import FactorExchange
 from ..distributed import heartbeat
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..method.targets import Target
 from ..optim.factors import FactorStore
 from ..sharding import zero3
@@ -81,7 +81,7 @@ def compute_slices(
         try:
             cache.finish(report.residual, report.worst)
         except OSError as error:  # the slices are there; the next start computes them again
-            logger.warning("slice cache %s: %s; it stays incomplete", cache.folder, error)
+            logger.warning("slice cache %s: %s; it stays incomplete", cache.folder, one_line(error))
     return report
 
 
@@ -290,7 +290,7 @@ class _Pipeline:
             except torch.OutOfMemoryError:
                 return None, 0.0, f"{target.name}: no memory left to decompose it; free some, or offload parameters"
             except OSError as error:
-                return None, 0.0, f"hd_pissa.init.cache_dir: {error}; give a folder with room, or null"
+                return None, 0.0, f"hd_pissa.init.cache_dir: {one_line(error)}; give a folder with room, or null"
             except (ValueError, torch.linalg.LinAlgError) as error:  # not finite, or LAPACK did not converge
                 advice = "leave it out with hd_pissa.exclude_modules or mend the weights"
                 return None, 0.0, f"{target.name}: {error}; {advice}"

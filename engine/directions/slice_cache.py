@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import one_line
 from ..files import atomic
 from ..method.targets import Target
 
@@ -82,7 +83,7 @@ class SliceCache:
         try:
             self.reached()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return _damaged(error)
+            return f"damaged ({one_line(error)})"
         return None
 
     def read(self, name: str, owned: range, A_SRI: Tensor, B_SOR: Tensor) -> str | None:
@@ -96,12 +97,8 @@ class SliceCache:
                         raise ValueError(f"{key} of {name} is {found}, must be {wanted}")
                     into.copy_(values)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            return _damaged(error)
+            return f"damaged ({one_line(error)})"
         return None
-
-
-def _damaged(error: Exception) -> str:
-    return f"damaged ({type(error).__name__}: {error})"
 
 
 def identity(files: Iterable[str]) -> list[Identity]:

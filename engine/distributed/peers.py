@@ -31,7 +31,7 @@ import psutil
 import torch.distributed as dist
 
 from .. import consensus
-from ..errors import LostError
+from ..errors import LostError, one_line
 from . import blame, heartbeat
 from .blame import Answer, Place
 
@@ -45,11 +45,6 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, LostError | dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/", "Gloo ", "NCCL"))
     )
-
-
-def reason(error: BaseException) -> str:
-    """The start of what a backend said, on one line."""
-    return " ".join(str(error).split())[:160]
 
 
 # --- addresses -------------------------------------------------------------------------------------
@@ -236,8 +231,7 @@ class Peers:
 
     def tell_failure(self, error: BaseException) -> None:
         """Says before this process ends what happened to it, and where."""
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        self.tell(f"{blame.places([self.own])} failed in {heartbeat.report().place} ({said[:300]})")
+        self.tell(f"{blame.places([self.own])} failed in {heartbeat.report().place} ({one_line(error)})")
 
     def explain(self, step: int, error: BaseException | None = None) -> LostError:
         """Says in one line what was lost, as another rank has told it or as the answers have it, and tells the others.
@@ -260,6 +254,6 @@ class Peers:
             return self.heard
         limit = f"--ddp_timeout {self.timeout_s:g} s" if error else f"--hang_timeout {self.hang_s:g} s"
         still = min(self.hang_s, self.timeout_s) / 2
-        text = blame.explain(answers, self.own, limit, still_s=still, said=reason(error) if error else "")
+        text = blame.explain(answers, self.own, limit, still_s=still, said=one_line(error, 160) if error else "")
         self.tell(text)
         return text

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..distributed.faults import fault
 
@@ -91,11 +89,6 @@ def rename(source: Path, target: Path, point: str | None = "save") -> None:
     os.rename(source, target)
     _fault(point, "after_rename")
     sync_folder(target.parent, point)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
-    """Writes a new JSON file and fsyncs it."""
-    return write_file(path, [(json.dumps(content, indent=1) + "\n").encode()])
 
 
 def link(existing: Path, new: Path) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .slicing import ShardRange
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -74,8 +74,7 @@ def open_tensors(path: str | Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{path}: no sound safetensors file ({said}); get it again") from None
+        raise ConfigError(f"{path}: corrupt safetensors file ({one_line(error)}); download it again") from None
 
 
 class BaseFiles:

@@ -55,7 +55,7 @@ EXPLAINED = {
     "stopped": ([HERE, HERE, HERE, "mute"], "rank 3 on b (10.0.0.2) does not answer: stopped, or stuck in code"),
     "nobody is gone": (
         [HERE] * 4,
-        "though all ranks are there (this rank in step 8, vote; [gloo/transport/tcp/pair.cc",
+        "[gloo/transport/tcp/pair.cc",
     ),
     "cut off from itself": ([HERE, "silent", "silent", "silent"], "no answer from ranks 2, 3 on b"),
     "hidden doors": ([HERE, HERE, "hidden", "hidden"], "though all ranks are there"),
