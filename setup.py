@@ -15,7 +15,7 @@ from setuptools import setup
 
 ROOMS = {
     "engine": "config distributed files sharding method comm optim directions checkpoint export health",
-    "launch": "trainers training planning exporting evaluation",
+    "launch": "common planning reporting exporting trainers training evaluation",
     "benchmarks": "common gpu kernel_timing memory quality startup step",
 }
 FOLDERS = ["engine", "kernels", "launch", "benchmarks", "ds_configs"]
@@ -26,7 +26,7 @@ setup(
     package_dir={f"hdpissa.{folder.replace('/', '.')}": folder for folder in FOLDERS},
     package_data={
         "hdpissa.ds_configs": ["*.json"],
-        "hdpissa.launch": ["*.jinja"],
+        "hdpissa.launch.reporting": ["*.jinja"],
         "hdpissa.launch.exporting": ["*.jinja"],
     },
 )

@@ -15,7 +15,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from hdpissa.launch import command_line
+from hdpissa.launch.common import command_line
 
 TRAINERS = ("sft", "dpo", "grpo", "kto", "reward")
 COMMANDS = {  # word → (module of launch/ with a `main(argv)`, what it does)

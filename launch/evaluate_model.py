@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
+from hdpissa.launch.common import command_line
 from hdpissa.launch.evaluation import rows as evaluate_rows
 from hdpissa.launch.evaluation.rows import Question, tried
 from hdpissa.launch.training.alpaca import IGNORE
@@ -229,7 +229,8 @@ def answer(model: Any, tokenizer: Any, questions: list[Question], chat: bool, li
     import torch
     from tqdm import tqdm
 
-    from hdpissa.launch.evaluation import answers, generation
+    from hdpissa.launch.common import generation
+    from hdpissa.launch.evaluation import answers
     from hdpissa.launch.training.results import end_of_turn
 
     if chat:

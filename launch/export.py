@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
+from hdpissa.launch.common import command_line
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

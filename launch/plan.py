@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line
+from hdpissa.launch.common import command_line
 from hdpissa.launch.planning import arguments as plan_arguments
 
 MOST_GPUS = 1024

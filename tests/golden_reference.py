@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 from hdpissa.benchmarks.step.methods import Setting, build
 from hdpissa.engine.sharding import zero3
 from hdpissa.engine.sharding.slicing import SlicePlan
+from hdpissa.launch.common.prompts import resolve_template
 from hdpissa.launch.trainers.sampler import SliceOrder, SliceSampler
 from hdpissa.launch.training.alpaca import AlpacaEncoder
-from hdpissa.launch.training.prompts import resolve_template
 
 R, MICRO, PER_SLICE, LR, SEED = 16, 2, 2, 2e-4, 42
 

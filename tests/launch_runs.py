@@ -140,7 +140,8 @@ def prepare_process(cache: str, *, draw: bool = False) -> None:
     """What HF_HOME and the like would do in a process that has not imported its libraries yet; `draw` as above."""
     import datasets
 
-    from hdpissa.launch import report, train
+    from hdpissa.launch import train
+    from hdpissa.launch.reporting import page as report
 
     train.PATIENCE_S = 0.5  # no launcher ends the other ranks, which have nothing to add
     if not draw:

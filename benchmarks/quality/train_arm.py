@@ -144,7 +144,7 @@ def mean_loss(model: nn.Module, rows: Rows, collate: Collator, dtype: str, batch
 
 def exact_match(model: nn.Module, rows: list[dict[str, str]], tokenizer: Any, rung: Rung) -> float:
     """Share of rows whose generated answer ends in the right number."""
-    from hdpissa.launch.evaluation.generation import generate
+    from hdpissa.launch.common.generation import generate
 
     prompts = [prompt_of(row, tokenizer, rung) for row in rows]
     model.eval()

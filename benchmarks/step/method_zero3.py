@@ -15,7 +15,7 @@ from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.method import adapt
 from hdpissa.engine.sharding import zero3
-from hdpissa.launch import shipped_configs
+from hdpissa.launch.common import shipped_configs
 
 CONFIGS = shipped_configs.FOLDER
 # Elements of the buffer that DeepSpeed reduces gradients in; its default of 500 million is 2 GB in fp32. The engine has

@@ -9,7 +9,7 @@ from typing import Any
 
 from hdpissa.benchmarks.common import plots
 from hdpissa.benchmarks.step import throughput_work
-from hdpissa.launch.metrics import peak_flops
+from hdpissa.launch.common.metrics import peak_flops
 
 PHASES = ("forward", "backward", "exchange", "apply")
 UPDATE = ("exchange", "apply")

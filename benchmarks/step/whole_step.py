@@ -38,8 +38,8 @@ from hdpissa.benchmarks.gpu import gpu_rows
 from hdpissa.benchmarks.step import plain_engine, reference_step
 from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.sharding import zero3
-from hdpissa.launch import shipped_configs
-from hdpissa.launch.metrics import peak_flops
+from hdpissa.launch.common import shipped_configs
+from hdpissa.launch.common.metrics import peak_flops
 
 CONFIG = "zero3_one_gpu"
 IDENTITY = ("variant", "tokens of a micro-batch")

@@ -162,7 +162,7 @@ def _question(row: dict[str, Any], tokenizer: Any, template: Any, columns: dict[
 
 def tried(option: str, name: str, read: Callable[[], Any]) -> Any:
     """What `read` returns; whatever goes wrong is a ConfigError."""
-    from hdpissa.launch.hub_errors import explain, reason
+    from hdpissa.launch.common.hub_errors import explain, reason
 
     try:
         return read()

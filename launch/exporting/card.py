@@ -8,10 +8,10 @@ from typing import Any
 
 from hdpissa.engine.checkpoint.format import Manifest
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.common.metrics import RunFiles
+from hdpissa.launch.common.prompts import resolve_template
 from hdpissa.launch.exporting import model_card
 from hdpissa.launch.exporting.template import TEMPLATE, lost_template
-from hdpissa.launch.metrics import RunFiles
-from hdpissa.launch.training.prompts import resolve_template
 
 
 def write_card(reader: Any, folder: Path, report: Any, base_model: str | None) -> Path:

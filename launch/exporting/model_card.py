@@ -16,9 +16,8 @@ from typing import Any
 
 from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding.base_files import local_folder
-
-from ..metrics import RunFiles, counted
-from ..training.prompts import PLACEHOLDER
+from hdpissa.launch.common.metrics import RunFiles, counted
+from hdpissa.launch.common.prompts import PLACEHOLDER
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, help_pages, shipped_configs
-from hdpissa.launch.command_line import option
+from hdpissa.launch.common import command_line, help_pages, shipped_configs
+from hdpissa.launch.common.command_line import option
+from hdpissa.launch.common.section_flags import SectionArguments, section_of
 from hdpissa.launch.planning.objective import TRAINERS, Objective
-from hdpissa.launch.training.section_flags import SectionArguments, section_of
 
 if TYPE_CHECKING:  # --help and most mistakes need no torch
     from hdpissa.engine.config.ds_config import TrainValues

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.hub_errors import explain, reason
+from hdpissa.launch.common.hub_errors import explain, reason
 from hdpissa.launch.planning.model_work import products, size
 
 ATTENTION = "hdpissa_plan"  # see plan_trace

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hdpissa.launch.metrics import counted
+from hdpissa.launch.common.metrics import counted
 from hdpissa.launch.planning import hardware as plan_hardware
 from hdpissa.launch.planning import memory as plan_memory
 from hdpissa.launch.planning import step as plan_step

@@ -40,7 +40,7 @@ from hdpissa.engine.distributed.peers import is_loss
 from hdpissa.engine.errors import ConfigError, StopError
 from hdpissa.engine.sharding import zero3
 from hdpissa.engine.sharding.sharded_load import reading_own_rows
-from hdpissa.launch.training.lock import lock_folder
+from hdpissa.launch.trainers.lock import lock_folder
 
 from . import config as run_config
 from .accelerate_cpu import check_world_size

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.export import spectra
 from hdpissa.engine.files import atomic
-from hdpissa.launch import report
+from hdpissa.launch.reporting import page as report
 
 logger = logging.getLogger(__name__)
 MOST_WEIGHTS = 21  # three of each of Llama's seven kinds

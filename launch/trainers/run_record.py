@@ -27,7 +27,7 @@ from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.errors import StopError
 from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding import zero3
-from hdpissa.launch.metrics import finite_row, keep_rows, peak_flops
+from hdpissa.launch.common.metrics import finite_row, keep_rows, peak_flops
 from hdpissa.launch.planning.model_work import active_weights
 
 logger = logging.getLogger(__name__)

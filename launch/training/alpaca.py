@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.training.prompts import PromptTemplate
+from hdpissa.launch.common.prompts import PromptTemplate
 
 IGNORE = -100  # torch's cross entropy skips this label
 BEGIN, END = "⟪", "⟫"

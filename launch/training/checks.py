@@ -15,7 +15,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import trainers
-from hdpissa.launch.hub_errors import explain, reason
+from hdpissa.launch.common.hub_errors import explain, reason
 from hdpissa.launch.training import model_checks
 from hdpissa.launch.training.results import wanted_exports
 from hdpissa.launch.training.script_arguments import Arguments
@@ -118,7 +118,7 @@ def _without_zero_init(training: Any) -> Iterator[None]:
 
 def choose_reference(arguments: Arguments, rows: Any) -> None:
     """DPO precomputes its reference's log-probabilities where memory asks for it, and the user has said nothing."""
-    from hdpissa.launch.planning import reference as plan_reference
+    from hdpissa.launch.training import reference as plan_reference
 
     with _without_zero_init(arguments.training):
         said = plan_reference.choose(arguments, rows, plan_reference.smallest_gpu())

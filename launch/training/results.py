@@ -14,9 +14,9 @@ from hdpissa.engine.checkpoint import directory
 from hdpissa.engine.distributed import heartbeat
 from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding import zero3
-from hdpissa.launch.evaluation.generation import add_stops, generate
+from hdpissa.launch.common.generation import add_stops, generate
+from hdpissa.launch.common.metrics import RunFiles
 from hdpissa.launch.exporting import model_card
-from hdpissa.launch.metrics import RunFiles
 from hdpissa.launch.training.alpaca import prompt_ids
 from hdpissa.launch.training.rows import Rows
 from hdpissa.launch.training.script_arguments import Arguments

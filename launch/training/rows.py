@@ -10,9 +10,9 @@ import datasets
 import trl
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.hub_errors import explain, reason
+from hdpissa.launch.common.hub_errors import explain, reason
+from hdpissa.launch.common.prompts import PromptTemplate, resolve_template
 from hdpissa.launch.training.alpaca import AlpacaEncoder
-from hdpissa.launch.training.prompts import PromptTemplate, resolve_template
 from hdpissa.launch.training.script_arguments import Arguments
 
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}

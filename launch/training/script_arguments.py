@@ -22,8 +22,9 @@ import yaml
 from hdpissa.engine.config import ds_config, overrides
 from hdpissa.engine.distributed.launcher import read_launch
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import shipped_configs, trainers
-from hdpissa.launch.training.section_flags import SectionArguments, section_of
+from hdpissa.launch import trainers
+from hdpissa.launch.common import shipped_configs
+from hdpissa.launch.common.section_flags import SectionArguments, section_of
 
 Kind = Literal["sft", "dpo", "grpo", "kto", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

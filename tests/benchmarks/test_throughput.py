@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from hdpissa.benchmarks.step import plan_counted, throughput, throughput_table, throughput_work, throughput_worker
 from hdpissa.benchmarks.step.methods import Setting
-from hdpissa.launch.metrics import PEAK_FLOPS
+from hdpissa.launch.common.metrics import PEAK_FLOPS
 
 BENCHMARKS = os.path.dirname(throughput.__file__)
 TINY_WEIGHTS = 3 * 82944 + 512 * 96  # seven Linears of three layers, and the head

@@ -59,8 +59,8 @@ def _step(argv: list[str]) -> dict[str, Any]:
 def reference_choices(argv: list[str], cache: str) -> list[bool]:
     """Whether DPO precomputes: on a GPU as its plan, a byte smaller, on CPUs, where the user refuses, of a stream."""
     from hdpissa.launch.planning import memory as plan_memory
-    from hdpissa.launch.planning import reference as plan_reference
     from hdpissa.launch.training import checks as run_checks
+    from hdpissa.launch.training import reference as plan_reference
     from hdpissa.launch.training import script_arguments
 
     prepare_process(cache)
@@ -127,8 +127,8 @@ def encoded(folder: str) -> tuple[list[dict[str, list]], list[list[int]], list[l
     """(rows of the encoder, ids of prompt + answer + line break + EOS, ids of the prompt)."""
     from transformers import AutoTokenizer
 
+    from hdpissa.launch.common.prompts import resolve_template
     from hdpissa.launch.training.alpaca import AlpacaEncoder
-    from hdpissa.launch.training.prompts import resolve_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = resolve_template("alpaca")

@@ -6,9 +6,9 @@ import launch_runs
 import pytest
 import torch
 
+from hdpissa.launch.common.generation import generate
 from hdpissa.launch.evaluation import answers
 from hdpissa.launch.evaluation.answers import extract, is_right, style_of
-from hdpissa.launch.evaluation.generation import generate
 
 
 @pytest.mark.parametrize(

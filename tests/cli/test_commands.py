@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import cli, env_report, help_pages, shipped_configs, train_launcher
-from hdpissa.launch.command_line import option
+from hdpissa.launch import cli, env_report, train_launcher
+from hdpissa.launch.common import help_pages, shipped_configs
+from hdpissa.launch.common.command_line import option
 from hdpissa.launch.planning import arguments as plan_arguments
 from hdpissa.launch.training import script_arguments
 

@@ -18,8 +18,9 @@ from tiny import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hdpissa.launch import command_line, evaluate_model
-from hdpissa.launch.training.prompts import resolve_template
+from hdpissa.launch import evaluate_model
+from hdpissa.launch.common import command_line
+from hdpissa.launch.common.prompts import resolve_template
 
 CHAIN = {"ask": "####", "####": "7", "7": "<eos>", "box": r"\boxed{7}", r"\boxed{7}": "<eos>"}
 CHAIN |= {"talk": "8", "8": "<end>", "<end>": "y", "y": "<eos>"}

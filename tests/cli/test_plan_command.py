@@ -8,7 +8,8 @@ import pytest
 from plan_runs import write_configs
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch import command_line, plan
+from hdpissa.launch import plan
+from hdpissa.launch.common import command_line
 from hdpissa.launch.planning import hardware as plan_hardware
 from hdpissa.launch.planning.hardware import GPUS
 

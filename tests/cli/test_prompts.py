@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.training.prompts import ALPACA, resolve_template
+from hdpissa.launch.common.prompts import ALPACA, resolve_template
 
 
 def test_alpaca_ends_with_the_response_header_and_braces_are_harmless(tmp_path):

@@ -46,9 +46,9 @@ def test_the_plan_is_that_of_the_run(recipe):
     assert planned["gpu"] == "${GPU:-H100}"
 
 
-def test_one_gpu_is_as_in_the_readme():
-    texts = [path.read_text().replace("\\\n", " ") for path in (ROOT / "README.md", FOLDER / "one_gpu.sh")]
+def test_one_gpu_is_as_in_the_documentation():
+    texts = [path.read_text().replace("\\\n", " ") for path in (ROOT / "docs" / "migrating.md", FOLDER / "one_gpu.sh")]
     found = [re.findall(r"hdpissa train (.*--num_accelerators 1 .*)", text) for text in texts]
-    readme, recipe = (told(command) for (command,) in found)
+    page, recipe = (told(command) for (command,) in found)
     names = SHARED.keys() - {"max_length"} | {"learning_rate"}
-    assert {name: readme[name] for name in names} == {name: recipe[name] for name in names}
+    assert {name: page[name] for name in names} == {name: recipe[name] for name in names}

@@ -15,7 +15,9 @@ import torch
 from launch_runs import make_inputs, read_json, small_run, train_ranks, write_ds_config
 from report_runs import REFUSAL, write_run
 
-from hdpissa.launch import command_line, report
+from hdpissa.launch import report as report_command
+from hdpissa.launch.common import command_line
+from hdpissa.launch.reporting import page as report
 
 
 def pictures_of(page: str) -> list[bytes]:
@@ -33,7 +35,7 @@ def test_a_page_needs_nothing_but_itself(steps, slices, tmp_path):
     assert page.count("<script") == 0 < page.count("&lt;script")
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in pictures_of(page))
     assert len(re.findall("<tr><td>", page)) == 9  # weights
-    assert command_line.exit_code(report.main, [str(folder)]) == 0
+    assert command_line.exit_code(report_command.main, [str(folder)]) == 0
     assert (folder / report.PAGE).read_text() == page
     assert REFUSAL not in page
 
@@ -65,7 +67,7 @@ def test_the_rank_of_a_spectrum():
 
 @pytest.mark.parametrize("argv", [[], ["{folder}"], ["{folder}/nowhere"]])
 def test_mistakes_of_the_command(argv, tmp_path):
-    assert command_line.exit_code(report.main, [word.format(folder=tmp_path) for word in argv]) == 2
+    assert command_line.exit_code(report_command.main, [word.format(folder=tmp_path) for word in argv]) == 2
 
 
 def test_what_goes_wrong_ends_no_run(tmp_path, monkeypatch):
@@ -101,7 +103,7 @@ def test_a_run_leaves_its_page(run):
     assert len(pictures_of(page)) == 3
     assert (run / report.LOSS).stat().st_size > 5000
     assert read_json(run / "run_state.json")["state"] == "finished"
-    assert command_line.exit_code(report.main, [str(run)]) == 0
+    assert command_line.exit_code(report_command.main, [str(run)]) == 0
     assert (run / report.PAGE).read_text() == page
 
 

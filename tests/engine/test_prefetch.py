@@ -15,7 +15,7 @@ from ranks import run_ranks
 from tiny import tiny_llama
 
 from hdpissa.engine.config import leaf_modules
-from hdpissa.launch import shipped_configs
+from hdpissa.launch.common import shipped_configs
 from hdpissa.launch.planning import arguments as plan_arguments
 from hdpissa.launch.planning import gathers as plan_gathers
 from hdpissa.launch.planning import trace as plan_trace

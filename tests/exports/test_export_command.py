@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hdpissa.engine.distributed import faults
 from hdpissa.engine.export import adapter, hf_folder, streams
 from hdpissa.engine.files import disk
-from hdpissa.launch import command_line, export
+from hdpissa.launch import export
+from hdpissa.launch.common import command_line
 from hdpissa.launch.exporting import checkpoint as export_checkpoint
 
 EXPORTS = [

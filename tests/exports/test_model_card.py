@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from launch_runs import make_inputs
 from report_runs import ARGUMENTS, write_run
 
+from hdpissa.launch.common.metrics import RunFiles
+from hdpissa.launch.common.prompts import ALPACA
 from hdpissa.launch.exporting import model_card
-from hdpissa.launch.metrics import RunFiles
-from hdpissa.launch.training.prompts import ALPACA
 
 HF = {"format": "hf", "dtype": "bf16", "step": 12}
 PEFT = {"format": "peft", "dtype": "fp32", "step": 12, "r": 64, "residual": {"overall": 4e-4}, "truncation": None}

@@ -19,8 +19,9 @@ from doc_commands import ROOT, Block, Place, blocks, check, commands
 from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import HDPissaConfig
 from hdpissa.launch import cli, train_launcher
+from hdpissa.launch.common import section_flags
 from hdpissa.launch.planning import arguments as plan_arguments
-from hdpissa.launch.training import script_arguments, section_flags
+from hdpissa.launch.training import script_arguments
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.sh"))

@@ -38,6 +38,16 @@ ROOMS = {
     "export": "distributed files sharding method comm optim",
     "health": "distributed files sharding method comm optim",
 }
+# The same of `launch/`: its commands put its rooms together; only the trainers know what is internal to TRL.
+LAUNCH_ROOMS = {
+    "common": "",
+    "planning": "common",
+    "reporting": "common",
+    "exporting": "common",
+    "trainers": "common planning reporting",
+    "training": "common planning reporting exporting trainers",
+    "evaluation": "common planning training",
+}
 EVERYBODYS = {"engine.errors", "engine.precision", "engine.consensus"}
 
 
@@ -46,10 +56,10 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(name: str) -> str:
-    """engine.sharding.slicing → sharding; "" for what is in no room of the engine."""
-    top, _, rest = name.partition(".")
-    return rest.partition(".")[0] if top == "engine" and "." in rest else ""
+def room_of(name: str, top: str = "engine") -> str:
+    """engine.sharding.slicing → sharding; "" for what is in no room of `top`."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == top and "." in rest else ""
 
 
 @functools.cache
@@ -98,10 +108,11 @@ def our_imports(path: Path) -> set[str]:
     return {m for m in MODULES if m not in PACKAGES for name in imports(path) if is_from(name, m)}
 
 
-def test_rooms_use_those_below_them():
-    rooms = list(ROOMS)
-    assert {room_of(name) for name in MODULES} == {"", *rooms}
-    assert [(a, b) for a, uses in ROOMS.items() for b in uses.split() if rooms.index(b) >= rooms.index(a)] == []
+@pytest.mark.parametrize(("top", "table"), [("engine", ROOMS), ("launch", LAUNCH_ROOMS)])
+def test_rooms_use_those_below_them(top, table):
+    rooms = list(table)
+    assert {room_of(name, top) for name in MODULES} == {"", *rooms}
+    assert [(a, b) for a, uses in table.items() for b in uses.split() if rooms.index(b) >= rooms.index(a)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -115,6 +126,11 @@ def test_imports_go_down(path):
     elif room:
         allowed = {room, *ROOMS[room].split()}
         assert [m for m in used - EVERYBODYS if not m.startswith("kernels.") and room_of(m) not in allowed] == []
+    elif room := room_of(name, "launch"):
+        allowed = {room, *LAUNCH_ROOMS[room].split()}
+        ours = [m for m in used if m.startswith("launch.")]
+        assert [m for m in ours if room_of(m, "launch") not in allowed] == []
+        assert [m for m in used if m.startswith("benchmarks.")] == []
     elif name.startswith("engine."):
         assert [m for m in used if m.startswith(("launch.", "benchmarks."))] == []
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 
-FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"  # beside launch/, in a checkout and in an installed package
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"  # beside launch/, in a checkout and in an installed package
 
 
 def names() -> list[str]:

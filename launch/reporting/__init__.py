@@ -1,0 +1,1 @@
+"""The page that shows a run: loss, norms per slice, spectra of ΔW."""
