@@ -98,6 +98,7 @@ def rewards(script: Any) -> list[Any]:
 
     import trl.rewards
 
+    known = [name for name in dir(trl.rewards) if name.endswith("_reward") and not name.startswith("get_")]
     found: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     for name in script.reward_funcs or ():
         module, _, function = name.rpartition(".")
@@ -107,7 +108,8 @@ def rewards(script: Any) -> list[Any]:
             found.append(getattr(importlib.import_module(module) if module else trl.rewards, function))
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"--reward_funcs {name}: not found ({error}); give a name in trl.rewards, or package.module.function"
+                f"--reward_funcs {name}: not found ({error}); give package.module.function, or one of trl.rewards: "
+                f"{', '.join(known)}"
             ) from error
     if not found:
         raise ConfigError("--trainer grpo without rewards: give --reward_funcs, or --reward_model_name_or_path")

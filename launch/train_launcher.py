@@ -110,6 +110,10 @@ def main(argv: list[str] | None = None, trainer: str | None = None) -> int:
         print(script_arguments.help_text(words))
         return 0
     wanted = command(words, os.environ)
+    if wanted[1] != "-u":  # a launcher is to be started: a mistake is told before it is
+        from hdpissa.launch.training import script_arguments
+
+        script_arguments.parse_options(split(words)[1])
     print("+", shlex.join(wanted), file=sys.stderr, flush=True)
     sys.stdout.flush()
     return os.execv(wanted[0], wanted)

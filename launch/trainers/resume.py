@@ -94,7 +94,7 @@ def refuse_passes(reader: CheckpointReader) -> None:
     if passes := reader.manifest.client_state.get("passes", 0):
         raise CheckpointError(
             f"{reader.folder} was saved in pass {passes + 1} over a stream, and a stream is resumed in its first only: "
-            f"give ignore_data_skip=True to begin a pass anew, or a dataset that is no stream"
+            f"give --ignore_data_skip (ignore_data_skip=True) to begin a pass anew, or a dataset that is no stream"
         )
 
 
@@ -118,5 +118,5 @@ def refuse_other_data(reader: CheckpointReader, here: dict[str, Any]) -> None:
     if other:
         raise CheckpointError(
             f"{reader.folder} was trained on other data, or in another order ({'; '.join(other)}): give the same "
-            f"again, or ignore_data_skip=True to begin the data anew"
+            f"again, or --ignore_data_skip (ignore_data_skip=True) to begin the data anew"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
     more: dict[str, Any] = {"split": split, "streaming": streaming}
     if path.suffix in FILES:
         more |= {"data_files": {"train": str(path)}, **({"sep": "\t"} if path.suffix == ".tsv" else {})}
-        return _tried(name, lambda: datasets.load_dataset(FILES[path.suffix], **more))
+        return _tried(name, lambda: datasets.load_dataset(FILES[path.suffix], **more), path)
     if (path / "state.json").exists():  # of `save_to_disk`
         return _tried(name, lambda: datasets.load_dataset("arrow", data_files={"train": f"{path}/*.arrow"}, **more))
     if (path / "dataset_dict.json").exists():
@@ -81,12 +82,26 @@ def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
     return _tried(name, lambda: datasets.load_dataset(str(path) if path.exists() else name, **more))
 
 
-def _tried(name: str, read: Any) -> Any:
+def _tried(name: str, read: Any, file: Path | None = None) -> Any:
     try:
         return read()
     except Exception as error:  # whatever a damaged file, or the hub, leads to
         said, remedy = explain(error) or (reason(error.__cause__ or error), "give a file, a folder or a hub name")
+        if file is not None and file.suffix == ".jsonl" and file.is_file() and (line := _damaged_line(file)):
+            said, remedy = f"line {line} is not a JSON object", "mend that line"
         raise ConfigError(f"dataset {name}: cannot be read ({said}); {remedy}") from error
+
+
+def _damaged_line(file: Path) -> int | None:
+    """The first line, from 1, that is not a JSON object; the reader of `datasets` counts within its own blocks."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return number
+            except json.JSONDecodeError:
+                return number
+    return None
 
 
 def _columns(rows: Any) -> list[str]:

@@ -42,6 +42,13 @@ SPELLINGS = {  # other names of the same options
     "ds_config": "deepspeed", "deepspeed_config": "deepspeed", "dataset_split": "dataset_train_split",
     "eval_split": "dataset_test_split",
 }  # fmt: skip
+# What TRL's scripts take for PEFT: the remedy here.
+OF_PEFT = {
+    "use_peft": "leave it out, W itself is trained", "lora_r": "the rank of a slice is --r",
+    "lora_target_modules": "name them by --target_modules", "lora_modules_to_save": "name them by --modules_to_save",
+    "lora_dropout": "leave it out, the method has none", "load_in_4bit": "leave it out, W is trained and stays exact",
+    "load_in_8bit": "leave it out, W is trained and stays exact",
+}  # fmt: skip
 REQUIRED = ("deepspeed", "model_name_or_path", "output_dir")
 
 
@@ -143,10 +150,9 @@ class Parser(trl.TrlParser):
     def _refuse(self, unknown: list[str]) -> None:
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
-            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            raise ConfigError(
-                f"unknown argument {unknown[0]}; {f'did you mean --{near[0]}?' if near else 'see --help'}"
-            )
+            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1, cutoff=0.7)
+            remedy = OF_PEFT.get(name) or (f"did you mean --{near[0]}?" if near else "see --help")
+            raise ConfigError(f"unknown argument {unknown[0]}; {remedy}")
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -163,16 +169,27 @@ def parse(argv: list[str]) -> Arguments:
 
 def read(argv: list[str]) -> tuple[Parser, dict[str, Any]]:
     """The same before the argument classes are made, which set up devices and wait for all ranks."""
+    parser, values = parse_options(argv)
+    with _mistakes():
+        _agree(values, parser.given)
+        _choose_evaluation(values, parser.given)
+        if "activation_checkpointing" in values and values["activation_checkpointing"] is None:  # its new name
+            values["activation_checkpointing"] = values["gradient_checkpointing"]
+    return parser, values
+
+
+def parse_options(argv: list[str]) -> tuple[Parser, dict[str, Any]]:
+    """The options alone, as the command line and the YAML have them; asks neither launcher nor devices.
+
+    Raises:
+        ConfigError: an option that is unknown or missing, a value that its option does not take, an unreadable YAML.
+    """
     with _mistakes():
         words = _spelt(argv)
         parser = Parser(_kind(words))
         values = vars(parser.parse_args_and_config(words))
         if missing := [f"--{name}" for name in REQUIRED if not values[name]]:
             raise ConfigError(f"missing {', '.join(missing)}; see --help")
-        _agree(values, parser.given)
-        _choose_evaluation(values, parser.given)
-        if "activation_checkpointing" in values and values["activation_checkpointing"] is None:  # its new name
-            values["activation_checkpointing"] = values["gradient_checkpointing"]
     return parser, values
 
 

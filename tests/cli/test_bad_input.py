@@ -61,9 +61,12 @@ TRAIN = {
     "a file for a folder": {"output_dir": "DIR/notes.txt"},
     "an export that would replace the base": {"output_dir": "DIR"},
 }
+RUN = ["train", "--ds_config", "zero3_cpu", "--model_name_or_path", "DIR/model", "--output_dir", "DIR/new"]
 COMMANDS = {
     "no such command": ["trian"],
     "two launchers": ["train", "--nnodes", "2", "--include", "a:0"],
+    "an option that does not exist": [*RUN, "--sed", "1"],
+    "an option of PEFT's": [*RUN, "--use_peft", "true"],
     "processes in words": ["train", "--num_accelerators", "two"],
     "plan: unknown option": ["plan", "--modl", "x"],
     "plan: no model": ["plan"],
@@ -142,6 +145,10 @@ def test_train(refused, case):
     assert found["code"] == 2, found
     assert [line[:7] for line in found["stderr"].splitlines() if line.startswith("error: ")] == ["error: "], found
     assert "Traceback" not in found["stderr"]
+
+
+def test_a_damaged_line_is_named_by_its_number(refused):
+    assert "line 2 " in refused[0]["broken data"]["stderr"]
 
 
 def test_nothing_is_lost(refused):
