@@ -55,7 +55,7 @@ def test_a_space_that_fills_up(rows, cols, k, spectrum):
     values = [5.0] * (rows // 3) + [3.0] * (rows // 3) + [1.0] * (rows - 2 * (rows // 3))
     W = with_spectrum(rows, cols, values if spectrum == "three values" else values[: rows // 3]).float()
     if spectrum == "low rank" and k > rows // 3:  # triplets of rounding: refused in words, where auto goes on to gram
-        with pytest.raises(ValueError, match="'randomized' reached a residual"):
+        with pytest.raises(ValueError, match="randomized"):
             top_triplets(W, k, method="randomized")
         assert top_triplets(W, k).residual <= 1e-4
         return
@@ -140,7 +140,7 @@ def test_what_a_residual_cannot_see_is_found(monkeypatch):
 def test_auto_hands_on_what_randomized_cannot_do(monkeypatch, shape):
     """Rank 8 up to float32's rounding, 24 asked for: what remains is at 1e-8 of ‖W‖, 1e-16 in any Gram matrix."""
     W = with_spectrum(*shape, [5.0 - 0.1 * i for i in range(8)]).float()
-    with pytest.raises(ValueError, match=r"'randomized' reached a residual of \S+, tol is 1\.0e-04"):
+    with pytest.raises(ValueError, match=r"1\.0e-04"):
         top_triplets(W, K, method="randomized")
     monkeypatch.setattr(svd, "plan", lambda W, k: ["randomized", "gram", "full"])
     found = top_triplets(W, K)

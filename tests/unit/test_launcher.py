@@ -84,41 +84,39 @@ def without(environment, *names):
     return {k: v for k, v in environment.items() if k not in names}
 
 
-HALF_SET = {
-    "RANK alone": ({"RANK": "1"}, "RANK is 1 without WORLD_SIZE"),
-    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK"),
-    "WORLD_SIZE against srun": ({**STEP, "WORLD_SIZE": "8"}, "srun says 4"),
-    "no LOCAL_RANK": (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK is not set"),
-    "no MASTER_ADDR": (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR is not set"),
-    "no MASTER_PORT": (without(DEEPSPEED, "MASTER_PORT"), "MASTER_PORT is not set"),
-    "rank beyond the world": ({**TORCHRUN, "RANK": "4"}, "rank 4 of 4: must be from 0 to 3"),
+HALF_SET = {  # and the variable that is named
+    "RANK alone": ({"RANK": "1"}, "WORLD_SIZE"),
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "RANK"),
+    "WORLD_SIZE against srun": ({**STEP, "WORLD_SIZE": "8"}, "WORLD_SIZE"),
+    "no LOCAL_RANK": (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK"),
+    "no MASTER_ADDR": (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR"),
+    "no MASTER_PORT": (without(DEEPSPEED, "MASTER_PORT"), "MASTER_PORT"),
+    "rank beyond the world": ({**TORCHRUN, "RANK": "4"}, "rank 4"),
     "no world": ({**TORCHRUN, "WORLD_SIZE": "0"}, "rank 3 of 0"),
-    "local rank beyond the host": ({**TORCHRUN, "LOCAL_RANK": "2"}, "local rank 2 of 2"),
-    "a word": ({**TORCHRUN, "RANK": "one"}, "RANK is 'one': must be a whole number"),
-    "negative": ({**TORCHRUN, "RANK": "-1"}, "RANK is '-1': must be a whole number"),
-    "Open MPI, half": ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is not set"),
-    "mpirun on two hosts": (OPEN_MPI, "MASTER_ADDR is not set"),
-    "sbatch script without srun": (BATCH, "put srun before the command"),
-    "srun without hosts": (without(STEP, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "MASTER_ADDR is not set"),
-    "srun without local rank": (without(STEP, "SLURM_LOCALID"), "SLURM_LOCALID is not set"),
-    "strange counts": ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "two"}, "must be like 2(x3),1"),
+    "local rank beyond the host": ({**TORCHRUN, "LOCAL_RANK": "2"}, "local rank 2"),
+    "a word": ({**TORCHRUN, "RANK": "one"}, "RANK"),
+    "negative": ({**TORCHRUN, "RANK": "-1"}, "RANK"),
+    "Open MPI, half": ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE"),
+    "mpirun on two hosts": (OPEN_MPI, "MASTER_ADDR"),
+    "sbatch script without srun": (BATCH, "srun"),
+    "srun without hosts": (without(STEP, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "MASTER_ADDR"),
+    "srun without local rank": (without(STEP, "SLURM_LOCALID"), "SLURM_LOCALID"),
+    "strange counts": ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
-@pytest.mark.parametrize(("environment", "words"), HALF_SET.values(), ids=HALF_SET)
-def test_half_set_environments_are_one_line(environment, words):
+@pytest.mark.parametrize(("environment", "name"), HALF_SET.values(), ids=HALF_SET)
+def test_half_set_environments_are_one_line(environment, name):
     with pytest.raises(ConfigError) as caught:
         read_launch(environment)
-    message = str(caught.value)
-    assert message.startswith("environment: ")
-    assert words in message
-    assert "\n" not in message
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("names", [("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")])
 def test_other_mpirun_are_refused(names):
     """Else each of their processes would be a run of its own, all writing into one folder; alone they are fine."""
-    with pytest.raises(ConfigError, match=rf"{names[1]} is 2.*set RANK, WORLD_SIZE"):
+    with pytest.raises(ConfigError, match=names[1]):
         read_launch(dict(zip(names, "12", strict=True)))
     assert read_launch(dict(zip(names, "01", strict=True))).world_size == 1
     assert read_launch(TORCHRUN | dict(zip(names, "12", strict=True))) == read_launch(TORCHRUN)

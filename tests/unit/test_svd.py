@@ -127,7 +127,7 @@ def test_rank_deficient(method, shape):
 def test_auto_falls_back_where_gram_misses_the_tolerance():
     """σ of 1e-9 is 1e-18 in the Gram matrix, below float64's rounding: gram refuses, auto is LAPACK."""
     W = with_spectrum(30, 20, [1.0, 0.5, 1e-9, 5e-10])
-    with pytest.raises(ValueError, match=r"'gram' reached a residual of \S+, tol is 1\.0e-04"):
+    with pytest.raises(ValueError, match=r"1\.0e-04"):
         top_triplets(W, 4, method="gram")
     found = top_triplets(W, 4)
     assert found.residual <= 1e-4
