@@ -99,7 +99,8 @@ def test_refuses_what_does_not_divide(slices, world):
     with pytest.raises(ConfigError) as caught:
         SlicePlan(slices, world, 0)
     message = str(caught.value)
-    assert str(slices) in message and str(world) in message
+    assert str(slices) in message
+    assert str(world) in message
     assert "\n" not in message
     offered = [int(n) for n in re.findall(r"\d+", message.split("slices = ")[1])]
     for value in offered:
