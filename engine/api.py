@@ -1,6 +1,6 @@
 """`initialize` and `load_pretrained`: from a model and a config to an engine, step by step.
 
-The order matters: what a person can get wrong is found before a weight is touched; targets are found before DeepSpeed
+The order matters: what a user can get wrong is found before a weight is touched; targets are found before DeepSpeed
 wraps the model; the exact values are in place before anything is decomposed. Owns no state.
 """
 
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import consensus
-from .checkpoint import state as checkpoint
+from . import checkpointing, consensus
+from .checkpoint import state
 from .checkpoint.format import CheckpointReader
 from .comm.buckets import make_buckets
 from .comm.exchange import FactorExchange, choose_kinds
-from .config import ds_config
 from .config.section import HDPissaConfig
 from .directions import decompose
 from .directions.slice_cache import SliceCache, identity
@@ -34,7 +33,7 @@ from .optim import modules_to_save
 from .optim.factors import FactorStore
 from .optim.modules_to_save import ModulesToSave
 from .optim.optimizer import SliceOptimizer
-from .settings import check_kernels, make_plan, make_rule, resolve_config
+from .resolved_config import ResolvedConfig, make_rule, resolve_config
 from .sharding import base_files, sharded_load, zero3
 from .sharding.shards import HostMemory, make_shard
 from .sharding.slicing import SlicePlan
@@ -67,40 +66,39 @@ def initialize(
         progress: called with each target's name when its slices are ready, how many are, and of how many.
 
     Raises:
-        ConfigError: anything in the config or the model that a user can mend, in one line.
+        ConfigError: anything in the config or the model that a user can fix, in one line.
     """
-    settings, hd, values, plan = _settle(config, lr)
+    zero3.init_distributed()
+    resolved = resolve_config(config, lr=lr)
     if (known := getattr(model, ENGINE, None)) is not None:
-        return _initialize_again(known, (settings, hd), values.learning_rate, resume_from)
-    if plan.rank == 0 and "offload_optimizer" in ds_config.read_ds_config(config).get("zero_optimization", {}):
-        logger.warning("zero_optimization.offload_optimizer has no effect: the slices' moments stay on the device")
+        return _initialize_again(known, resolved, resume_from)
+    hd, values, plan = resolved.section, resolved.values, resolved.plan
+    for key in resolved.unused if plan.rank == 0 else ():
+        logger.warning("%s has no effect: the slices' moments stay on the device", key)
     heartbeat.reach("start.shards", slow=True)
     targets, beside = _choose_weights(model, hd, plan)
-    ds = _shard(model, settings, targets, plan, hd)
-    base = checkpoint.describe_base(model, targets, plan)
+    ds = _shard(model, resolved, targets)
+    base = state.describe_base(model, targets, plan)
     rule = make_rule(hd)
     store, exchange = _make_store(targets, plan, hd, rule), FactorExchange(plan)
     if isinstance(resume_from, str | Path):
-        resume_from = checkpoint.open_checkpoint(resume_from)
+        resume_from = state.open_checkpoint(resume_from)
     if resume_from is None:
         report = _decompose(model, hd, store, exchange, progress)
     else:
         numels = {name: zero3.full_numel(p) for name, p in beside.items()}
-        checkpoint.refuse_others(resume_from, store, rule, base, numels)
-        report = checkpoint.fill_factors(resume_from, store, exchange)
+        state.refuse_others(resume_from, store, rule, base, numels)
+        report = state.fill_factors(resume_from, store, exchange)
     adapt.install(targets, store)
     rate = hd.modules_to_save_learning_rate or values.learning_rate
     others = ModulesToSave(beside, ds, lr=rate) if beside else None
     optimizer = SliceOptimizer(
         store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm, beside=others
     )
-    accumulation = values.gradient_accumulation_steps
-    engine = HDPissaEngine(
-        ds, optimizer, plan, config=(settings, hd), accumulation=accumulation, report=report, base=base
-    )
+    engine = HDPissaEngine(ds, optimizer, resolved, report=report, base=base)
     setattr(model, ENGINE, engine)
     if resume_from is not None:
-        engine.restore(resume_from)
+        checkpointing.restore(engine, resume_from)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
     heartbeat.reach("start.ready")
@@ -108,19 +106,15 @@ def initialize(
 
 
 def _initialize_again(
-    engine: HDPissaEngine,
-    config: tuple[dict, HDPissaConfig],
-    lr: float,
-    resume_from: CheckpointReader | str | Path | None,
+    engine: HDPissaEngine, config: ResolvedConfig, resume_from: CheckpointReader | str | Path | None
 ) -> HDPissaEngine:
     """The engine that the model has already; raises ConfigError where another config asks for another one."""
-    for before, now in zip(engine.config, config, strict=True):
-        if _without_lr(before) != _without_lr(now):
-            raise ConfigError(
-                f"initialize was called again for a model that is in training with another config ({before}, now "
-                f"{now}): load the model anew, or give the same config"
-            )
-    engine.optimizer.defaults["lr"] = lr
+    if not config.same_run(engine.config):
+        raise ConfigError(
+            f"initialize was called again for a model that is in training with another config ({engine.config}, now "
+            f"{config}): load the model anew, or give the same config"
+        )
+    engine.optimizer.defaults["lr"] = config.values.learning_rate
     if resume_from is None:
         engine.restart()
     else:
@@ -128,39 +122,15 @@ def _initialize_again(
     return engine
 
 
-def _without_lr(config: Any) -> Any:
-    """The learning rate is a scheduler's business, and may change."""
-    if not isinstance(config, dict):
-        return config
-    optimizer = {**config["optimizer"], "params": {**config["optimizer"]["params"], "lr": None}}
-    return {**config, "optimizer": optimizer}
-
-
 def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with the weights sharded while they are read; collective."""
     from transformers import AutoModelForCausalLM
 
-    settings, *_ = _settle(config)
+    zero3.init_distributed()
+    settings = resolve_config(config).deepspeed
     heartbeat.reach("start.model", slow=True)
     with sharded_load.reading_own_rows():
         return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
-
-
-# --- what a person can get wrong -------------------------------------------------------------------
-
-
-def _settle(
-    config: str | Path | dict, lr: float | None = None
-) -> tuple[dict, HDPissaConfig, ds_config.TrainValues, SlicePlan]:
-    """Settings, section, values and plan that fit each other and this machine; what does not is told before weights.
-
-    The process group is there afterwards.
-    """
-    zero3.init_distributed()
-    settings, hd, values = resolve_config(config, lr=lr)
-    plan = make_plan(hd, values.gradient_accumulation_steps)
-    check_kernels(hd)
-    return settings, hd, values, plan
 
 
 def _choose_weights(
@@ -180,8 +150,9 @@ def _choose_weights(
 # --- exact values, each rank's own rows ------------------------------------------------------------
 
 
-def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SlicePlan, hd: HDPissaConfig) -> Any:
+def _shard(model: nn.Module, config: ResolvedConfig, targets: list[Target]) -> Any:
     """DeepSpeed's engine around the model, of which every rank has its rows, those of targets in the master format."""
+    settings, plan, master = config.deepspeed, config.plan, config.section.master
     kept: dict[int, Tensor] = {}  # id of a target's parameter → exact values of the own range
     if not zero3.is_sharded(model):
         keep = {t.param: slice(t.own_range(plan).start, t.own_range(plan).stop) for t in targets}
@@ -190,7 +161,7 @@ def _shard(model: nn.Module, settings: dict, targets: list[Target], plan: SliceP
     model.train()
     found = ((t, kept.pop(id(t.param))) for t in targets) if kept else pretrained.exact_values(model, targets, plan)
     host = HostMemory(sum(t.own_range(plan).numel for t in targets), pin=torch.cuda.is_available())
-    how: dict[str, Any] = {"format": hd.master.format, "device": hd.master.device, "host": host}
+    how: dict[str, Any] = {"format": master.format, "device": master.device, "host": host}
     for target, values in found:
         target.shard = make_shard(zero3.shard_getter(target.param), values, **how)
     return ds

@@ -1,43 +1,26 @@
-"""`HDPissaEngine`: composes the parts, owns no mathematics. `build.initialize` makes one.
-
-    engine = initialize(model=model, config="ds_configs/zero3.json")
-    for batch in batches:                 # a rank's micro-batches, in the order of engine.plan.schedule(...)
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()                     # acts at the end of an accumulation, like DeepSpeed's
-
-DeepSpeed's engine is held, not subclassed: four public methods of it are used, and its internals change often.
-"""
+"""`HDPissaEngine`: one rank's handle on a run. Composes the parts, owns no mathematics; `api.initialize` makes one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import directory
-from .checkpoint import state as checkpoint
-from .checkpoint.format import Base, CheckpointReader, Kind
-from .checkpoint.writer import Job, SaveError, Saver
-from .config.section import HDPissaConfig
-from .directions import decompose
+from . import checkpointing, trained_model
+from .checkpoint.format import Base
+from .checkpoint.writer import Saver
+from .directions.decompose import InitReport
 from .distributed import faults, heartbeat
-from .errors import ConfigError
-from .export import hf as export
-from .export import peft_export
-from .export.report import ExportReport
 from .method.targets import Target
 from .optim import nonfinite
 from .optim.optimizer import SliceOptimizer, Vote
+from .resolved_config import ResolvedConfig
 from .results import ExchangePlan, StepResult
 from .sharding import zero3
-from .sharding.slicing import SlicePlan
 
 logger = logging.getLogger(__name__)
 
@@ -45,40 +28,52 @@ TALLIES = 4  # numbers of the engine in the vote: loss, tokens, ranks that were 
 
 
 class HDPissaEngine:
-    """One rank's handle on an HD-PiSSA run; made by `initialize`.
+    """An engine with the names of DeepSpeed's, which it holds (it is not a subclass: DeepSpeed's internals change).
+
+        engine = initialize(model=model, config="ds_configs/zero3.json")
+        for batch in batches:             # this rank's micro-batches, in the order of engine.plan.schedule(...)
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()                 # acts at the end of an accumulation, as DeepSpeed's does
+
+    The phases of `step`, what each sends, and what it needs beside the state (G: ranks of an exchange group):
+
+        reduce   ranks that share a slice sum its gradients: an all-reduce of 4 bytes per factor element, in place;
+                 nothing where each rank has slices of its own
+        vote     one all-reduce of 8 bytes per number (7 or 8 numbers): take the step, or skip it, on all ranks
+        apply    per bucket: Adam gives ΔA, ΔB of the own slices, then
+                 factor  all-gather of ΔA, (G − 1) · own slices · R · I elements; all-to-all of the rows of ΔB that
+                         each shard touches
+                 dense   reduce-scatter of the own slices' dense delta, (G − 1) · shard elements
+                 and one kernel per weight writes this rank's shard of W. Buffers: at most `delta.bucket_bytes` per
+                 bucket, freed before the next; then DeepSpeed steps `modules_to_save`, if any
+        finish   counters, `StepResult`, gradients cleared
+
+    `exchange_plan().bytes_per_step` predicts the bytes, `StepResult.bytes_sent` counts them, and both are equal.
 
     Attributes:
         module: the model, its weights sharded. `optimizer`: a torch Optimizer for schedulers and `lr`.
-        plan: slices and ranks. targets: the trained weights. init_report: residual of the decomposition.
+        config: what `initialize` resolved. plan: slices and ranks. targets: the trained weights.
+        init_report: residual of the decomposition. base: checksums of the model before training.
         global_steps, skipped_steps: optimizer steps done, and those of them that changed nothing;
             skipped_in_a_row: those since the last that did. last_step: what the last one reported.
+        micro_batches: backward passes since the last step. saver: writes checkpoints.
     """
 
     def __init__(
-        self,
-        ds: Any,
-        optimizer: SliceOptimizer,
-        plan: SlicePlan,
-        *,
-        config: tuple[dict, HDPissaConfig],
-        accumulation: int,
-        report: decompose.InitReport,
-        base: Base,
+        self, ds: Any, optimizer: SliceOptimizer, config: ResolvedConfig, *, report: InitReport, base: Base
     ) -> None:
-        self.ds, self.optimizer, self.plan = ds, optimizer, plan
+        self.ds, self.optimizer, self.config, self.plan = ds, optimizer, config, config.plan
         self.init_report, self.base = report, base
-        self.config = config  # what `initialize` made it from: DeepSpeed's, and the section
-        self._saver, self._stop_requested = Saver(plan.rank, plan.world_size), False
+        self.saver = Saver(self.plan.rank, self.plan.world_size)
         self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
-        self._accumulation = accumulation
-        self._per_slice = accumulation // plan.slices_per_rank
         self.last_step: StepResult | None = None
-        self._micro = 0  # backward passes since the last step
+        self.micro_batches = 0
+        self._accumulation = config.values.gradient_accumulation_steps
+        self._stop_requested = False
         self._boundary: bool | None = None  # None: the accumulation is counted
         self._loss = torch.zeros((), dtype=torch.float64, device=zero3.device())
         self._tokens = torch.zeros((), dtype=torch.float64, device=zero3.device())
-
-    # --- what DeepSpeed's users know -----------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:
@@ -87,6 +82,8 @@ class HDPissaEngine:
     @property
     def targets(self) -> list[Target]:
         return self.optimizer.store.targets
+
+    # --- forward and backward ------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Micro-batches belong to the slice whose turn it is: `backward` passes the turn on."""
@@ -109,11 +106,11 @@ class HDPissaEngine:
         Raises:
             RuntimeError: the accumulation is complete and `step` was not called.
         """
-        if self._micro == self._accumulation:
+        if self.micro_batches == self._accumulation:
             raise RuntimeError(
-                f"backward was called {self._micro + 1} times without step(): call step() after each backward"
+                f"backward was called {self.micro_batches + 1} times without step(): call step() after each backward"
             )
-        if self._micro == 0:
+        if self.micro_batches == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
         heartbeat.reach("step.backward")
         loss = faults.spoilt("loss", loss)
@@ -121,24 +118,35 @@ class HDPissaEngine:
         self.optimizer.store.end_of_backward()
         whole = loss.detach() if scale_wrt_gas else loss.detach() * self._accumulation
         self._loss += faults.spoilt("loss.value", whole)
-        self._micro += 1
+        self.micro_batches += 1
         self._pass_turn()
         return scaled
 
     def _pass_turn(self) -> None:
         """A rank works off its slices one after another; what is recomputed in backward still has the turn."""
-        self.optimizer.store.active.index = min(self._micro, self._accumulation - 1) // self._per_slice
+        per_slice = self._accumulation // self.plan.slices_per_rank
+        self.optimizer.store.active.index = min(self.micro_batches, self._accumulation - 1) // per_slice
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step` acts."""
-        return self._micro == self._accumulation if self._boundary is None else self._boundary
+        return self.micro_batches == self._accumulation if self._boundary is None else self._boundary
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Says, until the next step, whether `step` acts, as in DeepSpeed: an accumulation may end early.
+        """Sets, until the next step, whether `step` acts, as in DeepSpeed: an accumulation may end early.
 
         The loss of a shorter one is divided by the caller (`scale_wrt_gas=False`).
         """
         self._boundary = is_boundary
+
+    def zero_grad(self) -> None:
+        """Drops what was accumulated since the last step."""
+        self.optimizer.zero_grad()
+        self.micro_batches, self._boundary = 0, None
+        self._pass_turn()
+        self._loss.zero_()
+        self._tokens.zero_()
+
+    # --- the step ------------------------------------------------------------------------------------
 
     def step(self) -> StepResult | None:
         """One optimizer step at the end of an accumulation; None, and nothing done, before that.
@@ -150,55 +158,64 @@ class HDPissaEngine:
         """
         if not self.is_gradient_accumulation_boundary():
             return None
-        if self._micro < self._accumulation and self.plan.slices_per_rank > 1:
-            raise RuntimeError(
-                f"a step after {self._micro} of {self._accumulation} micro-batches: {self.plan.slices_per_rank} slices "
-                f"take turns on this rank and some would get none; drop the incomplete accumulation"
-            )
+        self._refuse_unequal_slices()
         if self.global_steps == 0:
             self._refuse_unreached()
         self.optimizer.exchange.reset_count()
         self.optimizer.reduce()
         vote = self._vote()
-        if not vote.refusal:
-            zero3.release_gathered(self.ds)
-            self.optimizer.step()
-            zero3.fence()
-            self.ds.step()
-            self.skipped_in_a_row = 0
+        if vote.refusal:
+            vote = self._skip(vote)
         else:
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            beside = self.optimizer.beside.bad() if self.optimizer.beside else ()
-            where = nonfinite.locate(self.optimizer.store, self.module, self._loss, beside)
-            vote = replace(vote, refusal=vote.refusal + where)
-            if self.plan.rank == 0:
-                logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
-            self.ds.optimizer.zero_grad()
+            self._apply()
         return self._finish(vote)
 
-    def _vote(self) -> Vote:
-        mean_loss = self._loss / (self._accumulation * self.plan.world_size)
-        # filled on the device: a tensor made of a list would be copied there, and the host wait for it
-        flags = [self._loss.new_full((), flag) for flag in (self._stop_requested, self._saver.failed)]
-        return self.optimizer.vote(torch.stack([mean_loss, self._tokens, *flags]))
+    def _refuse_unequal_slices(self) -> None:
+        if self.micro_batches < self._accumulation and self.plan.slices_per_rank > 1:
+            raise RuntimeError(
+                f"a step after {self.micro_batches} of {self._accumulation} micro-batches: {self.plan.slices_per_rank} "
+                f"slices take turns on this rank and some would get none; drop the incomplete accumulation"
+            )
 
     def _refuse_unreached(self) -> None:
         """A weight that gets no gradient anywhere would be left out in silence for the whole run."""
-        names = self.optimizer.store.unreached()
-        trained = {t.name: t.name in names for t in self.targets} | self._beside_unreached()
+        names, beside = self.optimizer.store.unreached(), self.optimizer.beside
+        trained = {t.name: t.name in names for t in self.targets}
+        if beside is not None:
+            trained |= dict(zip(beside.params, beside.unreached(), strict=True))
         missing = torch.tensor([float(silent) for silent in trained.values()], device=zero3.device())
         dist.all_reduce(missing)
         silent = [name for name, n in zip(trained, missing.tolist(), strict=True) if n == self.plan.world_size]
         if silent:
             raise RuntimeError(
                 f"{len(silent)} of {len(trained)} targets got no gradient in the first step (first: {silent[0]}): "
-                "the loss does not depend on them, or checkpointing is reentrant; exclude them or mend the model"
+                "the loss does not depend on them, or checkpointing is reentrant; exclude them or fix the model"
             )
 
-    def _beside_unreached(self) -> dict[str, bool]:
-        beside = self.optimizer.beside
-        return {} if beside is None else dict(zip(beside.params, beside.unreached(), strict=True))
+    def _vote(self) -> Vote:
+        mean_loss = self._loss / (self._accumulation * self.plan.world_size)
+        # filled on the device: a tensor made of a list would be copied there, and the host wait for it
+        flags = [self._loss.new_full((), flag) for flag in (self._stop_requested, self.saver.failed)]
+        return self.optimizer.vote(torch.stack([mean_loss, self._tokens, *flags]))
+
+    def _apply(self) -> None:
+        zero3.release_gathered(self.ds)
+        self.optimizer.step()
+        zero3.fence()
+        self.ds.step()
+        self.skipped_in_a_row = 0
+
+    def _skip(self, vote: Vote) -> Vote:
+        """The vote with the place that went wrong in its refusal; collective."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        beside = self.optimizer.beside.bad() if self.optimizer.beside else ()
+        where = nonfinite.locate(self.optimizer.store, self.module, self._loss, beside)
+        vote = replace(vote, refusal=vote.refusal + where)
+        if self.plan.rank == 0:
+            logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
+        self.ds.optimizer.zero_grad()
+        return vote
 
     def _finish(self, vote: Vote) -> StepResult:
         self.global_steps += 1
@@ -214,47 +231,33 @@ class HDPissaEngine:
             bytes_sent=exchange.bytes_sent,
             collectives=exchange.collectives,
             interrupted=vote.tallies[2] > 0,
-            failed_save=self._end_failed_save() if vote.tallies[3] else "",
+            failed_save=checkpointing.finish_failed_save(self) if vote.tallies[3] else "",
         )
         self.zero_grad()
         self.last_step = result
         if result.interrupted:
-            self._stop_requested = False  # it has been told
+            self._stop_requested = False  # every rank knows by now
         return result
-
-    def get_global_grad_norm(self) -> float | None:
-        """`StepResult.grad_norm` of the last step; None before the first."""
-        return None if self.last_step is None else self.last_step.grad_norm
-
-    def _end_failed_save(self) -> str:
-        """All ranks come here together: one that does not know of the failure yet is about to learn of it."""
-        try:
-            self._saver.wait()
-        except SaveError as error:
-            return str(error)
-        return ""
 
     def request_stop(self) -> None:
         """Asks all ranks to stop: the next `StepResult.interrupted` is true everywhere. For signal handlers."""
         self._stop_requested = True
 
-    def zero_grad(self) -> None:
-        """Drops what was accumulated since the last step."""
-        self.optimizer.zero_grad()
-        self._micro, self._boundary = 0, None
-        self._pass_turn()
-        self._loss.zero_()
-        self._tokens.zero_()
-
     def restart(self) -> None:
         """Begins another run on the weights as they are: step 0, fresh moments, the same directions.
 
-        The running sums stay: they say how far W is from the base model.
+        The running sums stay: they hold how far W is from the base model.
         """
         self.optimizer.restart()
         self.zero_grad()
-        self.global_steps = self.skipped_steps = self.skipped_in_a_row = 0
+        self.set_progress(0, 0, 0)
+
+    def set_progress(self, steps: int, skipped: int, skipped_in_a_row: int) -> None:
+        """Sets the counters, when another run begins or one is resumed."""
+        self.global_steps, self.skipped_steps, self.skipped_in_a_row = steps, skipped, skipped_in_a_row
         self.last_step = None
+
+    # --- names of DeepSpeed's engine -----------------------------------------------------------------
 
     def train(self, mode: bool = True) -> HDPissaEngine:
         self.ds.train(mode)
@@ -263,15 +266,12 @@ class HDPissaEngine:
     def eval(self) -> HDPissaEngine:
         return self.train(False)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`module.generate`; all ranks must call it together, because each forward gathers weights."""
-        kwargs.setdefault("synced_gpus", self.plan.world_size > 1)  # a rank that has finished goes on gathering
-        heartbeat.reach("generate")
-        with torch.no_grad():
-            return self.module.generate(*args, **kwargs)  # type: ignore[operator]
-
     def get_lr(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_global_grad_norm(self) -> float | None:
+        """`StepResult.grad_norm` of the last step; None before the first."""
+        return None if self.last_step is None else self.last_step.grad_norm
 
     def gradient_accumulation_steps(self) -> int:
         return self._accumulation
@@ -279,130 +279,16 @@ class HDPissaEngine:
     def train_micro_batch_size_per_gpu(self) -> int:
         return self.ds.train_micro_batch_size_per_gpu()
 
-    # --- checkpoints ---------------------------------------------------------------------------------
+    # --- checkpoints and results: functions of the engine, in the modules named ----------------------
 
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        *,
-        kind: Kind = "full",
-        async_save: bool = False,
-        save_total_limit: int | None = None,
-        best: bool = False,
-        extra_files: Mapping[str, str] | None = None,
-    ) -> Path:
-        """Saves the run as `save_dir`/`tag` and points `save_dir`/latest to it; collective, between two steps.
+    save_checkpoint = checkpointing.save_checkpoint
+    wait_for_checkpoint = checkpointing.wait_for_checkpoint
+    load_checkpoint = checkpointing.load_checkpoint
+    resume_from = checkpointing.resume_from
+    export = trained_model.export
+    generate = trained_model.generate
 
-        Args:
-            tag: default "checkpoint-N" after N steps.
-            client_state: JSON-serialisable; `load_checkpoint` returns it.
-            kind: "full", exact; or "small", without weights (see `checkpoint`).
-            async_save: returns when the state is copied to host memory. A failure then shows in
-                `StepResult.failed_save`, or is raised by `wait_for_checkpoint`; call that before the end.
-            save_total_limit: how many `checkpoint-N` to keep; None: all.
-            best: it is the best so far: `save_dir`/best names it, and it is kept whatever the limit.
-            extra_files: name (`….json`) → text of files that belong to the checkpoint; rank 0's are written.
-
-        Raises:
-            SaveError: on all ranks alike; earlier checkpoints are intact.
-            RuntimeError: gradients are accumulated that a checkpoint would lose.
-        """
-        if self._micro:
-            raise RuntimeError(f"save_checkpoint after {self._micro} micro-batches: save right after a step")
-        heartbeat.reach("save", slow=True)
-        self.check_weights()
-        folder = Path(save_dir) / directory.check_tag(tag or f"checkpoint-{self.global_steps}")
-        store, residual = self.optimizer.store, None
-        if kind == "small" and not checkpoint.sums_are_exact(self.optimizer):
-            residual = peft_export.measure_sums(self.module, store, updates=self.optimizer.updates)[0]
-        files = checkpoint.own_files(kind, self.optimizer, extra_files or {})
-        manifest = checkpoint.make_manifest(
-            kind,
-            self.optimizer,
-            self.base,
-            steps=(self.global_steps, self.skipped_steps, self.skipped_in_a_row),
-            report=self.init_report,
-            residual=residual.overall if residual else None,
-            client_state=client_state or {},
-            extra_files=list(extra_files or ()),
-        )
-        self._saver.save(Job(folder, files, manifest, save_total_limit, best), background=async_save)
-        heartbeat.reach("saved")
-        return folder
-
-    def wait_for_checkpoint(self) -> None:
-        """Until no checkpoint is being saved; raises SaveError when one has failed."""
-        heartbeat.reach("save.wait", slow=True)
-        self._saver.wait()
-        heartbeat.reach("saved")
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
-        """Goes on where a checkpoint was saved, at any number of ranks; collective. Nothing changes if it cannot.
-
-        Args:
-            load_dir: a checkpoint, or the folder of several: then `tag`, or what `latest` names.
-
-        Returns: (the checkpoint's folder, its client_state).
-
-        Raises:
-            CheckpointError: on all ranks alike: damaged, or of another run.
-        """
-        reader = self.resume_from(Path(load_dir) / directory.check_tag(tag) if tag else Path(load_dir))
-        return reader.folder, reader.manifest.client_state
-
-    def resume_from(self, source: CheckpointReader | str | Path) -> CheckpointReader:
-        """`load_checkpoint` of a folder, or of a checkpoint that was opened before; the reader, closed."""
-        if failed := self._end_failed_save():  # what is being saved is read until then
-            logger.warning("%s", failed)
-        reader = source if isinstance(source, CheckpointReader) else checkpoint.open_checkpoint(source)
-        store = self.optimizer.store
-        beside = self.optimizer.beside.numels if self.optimizer.beside else {}
-        checkpoint.refuse_others(reader, store, self.optimizer.rule, self.base, beside)
-        checkpoint.refuse_changed(reader, self.optimizer)
-        self.init_report = checkpoint.fill_factors(reader, store, self.optimizer.exchange)
-        self.restore(reader)
-        return reader
-
-    def restore(self, reader: CheckpointReader) -> None:
-        """Takes the state of a checkpoint that fits and whose factors are in place; collective."""
-        zero3.release_gathered(self.ds)
-        checkpoint.restore(reader, self.optimizer)
-        zero3.fence()
-        self.zero_grad()
-        manifest = reader.manifest
-        self.global_steps, self.skipped_steps = manifest.step, manifest.skipped_steps
-        self.skipped_in_a_row = manifest.skipped_in_a_row
-        self.last_step = None
-        self._saver.adopt(reader.folder, manifest.files)
-        reader.close()
-
-    # --- results -------------------------------------------------------------------------------------
-
-    def export(
-        self, folder: str | Path, *, format: str = "hf", dtype: str = "auto", rank: int | None = None
-    ) -> ExportReport:
-        """Writes the trained model and verifies what was written; collective.
-
-        Args:
-            format: "hf", a Hugging Face folder, or "peft", a LoRA adapter for the unmodified base.
-            dtype: "bf16", "fp32" (targets exact), or "auto": the compute dtype, of an adapter fp32.
-            rank: of an adapter, cuts it to at most this rank; None for all of it, 2·r·S.
-        """
-        if format not in ("hf", "peft"):
-            raise ConfigError(f"export format is {format!r}: must be 'hf' or 'peft'")
-        if format == "hf" and rank is not None:
-            raise ConfigError(f"export rank is {rank} with format 'hf': only an adapter has a rank; leave it out")
-        self.check_weights()
-        step = self.global_steps
-        if format == "hf":
-            return export.export_hf(self.module, self.targets, self.plan, Path(folder), dtype=dtype, step=step)
-        peft_export.refuse_beside(self.optimizer.beside.params if self.optimizer.beside else ())
-        store, updates = self.optimizer.store, self.optimizer.updates
-        return peft_export.export_peft(
-            self.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates
-        )
+    # --- figures -------------------------------------------------------------------------------------
 
     def check_weights(self) -> None:
         """Raises RuntimeError on all ranks when a step had results that were not finite; collective.
@@ -440,10 +326,10 @@ class HDPissaEngine:
 
 
 def _count_tokens(batch: dict[str, Any]) -> Tensor | int:
-    """Input tokens of a micro-batch: the attention mask's ones; of packed rows what is no padding; else all ids.
+    """Input tokens of a micro-batch: the attention mask's ones; without a mask all that is no padding, else all ids.
 
-    Packed rows have no mask. Their padding is rows of one token (`data_packing.collate_packed`), real rows have more,
-    so a position 0 that no 1 follows is padding.
+    Packed rows have no mask. Their padding is rows of one token, real rows have more, so a position 0 that no 1
+    follows is padding.
     """
     mask, ids, positions = (batch.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
     if mask is not None:

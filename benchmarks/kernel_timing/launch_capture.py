@@ -161,7 +161,7 @@ def capture() -> Iterator[list[Launch]]:
 
 def _pretend_hopper(stack: ExitStack) -> None:
     """Our own questions about the device, answered for the chip, wherever they were imported to."""
-    import hdpissa.engine.settings
+    import hdpissa.engine.resolved_config
     import hdpissa.kernels
     from hdpissa.kernels import available, common, delta_tile, fused_linear
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdpissa.engine import settings
+from hdpissa.engine import resolved_config
 from hdpissa.engine.comm.buckets import make_buckets
 from hdpissa.engine.comm.exchange import FactorExchange, choose_kinds
 from hdpissa.engine.config.section import HDPissaConfig
@@ -47,7 +47,7 @@ def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> Slic
         flat = target.param.data.view(-1)
         target.shard = make_shard(partial(flat.view, -1), flat.float(), format="split", device="auto")
     choose_kinds(targets, plan, hd.delta.exchange)
-    rule = settings.make_rule(hd)
+    rule = resolved_config.make_rule(hd)
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, flat.device, impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)

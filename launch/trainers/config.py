@@ -12,7 +12,7 @@ from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.method import adapt
-from hdpissa.engine.settings import check_kernels, make_plan
+from hdpissa.engine.resolved_config import check_kernels, make_plan
 from hdpissa.engine.sharding.slicing import SlicePlan
 
 from .arguments import option

@@ -88,8 +88,8 @@ def save_in_background(settings: dict, save_dir: str, *, action: str) -> dict[st
     one_step(engine, 0)
     faults._fault = faults.Fault.parse(f"save.fsync:1:*:{action}")
     engine.save_checkpoint(save_dir, async_save=True)
-    if engine._saver._thread is not None:
-        engine._saver._thread.join()
+    if engine.saver._thread is not None:
+        engine.saver._thread.join()
     faults._fault = None
     told = [one_step(engine, step).failed_save for step in (1, 2)]
     exact = {t.name: t.shard.read(0, t.own_range(engine.plan).numel).clone() for t in engine.targets}

@@ -207,7 +207,7 @@ def _optimizer(case: StepCase):
     from hdpissa.engine.method.delta import DeltaRule
     from hdpissa.engine.optim.factors import FactorStore
     from hdpissa.engine.optim.optimizer import SliceOptimizer
-    from hdpissa.engine.settings import DTYPES
+    from hdpissa.engine.resolved_config import DTYPES
     from hdpissa.engine.sharding.shards import DirectShard
     from hdpissa.engine.sharding.slicing import SlicePlan
 

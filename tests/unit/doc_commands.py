@@ -202,7 +202,7 @@ def _launch(launcher: str, words: list[str]) -> None:
 def _train(words: list[str], processes: int) -> None:
     """Everything about a run that can be known without its model and its data."""
     from hdpissa.engine.config import ds_config
-    from hdpissa.engine.settings import make_plan
+    from hdpissa.engine.resolved_config import make_plan
 
     variables = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": processes}
     variables |= {"MASTER_ADDR": "node1", "MASTER_PORT": 29500}

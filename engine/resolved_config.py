@@ -1,12 +1,14 @@
-"""What a config means on this machine: the checks that need to know ranks and device, and the objects it describes.
+"""A config, resolved once: read, checked against ranks and device, filled, and frozen.
 
-Nothing here reads weights or communicates, so that a mistake is told before either.
+Nothing here reads weights or communicates, so that a mistake is reported before either.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +26,33 @@ REDUCED_AT_ONCE = 50_000_000  # gradient elements; no buffer is kept for them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve_config(
-    config: str | Path | dict, *, lr: float | None = None
-) -> tuple[dict, HDPissaConfig, ds_config.TrainValues]:
-    """Checks a config and fills its "auto" values with `initialize`'s defaults; of bf16 that is: on a GPU."""
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a run is made from; nothing in it changes.
+
+    Attributes:
+        deepspeed: DeepSpeed's own config, complete. section: `hd_pissa`. plan: slices and ranks.
+        values: what config and caller agree on: batch, accumulation, clipping, learning rate.
+        unused: keys of the file that have no effect.
+    """
+
+    deepspeed: dict[str, Any]
+    section: HDPissaConfig
+    values: ds_config.TrainValues
+    plan: SlicePlan
+    unused: tuple[str, ...] = ()
+
+    def same_run(self, other: ResolvedConfig) -> bool:
+        """Whether both describe one run; the learning rate is a scheduler's business, and may differ."""
+        return self.section == other.section and _without_lr(self.deepspeed) == _without_lr(other.deepspeed)
+
+
+def resolve_config(config: str | Path | dict, *, lr: float | None = None) -> ResolvedConfig:
+    """Reads a config, checks it, and fills "auto" with `initialize`'s defaults; for bf16 that is: on a GPU.
+
+    Raises:
+        ConfigError: what a user can get wrong, in one line.
+    """
     raw, hd = ds_config.split_section(ds_config.read_ds_config(config))
     ds_config.check_ds_config(raw)
     defaults = ds_config.TrainValues(
@@ -42,12 +67,20 @@ def resolve_config(
     filled, values = ds_config.fill_auto(raw, defaults)
     final = ds_config.engine_ds_config(filled)
     if hd.modules_to_save:
-        final = train_beside(final, hd)
+        final = _with_full_training(final, hd)
     zero3.check_zero_section(final["zero_optimization"])
-    return final, hd, values
+    plan = make_plan(hd, values.gradient_accumulation_steps)
+    check_kernels(hd)
+    unused = ("zero_optimization.offload_optimizer",) if "offload_optimizer" in raw["zero_optimization"] else ()
+    return ResolvedConfig(final, hd, values, plan, unused)
 
 
-def train_beside(final: dict, hd: HDPissaConfig) -> dict:
+def _without_lr(config: dict[str, Any]) -> dict[str, Any]:
+    optimizer = {**config["optimizer"], "params": {**config["optimizer"]["params"], "lr": None}}
+    return {**config, "optimizer": optimizer}
+
+
+def _with_full_training(final: dict, hd: HDPissaConfig) -> dict:
     """The config with which DeepSpeed trains `modules_to_save`, and not only its anchor."""
     out = copy.deepcopy(final)
     out["optimizer"]["params"] |= {"betas": list(hd.adam.betas), "eps": hd.adam.eps}
@@ -58,7 +91,7 @@ def train_beside(final: dict, hd: HDPissaConfig) -> dict:
 
 
 def make_plan(hd: HDPissaConfig, accumulation: int) -> SlicePlan:
-    """The slice plan of this rank; refuses counts that do not divide."""
+    """The slice plan of this rank; raises ConfigError for counts that do not divide."""
     rank, world, _ = zero3.read_launcher()
     plan = SlicePlan(world if hd.slices == "auto" else hd.slices, world, rank)
     plan.micro_batches_per_slice(accumulation)
@@ -69,7 +102,7 @@ def check_kernels(hd: HDPissaConfig) -> None:
     """Refuses kernels that this machine cannot run.
 
     Raises:
-        ConfigError: named in the config, and not to be had here.
+        ConfigError: the config names them, and they cannot run here.
     """
     impl, device = hd.kernels.impl, zero3.device()
     if hd.delta.precision == "tf32" and (device.type != "cuda" or impl == "torch"):
