@@ -370,10 +370,12 @@ class HDPissaMixin(_Base):
         if self.args.world_size == 1 or not (state.end_of_dataloader and state.remainder > 0):
             return labels
         row = torch.arange(len(labels), device=labels.device)[:, None]
-        if len(labels) != rows and positions is not None:
+        if len(labels) == 1 != rows and positions is not None:
             row = (positions == 0).cumsum(-1) - 1
             if row.max() + 1 != rows:  # packed: where a row of the dataset begins is not known any more
                 return labels
+        else:
+            rows = len(labels)  # of a stream's last batch each rank has an equal part, which may be smaller
         return labels.where(self.args.process_index * rows + row < state.remainder, -100)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,9 +58,10 @@ def test_a_best_checkpoint_that_was_not_saved_is_not_the_best(async_save, tmp_pa
     assert found["after"] == pytest.approx(found["losses"][0], rel=1e-6)
 
 
-def test_evaluation_of_flat_rows_and_of_what_is_not_finite(tmp_path):
+def test_evaluation_of_flat_rows_of_a_stream_and_of_what_is_not_finite(tmp_path):
     found = run_ranks(2, evaluated, str(tmp_path), {"slices": 2})[0]
     assert found["flat"] == pytest.approx(found["padded"], rel=1e-6)
+    assert found["stream"] == pytest.approx(found["padded"], rel=1e-6)
     assert math.isnan(found["nan"])
 
 

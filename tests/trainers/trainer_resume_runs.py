@@ -153,10 +153,12 @@ def flat_rows(features: list[dict[str, Any]]) -> Any:
 
 
 def evaluated(folder: str, section: dict[str, Any]) -> dict[str, float]:
-    """The loss of 23 rows in batches of 4, padded and flat; and where a rank's is not finite."""
+    """The loss of 23 rows in batches of 5, padded, flat and of a stream; and where a rank's is not finite."""
     found = {}
-    for name, more in {"padded": {}, "flat": {"data_collator": flat_rows}}.items():
-        trainer = make(f"{folder}/{name}", section, eval_dataset=rows(23), per_device_eval_batch_size=4, **more)
+    stream = {"eval_dataset": rows(23).to_iterable_dataset()}
+    for name, more in {"padded": {}, "stream": stream, "flat": {"data_collator": flat_rows}}.items():
+        more = {"eval_dataset": rows(23), "per_device_eval_batch_size": 5} | more
+        trainer = make(f"{folder}/{name}", section, **more)
         found[name] = trainer.evaluate()["eval_loss"]
     plain = trainer.compute_loss
 
