@@ -76,7 +76,7 @@ def initialize(
     for key in resolved.unused if plan.rank == 0 else ():
         logger.warning("%s has no effect: the slices' moments stay on the device", key)
     heartbeat.reach("start.shards", slow=True)
-    targets, beside = _choose_weights(model, hd, plan)
+    targets, full = _choose_weights(model, hd, plan)
     ds = _shard(model, resolved, targets)
     base = state.describe_base(model, targets, plan)
     rule = make_rule(hd)
@@ -86,14 +86,15 @@ def initialize(
     if resume_from is None:
         report = _decompose(model, hd, store, exchange, progress)
     else:
-        numels = {name: zero3.full_numel(p) for name, p in beside.items()}
+        numels = {name: zero3.full_numel(p) for name, p in full.items()}
         state.refuse_others(resume_from, store, rule, base, numels)
         report = state.fill_factors(resume_from, store, exchange)
     adapt.install(targets, store)
     rate = hd.modules_to_save_learning_rate or values.learning_rate
-    others = ModulesToSave(beside, ds, lr=rate) if beside else None
+    modules = ModulesToSave(full, ds, lr=rate) if full else None
+    clip = values.max_grad_norm
     optimizer = SliceOptimizer(
-        store, exchange, rule, lr=values.learning_rate, max_grad_norm=values.max_grad_norm, beside=others
+        store, exchange, rule, lr=values.learning_rate, max_grad_norm=clip, modules_to_save=modules
     )
     engine = HDPissaEngine(ds, optimizer, resolved, report=report, base=base)
     setattr(model, ENGINE, engine)
@@ -136,15 +137,15 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
 def _choose_weights(
     model: nn.Module, hd: HDPissaConfig, plan: SlicePlan
 ) -> tuple[list[Target], dict[str, nn.Parameter]]:
-    """(targets, what DeepSpeed trains beside them by name); all else is frozen. Before DeepSpeed wraps the model."""
+    """(targets, parameters to train in full by name); the rest is frozen. Call before DeepSpeed wraps the model."""
     adapt.freeze(model)
     targets = adapt.find_targets(model, hd, plan)
     for line in adapt.remarks(model, targets, hd, plan) if plan.rank == 0 else []:
         logger.warning("%s", line)
-    beside = modules_to_save.find(model, hd.modules_to_save, targets)
-    for param in beside.values():
+    full = modules_to_save.find(model, hd.modules_to_save, targets)
+    for param in full.values():
         param.requires_grad_(True)
-    return targets, beside
+    return targets, full
 
 
 # --- exact values, each rank's own rows ------------------------------------------------------------

@@ -110,7 +110,7 @@ def resume_from(engine: HDPissaEngine, source: CheckpointReader | str | Path) ->
     reader = source if isinstance(source, CheckpointReader) else state.open_checkpoint(source)
     optimizer = engine.optimizer
     store = optimizer.store
-    numels = optimizer.beside.numels if optimizer.beside else {}
+    numels = optimizer.modules_to_save.numels if optimizer.modules_to_save else {}
     state.refuse_others(reader, store, optimizer.rule, engine.base, numels)
     state.refuse_changed(reader, optimizer)
     engine.init_report = state.fill_factors(reader, store, optimizer.exchange)

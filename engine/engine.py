@@ -36,7 +36,7 @@ class HDPissaEngine:
             engine.backward(loss)
             engine.step()                 # acts at the end of an accumulation, as DeepSpeed's does
 
-    The phases of `step`, what each sends, and what it needs beside the state (G: ranks of an exchange group):
+    The phases of `step`, what each sends, and what it needs besides the state (G: ranks of an exchange group):
 
         reduce   ranks that share a slice sum its gradients: an all-reduce of 4 bytes per factor element, in place;
                  nothing where each rank has slices of its own
@@ -179,10 +179,10 @@ class HDPissaEngine:
 
     def _refuse_unreached(self) -> None:
         """A weight that gets no gradient anywhere would be left out in silence for the whole run."""
-        names, beside = self.optimizer.store.unreached(), self.optimizer.beside
+        names, modules = self.optimizer.store.unreached(), self.optimizer.modules_to_save
         trained = {t.name: t.name in names for t in self.targets}
-        if beside is not None:
-            trained |= dict(zip(beside.params, beside.unreached(), strict=True))
+        if modules is not None:
+            trained |= dict(zip(modules.params, modules.unreached(), strict=True))
         missing = torch.tensor([float(silent) for silent in trained.values()], device=zero3.device())
         dist.all_reduce(missing)
         silent = [name for name, n in zip(trained, missing.tolist(), strict=True) if n == self.plan.world_size]
@@ -209,8 +209,8 @@ class HDPissaEngine:
         """The vote with the place that went wrong in its refusal; collective."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        beside = self.optimizer.beside.bad() if self.optimizer.beside else ()
-        where = nonfinite.locate(self.optimizer.store, self.module, self._loss, beside)
+        modules = self.optimizer.modules_to_save.nonfinite() if self.optimizer.modules_to_save else ()
+        where = nonfinite.locate(self.optimizer.store, self.module, self._loss, modules)
         vote = replace(vote, refusal=vote.refusal + where)
         if self.plan.rank == 0:
             logger.warning("step %d is skipped: %s", self.global_steps + 1, vote.refusal)
@@ -312,17 +312,17 @@ class HDPissaEngine:
     def memory_bytes(self) -> dict[str, int]:
         """This rank's bytes: weights (all ZeRO-3 shards), master, factors, slice state (gradients, moments, sums)
 
-        and `buffers`, which a step allocates at most beside these and frees again.
+        and `buffers`, which a step allocates at most in addition and frees again.
         """
         params = list(self.module.parameters())
-        store = self.optimizer.store
+        store, modules = self.optimizer.store, self.optimizer.modules_to_save
         return {
             "weights": sum(zero3.shard_view(p).nbytes for p in params),
             "master": sum(t.shard.nbytes for t in self.targets if t.shard is not None),
             "factors": store.nbytes_factors,
             "slice_state": store.nbytes_state,
             "buffers": self.optimizer.buffer_bytes,
-        } | ({} if self.optimizer.beside is None else {"modules_to_save": self.optimizer.beside.nbytes})
+        } | ({} if modules is None else {"modules_to_save": modules.nbytes})
 
 
 def _count_tokens(batch: dict[str, Any]) -> Tensor | int:

@@ -39,7 +39,7 @@ def export(
     optimizer, step = engine.optimizer, engine.global_steps
     if format == "hf":
         return hf.export_hf(engine.module, engine.targets, engine.plan, Path(folder), dtype=dtype, step=step)
-    peft_export.refuse_beside(optimizer.beside.params if optimizer.beside else ())
+    peft_export.refuse_modules_to_save(optimizer.modules_to_save.params if optimizer.modules_to_save else ())
     store, updates = optimizer.store, optimizer.updates
     return peft_export.export_peft(
         engine.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates

@@ -19,7 +19,7 @@ def all_trained(engine) -> dict[str, torch.Tensor]:
     """The same, and the parameters that are trained whole."""
     from hdpissa.engine.sharding import zero3
 
-    beside = engine.optimizer.beside.params.items() if engine.optimizer.beside else ()
+    beside = engine.optimizer.modules_to_save.params.items() if engine.optimizer.modules_to_save else ()
     whole = {name: zero3.whole_value(param) for name, param in beside}
     return whole_weights(engine) | {name: w.clone() for name, w in whole.items() if engine.plan.rank == 0}
 

@@ -4,10 +4,10 @@
     weights-00000-of-00002.safetensors    full kind: a saving rank's exact fp32 values, `<target>[start:stop]`
     slice-00003.safetensors               a slice's running sums of ΔA, ΔB and its Adam moments
     factors-00003.safetensors             a slice's A and B, which never change: the same file in every checkpoint
-    beside-00000-of-00002.safetensors     of `modules_to_save`, if any, a saving rank's part of the fp32 weights and
+    modules_to_save-00000-of-00002.safetensors   if there are any, a saving rank's part of their fp32 weights and
                                           Adam moments, `<parameter>.<state>[start:stop]`
     rng-00001.safetensors                 a saving rank's random number generators
-    trainer_state.json                    and the like: what the caller put beside them (`extra_files`)
+    trainer_state.json                    and the like: what the caller added (`extra_files`)
 
 State is named by slice and by range of a weight, never by rank, so any number of ranks can read it. Weights that are
 not trained are the base model's; the manifest holds their checksums. A file is believed only when the manifest lists
@@ -37,7 +37,7 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 MAX_MANIFEST_BYTES = 2**28
 STATE = ("exp_avg", "exp_avg_sq", "delta_sum")  # names of flat buffers of `FactorStore`
-BESIDE_STATE = ("weight", "exp_avg", "exp_avg_sq")  # of `modules_to_save`
+MODULE_STATE = ("weight", "exp_avg", "exp_avg_sq")  # of `modules_to_save`
 Kind = Literal["full", "small"]
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -74,8 +74,8 @@ class Base(_Strict):
     checksums: dict[str, str]
 
 
-class Beside(_Strict):
-    """What DeepSpeed trains beside the slices: name → elements, and the last learning rate."""
+class StoredModules(_Strict):
+    """The `modules_to_save`, which DeepSpeed trains: name → elements, and the last learning rate."""
 
     numels: dict[str, int]
     learning_rate: float
@@ -95,12 +95,12 @@ class Manifest(_Strict):
         step, skipped_steps: optimizer steps done, and those of them that changed nothing. updates: Adam's t.
         adam: beta1, beta2, eps.
         exact: whether the weights are in it, or follow from its sums but for rounding.
-        largest_grad: bound of any gradient that Adam has seen; see `bounds`.
+        largest_grad: bound of any gradient that Adam has seen; see `overflow_guard`.
         world_size: ranks that saved it. slices: S.
         residual: small kind: ‖ΔW that it leaves out‖ / ‖ΔW‖ where it was measured, else None.
         init_residual, init_worst: what the decomposition had reached, and where.
         client_state: the caller's, JSON-serialisable.
-        beside: the `modules_to_save`, None where there are none.
+        modules_to_save: None where there are none.
         extra_files: names of the caller's own files.
     """
 
@@ -124,13 +124,13 @@ class Manifest(_Strict):
     versions: dict[str, str]
     client_state: dict[str, Any]
     files: dict[str, StoredFile]
-    beside: Beside | None = None
+    modules_to_save: StoredModules | None = None
     extra_files: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}\.json$")]] = []
 
     def render(self) -> str:
         """The file's text, with the SHA-256 of its content."""
         content = self.model_dump(mode="json")
-        for name in ("beside", "extra_files"):  # as it was written before there was such a thing
+        for name in ("modules_to_save", "extra_files"):  # left out where empty
             if not content[name]:
                 del content[name]
         return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1) + "\n"
@@ -155,8 +155,8 @@ def factors_file(slice_id: int) -> str:
     return f"factors-{slice_id:05d}.safetensors"
 
 
-def beside_file(rank: int, world_size: int) -> str:
-    return f"beside-{rank:05d}-of-{world_size:05d}.safetensors"
+def modules_file(rank: int, world_size: int) -> str:
+    return f"modules_to_save-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def rng_file(rank: int) -> str:
@@ -168,9 +168,9 @@ def range_key(target: str, start: int, stop: int) -> str:
     return f"{target}[{start}:{stop}]"
 
 
-def file_names(kind: str, slices: int, world_size: int, *, beside: bool = False) -> list[str]:
-    """All files of a checkpoint beside the manifest."""
-    names = [beside_file(k, world_size) for k in range(world_size) if beside]
+def file_names(kind: str, slices: int, world_size: int, *, modules: bool = False) -> list[str]:
+    """All files of a checkpoint but the manifest."""
+    names = [modules_file(k, world_size) for k in range(world_size) if modules]
     names += [slice_file(i) for i in range(slices)] + [factors_file(i) for i in range(slices)]
     names += [rng_file(k) for k in range(world_size)]
     return names + [weights_file(k, world_size) for k in range(world_size) if kind == "full"]
@@ -210,8 +210,8 @@ REMEDY = "give another checkpoint"
 def _check_files(folder: Path, manifest: Manifest) -> None:
     if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
         raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
-    beside = manifest.beside is not None
-    wanted = {*file_names(manifest.kind, manifest.slices, manifest.world_size, beside=beside), *manifest.extra_files}
+    modules = manifest.modules_to_save is not None
+    wanted = {*file_names(manifest.kind, manifest.slices, manifest.world_size, modules=modules), *manifest.extra_files}
     odd = sorted(wanted ^ set(manifest.files))
     odd += [name for name, record in manifest.files.items() if not _SHA256.fullmatch(record.sha256)]
     if odd:
@@ -264,9 +264,9 @@ class CheckpointReader:
         if kind == "rng":
             return None
         found: dict[str, tuple[int, ...]] = {}
-        if kind == "beside":
-            for param, part in self._beside_parts(number).items():
-                keys = (range_key(f"{param}.{state}", part.start, part.stop) for state in BESIDE_STATE if part.numel)
+        if kind == "modules_to_save":
+            for param, part in self._module_ranges(number).items():
+                keys = (range_key(f"{param}.{state}", part.start, part.stop) for state in MODULE_STATE if part.numel)
                 found |= dict.fromkeys(keys, (part.numel,))
             return found
         for t in self.manifest.targets:
@@ -321,20 +321,20 @@ class CheckpointReader:
             found[first - start : last - start] = values
         return found
 
-    def _beside_parts(self, rank: int) -> dict[str, ShardRange]:
+    def _module_ranges(self, rank: int) -> dict[str, ShardRange]:
         """Parameter → the range that a saving rank had of it."""
-        numels = self.manifest.beside.numels if self.manifest.beside else {}
+        numels = self.manifest.modules_to_save.numels if self.manifest.modules_to_save else {}
         return {name: ShardRange.of(rank, self.manifest.world_size, numel, 1) for name, numel in numels.items()}
 
-    def beside(self, param: str, state: str, start: int, stop: int) -> Tensor:
+    def modules_to_save(self, param: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a parameter of `modules_to_save`, or of a moment of it, flat fp32."""
         found = torch.empty(stop - start, dtype=torch.float32)
         for rank in range(self.manifest.world_size):
-            part = self._beside_parts(rank)[param]
+            part = self._module_ranges(rank)[param]
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
                 key = range_key(f"{param}.{state}", part.start, part.stop)
-                file = self._open(beside_file(rank, self.manifest.world_size))
+                file = self._open(modules_file(rank, self.manifest.world_size))
                 values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
                 found[first - start : last - start] = values
         return found

@@ -39,7 +39,7 @@ from ..sharding import zero3
 from ..sharding.slicing import SlicePlan
 from . import directory
 from . import format as layout
-from .format import STATE, Base, Beside, CheckpointError, CheckpointReader, Manifest, TargetSpec
+from .format import STATE, Base, CheckpointError, CheckpointReader, Manifest, StoredModules, TargetSpec
 from .writer import OwnFile, Part
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def own_files(kind: str, optimizer: SliceOptimizer, extra: Mapping[str, str]) ->
         files += [OwnFile(name, text=text) for name, text in extra.items()]
     if kind == "full":
         files.append(OwnFile(layout.weights_file(plan.rank, plan.world_size), list(_weights(store))))
-    if optimizer.beside is not None:
-        files.append(OwnFile(layout.beside_file(plan.rank, plan.world_size), list(_beside(optimizer.beside, plan))))
+    if (modules := optimizer.modules_to_save) is not None:
+        files.append(OwnFile(layout.modules_file(plan.rank, plan.world_size), list(_modules(modules, plan))))
     if plan.replica == 0:
         for index, slice_id in enumerate(plan.owned):
             files.append(OwnFile(layout.slice_file(slice_id), list(_slice_state(store, index))))
@@ -101,9 +101,9 @@ def _weights(store: FactorStore) -> Iterator[Part]:
             yield Part(key, (owned.numel,), torch.float32, _reader(target.shard.read, 0, owned.numel))
 
 
-def _beside(beside: ModulesToSave, plan: SlicePlan) -> Iterator[Part]:
-    for name, state, values in beside.views():
-        owned = beside.own_range(name, plan.rank, plan.world_size)
+def _modules(modules: ModulesToSave, plan: SlicePlan) -> Iterator[Part]:
+    for name, state, values in modules.views():
+        owned = modules.own_range(name, plan.rank, plan.world_size)
         if owned.numel:
             yield _fixed(layout.range_key(f"{name}.{state}", owned.start, owned.stop), values)
 
@@ -177,7 +177,7 @@ def make_manifest(
         versions={name: version(name) for name in ("hdpissa", "torch", "deepspeed", "transformers")},
         client_state=client_state,
         files={},
-        beside=_describe_beside(optimizer),
+        modules_to_save=_describe_modules(optimizer),
         extra_files=sorted(extra_files),
     )
     try:
@@ -189,10 +189,10 @@ def make_manifest(
     return manifest
 
 
-def _describe_beside(optimizer: SliceOptimizer) -> Beside | None:
-    if optimizer.beside is None:
+def _describe_modules(optimizer: SliceOptimizer) -> StoredModules | None:
+    if optimizer.modules_to_save is None:
         return None
-    return Beside(numels=optimizer.beside.numels, learning_rate=float(optimizer.param_groups[1]["lr"]))
+    return StoredModules(numels=optimizer.modules_to_save.numels, learning_rate=float(optimizer.param_groups[1]["lr"]))
 
 
 def _adam(rule: DeltaRule) -> dict[str, float]:
@@ -256,14 +256,14 @@ def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReade
 
 
 def refuse_others(
-    reader: CheckpointReader, store: FactorStore, rule: DeltaRule, base: Base, beside: Mapping[str, int]
+    reader: CheckpointReader, store: FactorStore, rule: DeltaRule, base: Base, modules: Mapping[str, int]
 ) -> None:
     """Raises CheckpointError, on all ranks alike, for a checkpoint of another run than this one.
 
     Args:
-        beside: name → elements of the parameters that DeepSpeed trains here.
+        modules: name → elements of the parameters that DeepSpeed trains here.
     """
-    found = list(_differences(reader.manifest, store, rule, beside)) or _other_base(
+    found = list(_differences(reader.manifest, store, rule, modules)) or _other_base(
         reader.manifest.base, base, store.targets
     )
     if found:
@@ -272,16 +272,16 @@ def refuse_others(
         )
 
 
-def _differences(manifest: Manifest, store: FactorStore, rule: DeltaRule, beside: Mapping[str, int]) -> Iterator[str]:
+def _differences(manifest: Manifest, store: FactorStore, rule: DeltaRule, modules: Mapping[str, int]) -> Iterator[str]:
     pairs = [
         ("hd_pissa.slices", manifest.slices, store.plan.slices),
         ("hd_pissa.delta.second_order", manifest.second_order, rule.second_order),
     ]
     yield from (f"{name} is {there} in the checkpoint, {here} here" for name, there, here in pairs if there != here)
-    saved = manifest.beside.numels if manifest.beside else {}
-    if saved != beside:
-        odd = next(iter([n for n in {**saved, **beside} if saved.get(n) != beside.get(n)]))
-        yield f"hd_pissa.modules_to_save are {len(saved)} in the checkpoint, {len(beside)} here (first other: {odd})"
+    saved = manifest.modules_to_save.numels if manifest.modules_to_save else {}
+    if saved != modules:
+        odd = next(iter([n for n in {**saved, **modules} if saved.get(n) != modules.get(n)]))
+        yield f"hd_pissa.modules_to_save are {len(saved)} in the checkpoint, {len(modules)} here (first other: {odd})"
     there = {t.name: t for t in manifest.targets}
     here = {t.name: _spec(t) for t in store.targets}
     for name in sorted(there.keys() ^ here.keys())[:1]:
@@ -359,8 +359,8 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             owned = target.own_range(store.plan)
             assert target.shard is not None
             target.shard.write(reader.weights(target.name, owned.start, owned.stop))
-    if optimizer.beside is not None:
-        _restore_beside(reader, optimizer)
+    if optimizer.modules_to_save is not None:
+        _restore_modules(reader, optimizer)
     if store.plan.rank == 0 and manifest.adam != _adam(optimizer.rule):
         logger.warning("Adam goes on with %s, not with %s as before", _adam(optimizer.rule), manifest.adam)
     optimizer.resume(manifest.updates, manifest.largest_grad, manifest.learning_rate)
@@ -377,15 +377,15 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
         )
 
 
-def _restore_beside(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
-    beside, plan = optimizer.beside, optimizer.store.plan
-    assert beside is not None
-    assert reader.manifest.beside is not None
-    for name, state, values in beside.views():
-        owned = beside.own_range(name, plan.rank, plan.world_size)
-        values.copy_(reader.beside(name, state, owned.start, owned.stop))
-    beside.restored(reader.manifest.updates)
-    optimizer.param_groups[1]["lr"] = reader.manifest.beside.learning_rate
+def _restore_modules(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
+    modules, plan = optimizer.modules_to_save, optimizer.store.plan
+    assert modules is not None
+    assert reader.manifest.modules_to_save is not None
+    for name, state, values in modules.views():
+        owned = modules.own_range(name, plan.rank, plan.world_size)
+        values.copy_(reader.modules_to_save(name, state, owned.start, owned.stop))
+    modules.restored(reader.manifest.updates)
+    optimizer.param_groups[1]["lr"] = reader.manifest.modules_to_save.learning_rate
 
 
 # --- random number generators ----------------------------------------------------------------------

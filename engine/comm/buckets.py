@@ -84,8 +84,13 @@ class Bucket:
         """The B part (numel_B) of a flat buffer, per target (own × O × R)."""
         return [part.view(-1, t.rows, t.r) for part, t in zip(flat.split(self.widths_B), self.targets, strict=True)]
 
+    def split(self, flat: Tensor) -> Iterator[tuple[Target, Tensor, Tensor]]:
+        """Yields (target, A: own · R × I, B: own × O × R), views of the bucket's flat (numel_A + numel_B)."""
+        A, B = flat.split([self.numel_A, self.numel_B])
+        yield from zip(self.targets, self.views_A(A), self.views_B(B), strict=True)
+
     def buffer_bytes(self, itemsize: int) -> int:
-        """Most bytes that this rank's step of the bucket allocates at a time, beside the kernels' own blocks.
+        """Most bytes that this rank's step of the bucket allocates at a time, besides the kernels' own blocks.
 
         Args:
             itemsize: of the dtype on the wire.

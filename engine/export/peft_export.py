@@ -85,7 +85,7 @@ def _stacks(model: nn.Module, store: FactorStore) -> Iterator[Stack]:
         yield Stack(adapted, store.plan, of_slice, of_rows)
 
 
-def refuse_beside(names: Collection[str]) -> None:
+def refuse_modules_to_save(names: Collection[str]) -> None:
     """Raises ConfigError where something is trained that is not in the adapter."""
     if names:
         raise ConfigError(

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import consensus
-from ..comm.buckets import Bucket
 from ..distributed import faults, heartbeat
 from ..errors import StopError
 from ..files.checksum import checksum
@@ -99,10 +98,8 @@ class IntegrityCheck:
         if store.plan.ranks_per_slice > 1:
             faults.spoil_("memory.exp_avg", store.exp_avg)
             for kind in ("exp_avg", "exp_avg_sq", "delta_sum"):
-                for bucket in store.buckets:
-                    found |= {
-                        f"{kind} of {name}": checksum(part) for name, part in _parts(getattr(store, kind), bucket)
-                    }
+                for t, A, B in store.views(getattr(store, kind)):
+                    found |= {f"{kind} of A of {t.name}": checksum(A), f"{kind} of B of {t.name}": checksum(B)}
         return found
 
     # --- the check -----------------------------------------------------------------------------------
@@ -192,12 +189,3 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
             continue
         found += [(f"buffer {name}.{key}", b) for key, b in owner.named_buffers(recurse=False)]
     return found
-
-
-def _parts(flat: Tensor, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """("A of …" or "B of …", the own slices' part) of a flat buffer of the store."""
-    As = bucket.views_A(flat[bucket.start : bucket.stop_A])
-    Bs = bucket.views_B(flat[bucket.stop_A : bucket.stop])
-    for target, A, B in zip(bucket.targets, As, Bs, strict=True):
-        yield f"A of {target.name}", A
-        yield f"B of {target.name}", B

@@ -45,7 +45,8 @@ class SliceNorms(StepObserver):
         own = self._store.plan.slices_per_rank
         if squares is None:
             squares = torch.zeros(own, dtype=torch.float64, device=flat.device)
-        for part in (*bucket.views_A(flat[: bucket.numel_A]), *bucket.views_B(flat[bucket.numel_A :])):
+        views = list(bucket.split(flat))
+        for part in (*(A for _, A, _ in views), *(B for _, _, B in views)):
             squares += torch.linalg.vector_norm(part.reshape(own, -1), dim=1, dtype=torch.float64).square()
         return squares
 

@@ -118,14 +118,13 @@ class FactorStore:
         Args:
             state: "grads", "exp_avg", "exp_avg_sq" or "delta_sum".
         """
-        flat: Tensor = getattr(self, state)
+        for t, A, B in self.views(getattr(self, state)):
+            yield t.name, A.view(-1, t.r, t.cols)[index], B[index]
+
+    def views(self, flat: Tensor) -> Iterator[tuple[Target, Tensor, Tensor]]:
+        """Yields (target, A: own · R × I, B: own × O × R), views of a flat buffer of the store."""
         for bucket in self.buckets:
-            As, Bs = (
-                bucket.views_A(flat[bucket.start : bucket.stop_A]),
-                bucket.views_B(flat[bucket.stop_A : bucket.stop]),
-            )
-            for t, A, B in zip(bucket.targets, As, Bs, strict=True):
-                yield t.name, A.view(-1, t.r, t.cols)[index], B[index]
+            yield from bucket.split(flat[bucket.start : bucket.stop])
 
     def leaves(self) -> list[Tensor]:
         """All leaves, A before B, target by target."""
@@ -146,7 +145,7 @@ class FactorStore:
         """Targets that no backward pass has reached yet."""
         return [name for name, layer in self.layers.items() if not layer.reached]
 
-    def largest(self) -> Tensor:
+    def max_abs(self) -> Tensor:
         """Per target the largest |A|, |B| and |W| that this rank holds (targets × 3), float64."""
         found = []
         for target in self.targets:

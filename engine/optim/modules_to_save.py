@@ -1,4 +1,4 @@
-"""Parameters beside the targets that are trained as a whole: norms, embeddings, the output layer, biases.
+"""Parameters that are trained in full: norms, embeddings, the output layer, biases.
 
 PEFT calls them `modules_to_save`. They are ordinary parameters to DeepSpeed, trained by its own ZeRO-3 AdamW: gradients
 from all micro-batches of all ranks, averaged as in plain data parallel; fp32 weights and moments in shards; no weight
@@ -80,7 +80,7 @@ class ModulesToSave:
         """For each parameter whether its own shard has got no gradient but zeros."""
         return [not bool(g.any()) for g in self._grads()]
 
-    def bad(self) -> list[str]:
+    def nonfinite(self) -> list[str]:
         """Names of those whose gradient is not finite in the own shard."""
         return [n for n, g in zip(self.params, self._grads(), strict=True) if not bool(g.isfinite().all())]
 

@@ -7,7 +7,7 @@ backward met first, the last one of the model, is nearest to the cause and is na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -15,17 +15,17 @@ from .. import consensus
 from .factors import FactorStore
 
 
-def locate(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence[str] = ()) -> str:
+def locate(store: FactorStore, module: nn.Module, loss: Tensor, modules: Sequence[str] = ()) -> str:
     """The end of a sentence about a refused step: ": on rank 1 the gradient of A of layers.1.mlp.up_proj, …".
 
     Empty where everything is finite (the step was refused for another reason). Collective.
 
     Args:
         loss: this rank's own sum over the step.
-        beside: parameters of `modules_to_save` whose gradient is not finite in this rank's shard. They are averages,
+        modules: parameters of `modules_to_save` whose gradient is not finite in this rank's shard. They are averages,
             so they do not say on which rank it began.
     """
-    reports = consensus.gather(_describe(store, module, loss, beside))
+    reports = consensus.gather(_describe(store, module, loss, modules))
     found = {rank: text for rank, text in enumerate(reports) if text}
     if not found:
         return ""
@@ -36,23 +36,14 @@ def locate(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence
     return f": {where}" + (f"; also on rank{'s' * (len(others) > 1)} {', '.join(others)}" if others else "")
 
 
-def _describe(store: FactorStore, module: nn.Module, loss: Tensor, beside: Sequence[str]) -> str:
-    bad = {name: factor for name, factor, grad in _gradients(store) if not grad.isfinite().all()}
+def _describe(store: FactorStore, module: nn.Module, loss: Tensor, modules: Sequence[str]) -> str:
+    gradients = ((t.name, factor, g) for t, A, B in store.views(store.grads) for factor, g in (("A", A), ("B", B)))
+    bad = {name: factor for name, factor, grad in gradients if not grad.isfinite().all()}
     parts = [] if loss.isfinite().all() else [f"the loss is {loss.item()}"]
     if bad:
         last = [name for name, _ in module.named_modules() if name in bad][-1]
         many = f"gradients of {len(bad)} of {len(store.targets)} weights"
         parts.append(f"{many}, in backward's order first {last}'s (of {bad[last]})")
-    if beside:
-        parts.append(f"the averaged gradient of {beside[-1]}")
+    if modules:
+        parts.append(f"the averaged gradient of {modules[-1]}")
     return " and ".join(parts)
-
-
-def _gradients(store: FactorStore) -> Iterator[tuple[str, str, Tensor]]:
-    """(weight, "A" or "B", gradient of the own slices)."""
-    for bucket in store.buckets:
-        As = bucket.views_A(store.grads[bucket.start : bucket.stop_A])
-        Bs = bucket.views_B(store.grads[bucket.stop_A : bucket.stop])
-        for target, A, B in zip(bucket.targets, As, Bs, strict=True):
-            yield target.name, "A", A
-            yield target.name, "B", B

@@ -9,13 +9,13 @@ One step, in phases:
               factor buckets: all slices' ΔA and ΔB rows come here, one kernel per weight takes the delta off the shard;
               dense buckets: the own slices' dense delta goes to the shards' owners, summed on the way.
 
-All or nothing: nothing is written before the vote, and what could overflow after it is excluded by it (`bounds`). A
-result that is not finite all the same is never written, but counted on the device; the count rides in the next
-vote, and any raises on all ranks.
+All or nothing: nothing is written before the vote, and the vote refuses what could overflow after it
+(`overflow_guard`). A result that is not finite all the same is never written, but counted on the device; the count is
+part of the next vote, and any raises on all ranks.
 
-Buffers beside the state are bounded per bucket by `delta.bucket_bytes` (`buckets.Bucket.buffer_bytes`).
-The caller drops gathered copies before `step` and fences after it (`zero3`). Where DeepSpeed trains parameters beside
-the slices (`modules_to_save`) their gradients are voted on, too, and the caller lets DeepSpeed step after `step`.
+Buffers besides the state are bounded per bucket by `delta.bucket_bytes` (`buckets.Bucket.buffer_bytes`).
+The caller drops gathered copies before `step` and fences after it (`zero3`). Where DeepSpeed trains parameters in
+full (`modules_to_save`) their gradients are voted on, too, and the caller lets DeepSpeed step after `step`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ..method.delta import DeltaRule
 from ..precision import full_fp32
 from ..sharding.shards import Shard, staging_bytes
 from ..sharding.slicing import ShardRange
-from . import bounds
-from .bounds import Extent, WeightBounds
+from . import overflow_guard
 from .factors import FactorStore
 from .modules_to_save import ModulesToSave
+from .overflow_guard import OverflowGuard, WeightBound
 
 NORM_ELEMENTS = 2**24
 
@@ -83,11 +83,11 @@ class SliceOptimizer(torch.optim.Optimizer):
         rule: betas, eps, second order, dtypes.
         lr: learning rate.
         max_grad_norm: gradients are scaled down to this norm (see `Vote.grad_norm`); 0 turns it off.
-        beside: what DeepSpeed trains; it takes part in the vote, and has a group of its own, the second one, whose
+        modules_to_save: what DeepSpeed trains; it takes part in the vote, and has the second parameter group, whose
             learning rate schedulers set as well. Its clipping is DeepSpeed's, by its own norm.
     """
 
-    OWN_BALLOT = 3  # numbers of its own in the vote: square of the norm, lost weights, learning rate; and of `beside`
+    OWN_BALLOT = 3  # numbers of its own in the vote: square of the norm, lost weights, learning rate
 
     def __init__(
         self,
@@ -97,21 +97,21 @@ class SliceOptimizer(torch.optim.Optimizer):
         *,
         lr: float,
         max_grad_norm: float = 0.0,
-        beside: ModulesToSave | None = None,
+        modules_to_save: ModulesToSave | None = None,
     ) -> None:
-        self.store, self.exchange, self.rule, self.beside = store, exchange, rule, beside
+        self.store, self.exchange, self.rule, self.modules_to_save = store, exchange, rule, modules_to_save
         self.max_grad_norm = max_grad_norm
         self.updates = 0  # Adam's t: steps really taken
-        self.bounds = _measure_bounds(store, exchange, rule)
+        self.guard = _measure_weights(store, exchange, rule)
         self._clip = 1.0
         self._change = 0.0  # bound of |ΔA| and |ΔB| in the step that was voted on
         self.largest_grad = 0.0  # bound of any gradient that Adam has seen
         self.observers: list[StepObserver] = []
         self._bad = torch.zeros(1, dtype=torch.int32, device=store.grads.device)
         super().__init__(store.leaves(), {"lr": lr})
-        if beside is not None:
-            params = list(beside.params.values())
-            self.add_param_group({"params": params, "lr": beside.lr, "peak_lr": beside.lr})
+        if modules_to_save is not None:
+            params, rate = list(modules_to_save.params.values()), modules_to_save.lr
+            self.add_param_group({"params": params, "lr": rate, "peak_lr": rate})
 
     @property
     def grad_scale(self) -> float:
@@ -150,18 +150,18 @@ class SliceOptimizer(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(norms) * self.grad_scale
         once = norm.square() / self.store.plan.ranks_per_slice  # sharers hold equal copies
         own = [once, self._bad[0].to(once), once.new_full((), abs(self.param_groups[0]["lr"]))]
-        if self.beside is not None:
-            own.append(self.beside.square().to(once))
+        if self.modules_to_save is not None:
+            own.append(self.modules_to_save.square().to(once))
         ballot = torch.cat([torch.stack(own), tallies.to(once)])
         self.exchange.sum_over_world(ballot)
         squared, lost, lr, *summed = ballot.tolist()
-        beside = summed.pop(0) if self.beside is not None else 0.0
+        squared_modules = summed.pop(0) if self.modules_to_save is not None else 0.0
         heartbeat.reach("step.voted")
         _refuse_lost(lost)
         grad_norm = math.sqrt(squared) if math.isfinite(squared) else squared
         clipped = 0 < self.max_grad_norm < grad_norm
         self._clip = self.max_grad_norm / grad_norm if clipped and math.isfinite(grad_norm) else 1.0
-        return Vote(grad_norm, summed, _refusal_beside(beside) or self._refusal(grad_norm, lr, summed))
+        return Vote(grad_norm, summed, _modules_refusal(squared_modules) or self._refusal(grad_norm, lr, summed))
 
     def _refusal(self, grad_norm: float, lr: float, tallies: list[float]) -> str:
         """Why the step cannot be taken, on all ranks alike; decided from summed numbers only.
@@ -174,10 +174,10 @@ class SliceOptimizer(torch.optim.Optimizer):
         if not all(map(math.isfinite, tallies)):
             return "a loss is not finite"
         largest = max(self.largest_grad, grad_norm * self._clip)
-        if largest > bounds.LARGEST_GRADIENT:
+        if largest > overflow_guard.MAX_GRADIENT:
             return f"gradients of norm {grad_norm:.1e}: their squares would leave fp32"
-        change = bounds.largest_change(lr, self.rule.betas, self.rule.eps, self.updates + 1, largest)
-        target = self.bounds.exceeded(change)
+        change = overflow_guard.max_change(lr, self.rule.betas, self.rule.eps, self.updates + 1, largest)
+        target = self.guard.overflowing(change)
         if target is not None:
             return f"learning rate {self.param_groups[0]['lr']:g}: {target} might leave fp32"
         self._change, self.largest_grad = change, largest
@@ -198,9 +198,9 @@ class SliceOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Phase 3: Adam, exchange, apply, bucket by bucket. Call after a vote that did not refuse."""
         self.updates += 1
-        if self.beside is not None:
-            self.beside.set_lr(self.param_groups[1]["lr"])
-        self.bounds.grow(self._change)
+        if self.modules_to_save is not None:
+            self.modules_to_save.set_lr(self.param_groups[1]["lr"])
+        self.guard.grow(self._change)
         with full_fp32():
             for bucket in self.store.buckets:
                 heartbeat.reach("step.exchange")
@@ -260,9 +260,7 @@ class SliceOptimizer(torch.optim.Optimizer):
     def _apply_dense(self, bucket: Bucket, delta_of: Callable[[], Tensor], rule: DeltaRule) -> None:
         """The own slices' delta of every member's shard goes out, the sum of all members' on this shard comes back."""
         delta = delta_of()
-        dA = bucket.views_A(delta[: bucket.numel_A])
-        dB = bucket.views_B(delta[bucket.numel_A :])
-        deltas = {t.name: (A, B) for t, A, B in zip(bucket.targets, dA, dB, strict=True)}
+        deltas = {t.name: (A, B) for t, A, B in bucket.split(delta)}
         for pieces in bucket.rounds or ():
             heartbeat.tick()
             self._subtract(pieces, self.exchange.reduce_to_owners(self._dense_parts(pieces, deltas, rule)), rule)
@@ -296,8 +294,8 @@ class SliceOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears the flat gradient buffer; the leaves keep their views of it."""
         self.store.zero_grad()
-        if self.beside is not None:
-            self.beside.zero_grad()
+        if self.modules_to_save is not None:
+            self.modules_to_save.zero_grad()
 
     # --- resuming ------------------------------------------------------------------------------------
 
@@ -318,7 +316,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["lr"] = lr
         for group in self.param_groups:
             group.pop("initial_lr", None)  # an earlier scheduler's; a new one would begin with that rate
-        self.bounds = _measure_bounds(self.store, self.exchange, self.rule)
+        self.guard = _measure_weights(self.store, self.exchange, self.rule)
         self._bad.zero_()
 
     @torch.no_grad()
@@ -326,8 +324,8 @@ class SliceOptimizer(torch.optim.Optimizer):
         """Forgets all steps but what they did to W; collective."""
         for moments in (self.store.exp_avg, self.store.exp_avg_sq):
             moments.zero_()
-        if self.beside is not None:
-            self.beside.restart()
+        if self.modules_to_save is not None:
+            self.modules_to_save.restart()
         for group in self.param_groups:
             group["lr"] = group.get("peak_lr", self.defaults["lr"])
         self.resume(0, 0.0, self.defaults["lr"])
@@ -336,7 +334,7 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     def predicted_bytes(self, tallies: int) -> int:
         """Bytes that this rank sends per step, vote included; see `exchange.predicted_bytes`."""
-        ballot = self.OWN_BALLOT + (self.beside is not None) + tallies
+        ballot = self.OWN_BALLOT + (self.modules_to_save is not None) + tallies
         return predicted_bytes(self.store.targets, self.store.plan, self.rule.dtype.itemsize, ballot=ballot)
 
     @property
@@ -348,29 +346,29 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     @property
     def buffer_bytes(self) -> int:
-        """Most bytes that a step allocates beside the state."""
+        """Most bytes that a step allocates besides the state."""
         device = self.store.grads.device
         parts = (t.shard.parts() for t in self.store.targets if t.shard is not None)
         staged = max(staging_bytes(p, device) for p in parts)
         return staged + max(b.buffer_bytes(self.rule.dtype.itemsize) for b in self.store.buckets)
 
 
-def _measure_bounds(store: FactorStore, exchange: FactorExchange, rule: DeltaRule) -> WeightBounds:
+def _measure_weights(store: FactorStore, exchange: FactorExchange, rule: DeltaRule) -> OverflowGuard:
     """The largest |A|, |B| and |W| of every target on any rank; collective."""
-    largest = store.largest()
-    exchange.max_over_world(largest)
-    extents = [
-        Extent(t.name, A, B, W, store.plan.slices * t.r, t.scale)
-        for t, (A, B, W) in zip(store.targets, largest.tolist(), strict=True)
+    max_abs = store.max_abs()
+    exchange.max_over_world(max_abs)
+    weights = [
+        WeightBound(t.name, A, B, W, store.plan.slices * t.r, t.scale)
+        for t, (A, B, W) in zip(store.targets, max_abs.tolist(), strict=True)
     ]
-    return WeightBounds(extents, second_order=rule.second_order)
+    return OverflowGuard(weights, second_order=rule.second_order)
 
 
-def _refusal_beside(squared: float) -> str:
+def _modules_refusal(squared: float) -> str:
     """Why a step cannot be taken because of the gradients of `modules_to_save`; empty when it can."""
     if not math.isfinite(squared):
         return "a gradient of modules_to_save is not finite"
-    if squared > bounds.LARGEST_GRADIENT**2:
+    if squared > overflow_guard.MAX_GRADIENT**2:
         return f"gradients of modules_to_save of norm {math.sqrt(squared):.1e}: their squares would leave fp32"
     return ""
 

@@ -178,8 +178,8 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
                 f"the base model {base.name} holds no {name} of {t.rows} x {t.cols}: give the one that training began "
                 f"with as --base_model"
             )
-    beside = reader.manifest.beside.numels if reader.manifest.beside else {}
-    if lost := sorted(beside.keys() - base.source.keys()):
+    modules = reader.manifest.modules_to_save.numels if reader.manifest.modules_to_save else {}
+    if lost := sorted(modules.keys() - base.source.keys()):
         raise ConfigError(
             f"the base model {base.name} holds no {lost[0]}, which was trained: give the one that training began with "
             f"as --base_model"
@@ -192,8 +192,8 @@ def _export_hf(reader: CheckpointReader, base: CheckedBase, folder: Path, dtype:
         part = functools.partial(_copied, base, name, kind)
         if name in targets:
             part = functools.partial(_trained, _weights(reader, base, targets[name]), kind, compute)
-        elif name in beside:
-            part = functools.partial(_beside, reader, name, kind)
+        elif name in modules:
+            part = functools.partial(_module, reader, name, kind)
         entries.append(Entry(name, base.shape(name), kind, functools.partial(_one_block, numel, part)))
     files = plan_files(entries)
     outbox = Outbox(folder, World(), nbytes=sum(e.nbytes for e in entries))
@@ -222,9 +222,9 @@ def _trained(
     return split_fp32(values)[0] if dtype == compute == torch.bfloat16 else values.to(dtype)
 
 
-def _beside(reader: CheckpointReader, name: str, dtype: torch.dtype, begin: int, end: int) -> Tensor:
+def _module(reader: CheckpointReader, name: str, dtype: torch.dtype, begin: int, end: int) -> Tensor:
     """A parameter of `modules_to_save`, rounded as DeepSpeed does."""
-    return reader.beside(name, "weight", begin, end).to(dtype)
+    return reader.modules_to_save(name, "weight", begin, end).to(dtype)
 
 
 def _weights(reader: CheckpointReader, base: CheckedBase, t: TargetSpec) -> Callable[[int, int], Tensor]:
@@ -277,9 +277,9 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 def _export_peft(
     reader: CheckpointReader, base: CheckedBase, folder: Path, dtype: str, rank: int | None
 ) -> ExportReport:
-    if reader.manifest.beside:
+    if modules := reader.manifest.modules_to_save:
         raise ConfigError(
-            f"{reader.folder} holds modules_to_save ({', '.join(reader.manifest.beside.numels)}), which an adapter "
+            f"{reader.folder} holds modules_to_save ({', '.join(modules.numels)}), which an adapter "
             f"cannot hold: give --format hf"
         )
     plan = SlicePlan(reader.manifest.slices, 1, 0)

@@ -180,7 +180,7 @@ class RunRecord(TrainerCallback):
             "slices": plan.slices,
             "targets": len(engine.targets),
             "target_modules": sorted({t.name.rsplit(".", 1)[-1] for t in engine.targets}),
-            "modules_to_save": engine.optimizer.beside.numels if engine.optimizer.beside else {},
+            "modules_to_save": engine.optimizer.modules_to_save.numels if engine.optimizer.modules_to_save else {},
             "total_steps": trainer.state.max_steps,
             "resumed_after": trainer.state.global_step,
             "init": dataclasses.asdict(engine.init_report),

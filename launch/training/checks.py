@@ -100,7 +100,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
     modules_to_save.find(model, run.section.modules_to_save, targets)
     if script.export_format in ("peft", "both"):
         peft_export.refuse_tied(model, targets)
-        peft_export.refuse_beside(run.section.modules_to_save)
+        peft_export.refuse_modules_to_save(run.section.modules_to_save)
     return model
 
 

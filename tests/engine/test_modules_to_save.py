@@ -1,4 +1,4 @@
-"""`modules_to_save`: parameters that DeepSpeed's AdamW trains beside the slices, against torch's own AdamW."""
+"""`modules_to_save`: parameters that DeepSpeed's AdamW trains in full, against torch's own AdamW."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from beside_runs import refusal, train_beside
+from modules_to_save_runs import refusal, train_modules
 from oracle import Oracle
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -28,28 +28,28 @@ def settings(names=NAMES, *, bf16=False, accumulation=2, clip=CLIP, **section):
 
 
 def oracle_run(model, wanted, *, slices=2, per_slice=2, skip=(), adam=None):
-    """(losses, W, parameters beside), float64: HD-PiSSA's oracle, and torch's AdamW on the mean of all gradients."""
+    """(losses, W, modules), float64: HD-PiSSA's oracle, and torch's AdamW on the mean of all gradients."""
     net = build(model, dtype=torch.float64)
     adam = adam or {"betas": (0.9, 0.999), "eps": 1e-8}
     oracle = Oracle(net, target_names(net), slices=slices, r=2, clip=CLIP, **adam)
-    beside = modules_to_save.find(net, wanted, [])
+    modules = modules_to_save.find(net, wanted, [])
     sums = {}
-    for name, p in beside.items():
+    for name, p in modules.items():
         p.requires_grad_(True)
         p.register_hook(lambda grad, name=name: sums.update({name: sums[name] + grad}))
-    optimizer = torch.optim.AdamW(beside.values(), lr=OWN_LR, weight_decay=0.0, **adam)
+    optimizer = torch.optim.AdamW(modules.values(), lr=OWN_LR, weight_decay=0.0, **adam)
     losses = []
     for step in range(STEPS):
         if step in skip:
             continue
-        sums.update({name: torch.zeros_like(p) for name, p in beside.items()})
+        sums.update({name: torch.zeros_like(p) for name, p in modules.items()})
         losses.append(oracle.step([[tiny_batch(step, i, j) for j in range(per_slice)] for i in range(slices)], LR))
-        for name, p in beside.items():
+        for name, p in modules.items():
             p.grad = sums[name] / slices
-        assert torch.nn.utils.clip_grad_norm_(beside.values(), CLIP) > CLIP
+        assert torch.nn.utils.clip_grad_norm_(modules.values(), CLIP) > CLIP
         optimizer.step()
     W = {n: oracle.parameters[n].detach() for n in oracle.weights}
-    return losses, W, {name: p.detach() for name, p in beside.items()}
+    return losses, W, {name: p.detach() for name, p in modules.items()}
 
 
 def assert_near(found, reference, tolerance):
@@ -73,29 +73,29 @@ def test_against_torch(world_size, tie):
     """
     model = {**BIASES, "tie": tie}
     adam = {"betas": (0.8, 0.99), "eps": 1e-3}
-    losses, W, beside = oracle_run(model, NAMES, adam=adam)
+    losses, W, modules = oracle_run(model, NAMES, adam=adam)
     config = settings(accumulation=4 // world_size, adam={"betas": [0.8, 0.99], "eps": 1e-3})
-    runs = run_ranks(world_size, train_beside, config, stop=STEPS, lr=LR, model=model, checks=True)
+    runs = run_ranks(world_size, train_modules, config, stop=STEPS, lr=LR, model=model, checks=True)
     for run in runs:
         assert run["losses"] == pytest.approx(losses, rel=1e-5)
         assert set(run["collectives"]) == {run["predicted"]}
-        assert_near(run["beside"], beside, 1e-5)
+        assert_near(run["modules"], modules, 1e-5)
         assert run["lrs"] == [LR, OWN_LR]
         assert run["memory"]["modules_to_save"] == sum(v.nbytes for v in run["own"].values())
     assert_near(runs[0]["weights"], W, 1e-6)
-    assert ("model.embed_tokens.weight" in beside) == tie
+    assert ("model.embed_tokens.weight" in modules) == tie
     before = dict(tiny_llama(**model).named_parameters())
-    assert all((before[name] - w).abs().max() > 1e-3 for name, w in beside.items())
+    assert all((before[name] - w).abs().max() > 1e-3 for name, w in modules.items())
 
 
 @pytest.mark.parametrize("where", ["loss", "model.norm.weight"])
 def test_a_refused_step_changes_neither(where):
     """A nan of one rank, in the loss or only in a gradient of what DeepSpeed trains: both kinds leave the step out."""
-    _, W, beside = oracle_run(BIASES, NAMES, skip=(2,))
-    runs = run_ranks(2, train_beside, settings(), stop=STEPS, lr=LR, model=BIASES, poison=(where, 2))
+    _, W, modules = oracle_run(BIASES, NAMES, skip=(2,))
+    runs = run_ranks(2, train_modules, settings(), stop=STEPS, lr=LR, model=BIASES, poison=(where, 2))
     for run in runs:
         assert [bool(text) for text in run["refusals"]] == [False, False, True, False]
-        assert_near(run["beside"], beside, 1e-5)
+        assert_near(run["modules"], modules, 1e-5)
     assert_near(runs[0]["weights"], W, 1e-6)
     if where != "loss":
         assert "a gradient of modules_to_save is not finite" in runs[0]["refusals"][2]
@@ -118,15 +118,15 @@ def trained(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     config, common = settings(bf16=True), {"lr": LR, "source": base}
     kept = {"export_to": str(folder / "model"), "save_to": str(folder / "end")}
-    whole = run_ranks(2, train_beside, config, stop=STEPS, **kept, **common)
-    run_ranks(2, train_beside, config, stop=2, save_to=str(folder / "half"), **common)
+    whole = run_ranks(2, train_modules, config, stop=STEPS, **kept, **common)
+    run_ranks(2, train_modules, config, stop=2, save_to=str(folder / "half"), **common)
     return folder, config, common, whole
 
 
 def test_resuming_is_exact(trained):
     """fp32 weights and moments, bit for bit; the bf16 weights that the model computes with are their rounding."""
     folder, config, common, whole = trained
-    resumed = run_ranks(2, train_beside, config, stop=STEPS, start_from=str(folder / "half"), **common)
+    resumed = run_ranks(2, train_modules, config, stop=STEPS, start_from=str(folder / "half"), **common)
     for now, before in zip(resumed, whole, strict=True):
         assert now["losses"] == before["losses"][2:]
         assert now["own"].keys() == before["own"].keys()
@@ -141,17 +141,17 @@ def test_resuming_on_another_number_of_ranks(trained):
     """The state comes to the same elements; the sums of gradients are rounded otherwise."""
     folder, config, common, whole = trained
     config = {**config, "gradient_accumulation_steps": 4}
-    (alone,) = run_ranks(1, train_beside, config, stop=STEPS, start_from=str(folder / "half"), **common)
+    (alone,) = run_ranks(1, train_modules, config, stop=STEPS, start_from=str(folder / "half"), **common)
     assert alone["losses"] == pytest.approx(whole[0]["losses"][2:], rel=1e-3)
-    assert_near(alone["beside"], {n: w.double() for n, w in whole[0]["beside"].items()}, 2e-3)
+    assert_near(alone["modules"], {n: w.double() for n, w in whole[0]["modules"].items()}, 2e-3)
 
 
 def test_small_checkpoints_hold_them(tmp_path):
     """Weights of targets are computed from sums there; these are stored."""
     common = {"stop": 1, "lr": LR, "model": BIASES}
     config = settings(accumulation=4, delta={"second_order": False})
-    (saved,) = run_ranks(1, train_beside, config, save_to=str(tmp_path), kind="small", **common)
-    (found,) = run_ranks(1, train_beside, config, start_from=str(tmp_path), **common)
+    (saved,) = run_ranks(1, train_modules, config, save_to=str(tmp_path), kind="small", **common)
+    (found,) = run_ranks(1, train_modules, config, start_from=str(tmp_path), **common)
     assert found["losses"] == []
     assert all(torch.equal(found["own"][key], values) for key, values in saved["own"].items())
 
@@ -160,12 +160,12 @@ def test_exports_hold_them(trained, base):
     """From the running engine in fp32 exactly, and from a checkpoint's files the same bits."""
     folder, _, _, whole = trained
     exported = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.equal(exported[name], w) for name, w in whole[0]["beside"].items())
+    assert all(torch.equal(exported[name], w) for name, w in whole[0]["modules"].items())
     arguments = ["--checkpoint", str(folder / "end"), "--output_dir", str(folder / "again"), "--dtype", "fp32"]
     export_command.main([*arguments, "--format", "hf"])
     again = load_file(folder / "again" / "model.safetensors")
     assert again.keys() == exported.keys()
-    trained_names = [*whole[0]["beside"], *whole[0]["weights"]]  # the rest is the base's, in the run rounded to bf16
+    trained_names = [*whole[0]["modules"], *whole[0]["weights"]]  # the rest is the base's, in the run rounded to bf16
     assert all(torch.equal(again[name], exported[name]) for name in trained_names)
     with pytest.raises(ConfigError, match=r"holds modules_to_save .* an adapter cannot hold: give --format hf"):
         export_command.main([*arguments, "--format", "peft"])
@@ -188,9 +188,11 @@ def test_the_manifest_tells(trained):
     folder, *_ = trained
     (manifest,) = (folder / "half").glob("*/checkpoint.json")
     content = json.loads(manifest.read_text())["content"]
-    assert content["beside"]["learning_rate"] == OWN_LR
-    assert content["beside"]["numels"]["model.norm.weight"] == 20
-    assert {"beside-00000-of-00002.safetensors", "beside-00001-of-00002.safetensors"} <= content["files"].keys()
+    assert content["modules_to_save"]["learning_rate"] == OWN_LR
+    assert content["modules_to_save"]["numels"]["model.norm.weight"] == 20
+    assert {"modules_to_save-00000-of-00002.safetensors", "modules_to_save-00001-of-00002.safetensors"} <= content[
+        "files"
+    ].keys()
 
 
 # --- which parameters ------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ LEAVES = {
     "engine.files.checksum",
     "engine.sharding.slicing",
     "engine.method.delta",
-    "engine.optim.bounds",
+    "engine.optim.overflow_guard",
 }
 
 

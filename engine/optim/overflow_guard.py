@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The largest fp32 whose bf16 half, rounded half up, is finite (0x7F7F7FFF).
-LARGEST = (2**24 - 2**15 - 1) * 2.0**104
+MAX_WEIGHT = (2**24 - 2**15 - 1) * 2.0**104
 # A gradient whose square is still finite in fp32.
-LARGEST_GRADIENT = 2.0**63
+MAX_GRADIENT = 2.0**63
 # Room for rounding: in Adam, of bf16 (2⁻⁸) and TF32 factors and deltas, and in sums of up to 2¹⁶ products (2⁻⁸).
 MARGIN = 1.05
 
@@ -54,9 +54,9 @@ def adam_bound(betas: tuple[float, float], eps: float, step: int, largest_grad: 
     return min(bound * (1 + lost / eps), by_eps)
 
 
-def largest_change(lr: float, betas: tuple[float, float], eps: float, step: int, largest_grad: float) -> float:
+def max_change(lr: float, betas: tuple[float, float], eps: float, step: int, largest_grad: float) -> float:
     """Bound of |ΔA| and |ΔB|; inf where even Adam's own factor lr / (1−β₁ᵗ) is no fp32 number."""
-    if not lr / (1 - betas[0] ** step) <= LARGEST:
+    if not lr / (1 - betas[0] ** step) <= MAX_WEIGHT:
         return math.inf
     return lr * MARGIN * adam_bound(betas, eps, step, largest_grad)
 
@@ -72,7 +72,7 @@ def _geometric(q: float, terms: int) -> float:
 
 
 @dataclass
-class Extent:
+class WeightBound:
     """Of one target: the largest |A|, |B| and |W| on any rank, Q = S·r, and s.
 
     `W` is the running bound; the others never change.
@@ -86,31 +86,32 @@ class Extent:
     scale: float
 
 
-class WeightBounds:
+class OverflowGuard:
     """The running bounds of all targets.
 
     Args:
-        extents: at the start of the run.
+        weights: at the start of the run.
         second_order: whether ΔB ΔA is part of the delta.
     """
 
-    def __init__(self, extents: Sequence[Extent], *, second_order: bool) -> None:
-        self.extents = list(extents)
+    def __init__(self, weights: Sequence[WeightBound], *, second_order: bool) -> None:
+        self.weights = list(weights)
         self.second_order = second_order
 
-    def _delta(self, extent: Extent, change: float) -> float:
+    def _delta(self, bound: WeightBound, change: float) -> float:
         second = change * change if self.second_order else 0.0
-        return MARGIN * extent.width * (change * (extent.A + extent.B) + second)
+        return MARGIN * bound.width * (change * (bound.A + bound.B) + second)
 
-    def exceeded(self, change: float) -> str | None:
+    def overflowing(self, change: float) -> str | None:
         """The first target that a step with |ΔA|, |ΔB| ≤ `change` could carry beyond fp32; None if there is none."""
-        for e in self.extents:
+        for e in self.weights:
             D = self._delta(e, change)
-            if not (change <= LARGEST and D <= LARGEST and e.W + MARGIN * e.scale * D <= LARGEST):  # false for nan, too
+            after = e.W + MARGIN * e.scale * D
+            if not (change <= MAX_WEIGHT and D <= MAX_WEIGHT and after <= MAX_WEIGHT):  # also false for nan
                 return e.name
         return None
 
     def grow(self, change: float) -> None:
         """Takes such a step into account."""
-        for e in self.extents:
+        for e in self.weights:
             e.W += MARGIN * e.scale * self._delta(e, change)

@@ -10,7 +10,7 @@ from engine_runs import whole_weights
 from tiny import build, tiny_batch
 
 
-def train_beside(
+def train_modules(
     settings: dict,
     *,
     stop: int,
@@ -39,11 +39,11 @@ def train_beside(
 
     net = load_pretrained(source, settings) if source else build(model)
     engine = initialize(model=net, config=settings, lr=lr, resume_from=start_from)
-    beside = engine.optimizer.beside
+    modules = engine.optimizer.modules_to_save
     integrity_check = integrity.IntegrityCheck(engine.module, engine.optimizer) if checks else None
     bad = torch.tensor(0.0)
     if poison and poison[0] != "loss":
-        beside.params[poison[0]].register_hook(lambda grad: grad + bad.to(grad))
+        modules.params[poison[0]].register_hook(lambda grad: grad + bad.to(grad))
     results = []
     while engine.global_steps < stop:
         step = engine.global_steps
@@ -62,9 +62,9 @@ def train_beside(
         "collectives": [(r.bytes_sent, r.collectives) for r in results],
         "predicted": (engine.exchange_plan().bytes_per_step, engine.exchange_plan().collectives),
         "weights": whole_weights(engine),
-        "beside": {name: zero3.whole_value(p).cpu() for name, p in beside.params.items()},
-        "compute": {name: zero3.shard_view(p).clone() for name, p in beside.params.items()},
-        "own": {(name, state): values.clone() for name, state, values in beside.views()},
+        "modules": {name: zero3.whole_value(p).cpu() for name, p in modules.params.items()},
+        "compute": {name: zero3.shard_view(p).clone() for name, p in modules.params.items()},
+        "own": {(name, state): values.clone() for name, state, values in modules.views()},
         "lrs": [group["lr"] for group in engine.optimizer.param_groups],
         "memory": engine.memory_bytes(),
     }
@@ -85,7 +85,7 @@ def refusal(settings: dict, *, model: dict | None = None, detach: bool = False, 
 
     try:
         if not detach:
-            train_beside(settings, stop=0, lr=1e-3, model=model, **options)
+            train_modules(settings, stop=0, lr=1e-3, model=model, **options)
             return "nothing was refused"
         engine = initialize(model=build(model), config=settings)
         hidden = engine(**tiny_batch(0, 0, 0), output_hidden_states=True).hidden_states[-1]

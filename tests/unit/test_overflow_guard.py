@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdpissa.engine.optim import bounds
-from hdpissa.engine.optim.bounds import Extent, WeightBounds, adam_bound, largest_change
+from hdpissa.engine.optim import overflow_guard
+from hdpissa.engine.optim.overflow_guard import OverflowGuard, WeightBound, adam_bound, max_change
 from hdpissa.kernels import api as kernels
 
 DEFAULT = (0.9, 0.999)
@@ -64,21 +64,21 @@ def test_no_gradients_exceed_it_in_fp32(betas, eps, scales, signs):
     """From the smallest subnormal to where squares still fit; what fp32 loses of tiny squares is in the bound."""
     grads = [sign * 10.0**scale for sign, scale in zip(signs, scales, strict=False)]
     bound = adam_bound(betas, eps, len(grads), max(map(abs, grads)))
-    assert abs(updates(grads, betas, eps, torch.float32)) <= bounds.MARGIN * bound + 1e-30
+    assert abs(updates(grads, betas, eps, torch.float32)) <= overflow_guard.MARGIN * bound + 1e-30
 
 
 def test_limits_are_fp32s():
     """The largest value whose bf16 half is finite, and the next; the largest harmless square."""
-    largest = torch.tensor(bounds.LARGEST, dtype=torch.float32)
-    assert largest.item() == bounds.LARGEST
+    largest = torch.tensor(overflow_guard.MAX_WEIGHT, dtype=torch.float32)
+    assert largest.item() == overflow_guard.MAX_WEIGHT
     assert kernels.split_fp32(largest[None])[0].isfinite().all()
     assert not kernels.split_fp32(torch.nextafter(largest, torch.tensor(INF))[None])[0].isfinite().any()
-    assert torch.tensor(bounds.LARGEST_GRADIENT, dtype=torch.float32).square().isfinite()
+    assert torch.tensor(overflow_guard.MAX_GRADIENT, dtype=torch.float32).square().isfinite()
 
 
-def some(W: float = 1.0, scale: float = 1.0, second_order: bool = True) -> WeightBounds:
-    extents = [Extent("first", 0.5, 0.25, 1.0, 8, 1.0), Extent("second", 2.0, 1.0, W, 4, scale)]
-    return WeightBounds(extents, second_order=second_order)
+def some(W: float = 1.0, scale: float = 1.0, second_order: bool = True) -> OverflowGuard:
+    weights = [WeightBound("first", 0.5, 0.25, 1.0, 8, 1.0), WeightBound("second", 2.0, 1.0, W, 4, scale)]
+    return OverflowGuard(weights, second_order=second_order)
 
 
 def test_weights_grow_by_the_delta():
@@ -86,27 +86,27 @@ def test_weights_grow_by_the_delta():
     found = some(W=3.0, scale=2.0)
     for steps in (1, 2):
         found.grow(0.1)
-        grown = found.extents[1].W
+        grown = found.weights[1].W
         assert grown == pytest.approx(3 + steps * 1.05**2 * 2.48)
     first_order = some(W=3.0, scale=2.0, second_order=False)
     first_order.grow(0.1)
-    grown = first_order.extents[1].W
+    grown = first_order.weights[1].W
     assert grown == pytest.approx(3 + 1.05**2 * 2.4)
 
 
 def test_what_might_overflow_is_named():
-    assert some().exceeded(1.0) is None
-    assert some(W=3.3e38).exceeded(1.0) is None
-    assert some(W=3.396e38, second_order=False).exceeded(1e34) == "second"
-    assert some().exceeded(1e19) == "first", "ΔB ΔA"
-    assert some(second_order=False).exceeded(1e19) is None
-    assert some(scale=1e20, second_order=False).exceeded(1e19) == "second"
+    assert some().overflowing(1.0) is None
+    assert some(W=3.3e38).overflowing(1.0) is None
+    assert some(W=3.396e38, second_order=False).overflowing(1e34) == "second"
+    assert some().overflowing(1e19) == "first", "ΔB ΔA"
+    assert some(second_order=False).overflowing(1e19) is None
+    assert some(scale=1e20, second_order=False).overflowing(1e19) == "second"
     for absurd in (1e38, INF, math.nan):
-        assert some().exceeded(absurd) == "first"
+        assert some().overflowing(absurd) == "first"
 
 
-def test_largest_change():
-    assert largest_change(0.5, DEFAULT, 1e-8, 1, INF) == pytest.approx(0.5 * bounds.MARGIN, rel=1e-6)
-    assert largest_change(0.0, DEFAULT, 1e-8, 1, INF) == 0.0
-    assert largest_change(1e38, DEFAULT, 1e-8, 1, 1.0) == INF, "lr / (1 − β₁) is beyond fp32"
-    assert largest_change(math.nan, DEFAULT, 1e-8, 1, 1.0) == INF
+def test_max_change():
+    assert max_change(0.5, DEFAULT, 1e-8, 1, INF) == pytest.approx(0.5 * overflow_guard.MARGIN, rel=1e-6)
+    assert max_change(0.0, DEFAULT, 1e-8, 1, INF) == 0.0
+    assert max_change(1e38, DEFAULT, 1e-8, 1, 1.0) == INF, "lr / (1 − β₁) is beyond fp32"
+    assert max_change(math.nan, DEFAULT, 1e-8, 1, 1.0) == INF
