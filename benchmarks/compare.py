@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hdpissa.benchmarks.common import timing
+from hdpissa.benchmarks.gpu import gpu_rows
 from hdpissa.engine.errors import ConfigError
 
 COLUMNS = ("result", "row", "figure", "old", "new", "new / old", "95 % interval", "verdict")
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     lines += [{"result": name, "verdict": LOST} for name in old if name not in new]
     shown = [line for line in lines if args.all or line["verdict"] not in QUIET]
     if shown:
-        print(timing.markdown(shown, COLUMNS))
+        print(gpu_rows.table(shown, COLUMNS))
     lost = sum(line["verdict"].startswith(LOST) for line in lines)
     moved = sum(line["verdict"] == "moved" for line in lines)
     print(f"{len(lines)} compared, {moved} moved beyond noise, {lost} lost in NEW, {len(lines) - len(shown)} not shown")

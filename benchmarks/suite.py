@@ -22,7 +22,6 @@ from typing import Any
 
 from hdpissa.benchmarks.common import timing
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 
 HERE = Path(__file__).parent
 LIMIT = 300  # seconds of a script
@@ -44,7 +43,6 @@ class Step:
 
 
 STEPS = (
-    Step("cpu_rates", "step/cpu_rates.py", ("--seconds", "0.3")),
     Step("cpu_layers_fp32_2_layers", "step/cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
     Step("init", "startup/init.py", ("--layers", "2")),
     Step("svd_methods", "startup/svd_methods.py", ("--largest", "1024", "--ranks", "128")),
@@ -55,7 +53,7 @@ STEPS = (
         ("--num_accelerators", "2", "--methods", "hd_pissa", "frozen", "reference"),
     ),
     Step("slice_cache_start", "startup/slice_cache_start.py", ("--ranks", "1"), alone=False),
-    Step("load_memory", "startup/load_memory.py", ("--gigabytes", "0.2", "--ranks", "2"), alone=False),
+    Step("load_memory", "memory/load_memory.py", ("--gigabytes", "0.2", "--ranks", "2"), alone=False),
     Step("export_memory", "memory/export_memory.py", ("--gigabytes", "0.1"), alone=False),
     Step("plan_counted", "step/plan_counted.py", ("--num_accelerators", "1", "2"), alone=False),
     Step("aot", "kernel_timing/aot_table.py", alone=False),
@@ -93,10 +91,7 @@ def main() -> int:
         if name not in known:
             raise ConfigError(f"no benchmark {name}; give of {', '.join(known)}")
     args.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        ensure_demo_model()  # here, so that no benchmark's time contains it
-    except DemoModelError as error:
-        raise ConfigError(f"the demo model cannot be fetched: {error}") from None
+    timing.demo_model()  # here, so that no benchmark's time contains it
     steps = [known[name] for name in args.names] or STEPS
     found = {step: run(step, args.folder) for step in steps if step.alone}
     with ThreadPoolExecutor(2) as pool:

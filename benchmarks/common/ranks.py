@@ -1,47 +1,123 @@
-"""Starts a benchmark's own ranks through the real launcher, one thread each, and hands back what rank 0 found."""
+"""Runs a benchmark's function on ranks of its own, through the real `deepspeed` launcher.
+
+    found = ranks.launch(measure, 2, model=folder, slices=8)      # measure(model=…, slices=8) of each rank
+
+The function is found by its module's name, arguments and results are JSON. This file is what the launcher starts.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """--out and --local_rank, which a script that starts itself in ranks has for them."""
-    parser.add_argument("--out", type=Path, help="set by the script itself, for the ranks")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+from hdpissa.engine.errors import ConfigError, one_line
 
 
-def launch(script: str, ranks: int, *arguments: object) -> Any:
-    """`deepspeed --num_accelerators RANKS script arguments… --out FILE`; the JSON that rank 0 left in FILE.
+class FailedRunError(RuntimeError):
+    """A run gave no result; the message says why in a line. What it printed is on stderr."""
+
+
+def launch(function: Callable[..., Any], ranks: int, *, timeout: float = 1800, threads: int = 1, **job: Any) -> list:
+    """What `function(**job)` returns on each of `ranks` processes, which have a process group.
 
     Args:
-        script: the file; its own output goes to stderr, so that tables stay alone on stdout.
+        timeout: seconds after which the run is killed. threads: of a rank on a CPU, where OMP_NUM_THREADS is not set;
+            0 leaves it to the launcher.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed.
+        FailedRunError: a rank failed, was killed, or took too long.
+        ConfigError: there is no deepspeed command.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja there
+    launcher = shutil.which("deepspeed", path=path)
+    if launcher is None:
+        raise ConfigError("deepspeed: no such command beside this Python or on PATH; install the package")
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"PATH": path}
+    with tempfile.TemporaryDirectory() as name:
+        record, log = Path(name, "record.json"), Path(name, "log")
+        Path(name, "job.json").write_text(json.dumps(job, default=str))
+        command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), __file__]
+        command += ["--function", f"{function.__module__}:{function.__name__}", "--folder", name]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise FailedRunError(f"not done after {timeout} s") from None
+            finally:
+                end(process)
+        if code == 0 and record.exists():
+            return json.loads(record.read_text())
+        text, failed = log.read_text(errors="replace"), Path(name, "failed")
+        print(text, file=sys.stderr)
+        raise FailedRunError(failed.read_text() if failed.exists() else reason(text, code))
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a launcher that still runs, and all that it has started."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def reason(log: str, code: int) -> str:
+    """Of a run that could not say it itself: killed by the system, most likely for memory."""
+    killed = re.search(r"(?:return code = |exits? (?:with )?code )-9\b", log)
+    return "killed by signal 9: out of memory, most likely" if killed or code == -9 else f"exit code {code}"
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        out = Path(folder, "out.json")
-        line = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-        line += ["--master_port", str(port), script, *map(str, arguments), "--out", str(out)]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja there
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PATH": path}
-        subprocess.run(line, check=True, stdout=sys.stderr, env=environment)
-        return json.loads(out.read_text())
+        return probe.getsockname()[1]
 
 
-def answer(out: Path | None, found: Any) -> None:
-    """What a rank's part calls in the end: rank 0 leaves it where `launch` looks."""
-    if out is not None and int(os.environ.get("RANK", "0")) == 0:
-        out.write_text(json.dumps(found))
+def main() -> None:
+    """A rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--function", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    args = parser.parse_args()
+    try:
+        import torch.distributed as dist
+
+        from hdpissa.engine.sharding import zero3
+
+        zero3.init_distributed()
+        module, name = args.function.split(":")
+        found = getattr(importlib.import_module(module), name)(**json.loads((args.folder / "job.json").read_text()))
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+        if dist.get_rank() == 0:
+            (args.folder / "record.json").write_text(json.dumps(every))
+        dist.barrier()
+        zero3.shut_down()
+    except Exception as error:
+        traceback.print_exc()
+        failed = args.folder / "failed"
+        if not failed.exists():  # the others fail because of the first
+            failed.write_text(one_line(error))
+        sys.stderr.flush()
+        os._exit(1)  # the other ranks wait in a collective; the launcher ends them
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,7 @@
-"""How benchmarks time a GPU, what its ceilings are, and where results go.
+"""What all benchmarks share: clocks, ceilings of a device, the command line's common options, and the result writer.
 
-`write` leaves <name>.json and <name>.md in `benchmarks/results/`, or in the folder that HDPISSA_RESULTS names: the
-rows, a sentence on how to read them, what the run was started with, and the environment it was measured in.
-
-A result of the same name is replaced; --label TEXT writes beside it.
+`write` leaves <name>.json and <name>.md in `benchmarks/results/`, or in the folder that HDPISSA_RESULTS names. A result
+of the same name is replaced; --label TEXT writes beside it.
 """
 
 from __future__ import annotations
@@ -22,16 +20,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from hdpissa.benchmarks.gpu import gpu_rows
-from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.errors import ConfigError, one_line
+from hdpissa.engine.files import atomic
 
+Key = TypeVar("Key")
 BLOCKS = 20
 # Of the scripts that measure once in one process: how much another run of the same code would differ is not known.
-ONE_RUN = {"rounds": 1}
+ONE_RUN: dict[str, Any] = {"rounds": 1}
 RESULTS = Path(os.environ.get("HDPISSA_RESULTS") or Path(__file__).resolve().parents[1] / "results")
 
 
@@ -67,6 +67,19 @@ def _wall_ms(fn: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def in_turns(works: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[Any]]:
+    """What each work returns in each round; the order rotates, and a round before the first one is not counted."""
+    names = list(works)
+    found: dict[Key, list[Any]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            value = works[name]()
+            if number:
+                found[name].append(value)
+    return found
+
+
 def blocks(times: Sequence[float]) -> list[float]:
     """The medians of neighbouring values: as many as `BLOCKS`, or each value where there are fewer."""
     size = math.ceil(len(times) / BLOCKS)
@@ -85,43 +98,36 @@ def medians(works: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 @functools.cache
-def copy_bandwidth(nbytes: int = 2**31) -> float:
+def copy_bandwidth() -> float:
     """Bytes per second of a device-to-device copy, counting those read and those written."""
+    nbytes = 2**20 if gpu_rows.is_dry() else 2**31
     source = torch.empty(nbytes, dtype=torch.int8, device=need_gpu()).random_()
     target = torch.empty_like(source)
     return 2 * nbytes / (median_ms(lambda: target.copy_(source)) * 1e-3)
 
 
-def matmul_rate(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
+def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> float:
     """FLOP per second of a large square product on random data."""
+    size = 128 if gpu_rows.is_dry() else 8192
     a, b = (torch.randn(size, size, device=need_gpu(), dtype=dtype) for _ in range(2))
     return 2 * size**3 / (median_ms(lambda: a @ b) * 1e-3)
 
 
 def environment() -> dict[str, Any]:
     """What a figure depends on: device, versions, revision, date."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or f"CPU ({_processor()}), {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": triton_version,
         "cuda": torch.version.cuda,
-        "deepspeed": _version("deepspeed"),
-        "transformers": _version("transformers"),
-        "peft": _version("peft"),
+        **{package: version(package) for package in ("torch", "triton", "deepspeed", "transformers", "peft")},
         "python": platform.python_version(),
         "revision": _revision(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -145,45 +151,42 @@ def _revision() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
-        told = [
+        revision, differs = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
             for words in (["describe", "--always", "--exclude=*"], changed)
-        ]
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told[0] + ("+" if told[1] else "")
+    return revision + ("+" if differs else "")
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# --- command lines and results --------------------------------------------------------------------------------------
 
-# Of a command line, what is no part of what is measured: where results go, and what scripts tell their own ranks.
-ELSEWHERE = ("folder", "name", "label", "out", "local_rank", "cache", "path")
-
-
-def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """--folder and --label."""
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
-    parser.add_argument("--label", default="", help="end of the result's name, to stand beside others")
+# Options that are no part of what is measured: where results go, and what a script passes to its own ranks.
+NOT_MEASURED = ("folder", "name", "label", "out", "local_rank", "cache", "path")
 
 
-def labelled(name: str, label: str) -> str:
-    """The name of a result with its label, where it has one."""
-    return f"{name}_{label}" if label else name
+class Parser(argparse.ArgumentParser):
+    """A benchmark's command line, with --folder and --label; a mistake is a ConfigError."""
+
+    def __init__(self, doc: str | None) -> None:
+        how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=doc, **how)
+        self.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+        self.add_argument("--label", default="", help="end of the result's name, to stand beside others")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
 
 
-def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
-    """A script's full arguments as JSON holds them. Of a path stays its last part: the rest is this machine's."""
-    found: dict[str, Any] = {}
-    for key, value in vars(args).items():
-        if key not in ELSEWHERE:
-            text = isinstance(value, Path) or (isinstance(value, str) and key.startswith("model"))
-            found[key] = Path(value).name if text else value
-    return json.loads(json.dumps(found))
+def demo_model() -> str:
+    """The folder of SmolLM2-135M; ConfigError where it cannot be fetched."""
+    from hdpissa.launch.demo_model import DemoModelError, ensure_demo_model
 
-
-def result_of(name: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """A result's name with its label, and its configuration."""
-    return labelled(name, args.label), configuration_of(args)
+    try:
+        return str(ensure_demo_model())
+    except DemoModelError as error:
+        raise ConfigError(f"the demo model cannot be fetched: {error}") from None
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -191,63 +194,55 @@ def run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
+    """A script's full arguments as JSON holds them; of a path its last part, because the rest is this machine's."""
+    found: dict[str, Any] = {}
+    for key, value in vars(args).items():
+        if key not in NOT_MEASURED:
+            path = isinstance(value, Path) or (isinstance(value, str) and key.startswith("model"))
+            found[key] = Path(value).name if path else value
+    return json.loads(json.dumps(found))
 
 
 def write(
     name: str,
+    args: argparse.Namespace,
     rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
     note: str = "",
     *,
-    folder: Path = RESULTS,
-    identity: Sequence[str] = (),
-    configuration: Mapping[str, Any] | None = None,
-    pictures: Sequence[str] = (),
+    identity: Sequence[str],
     headline: str = "",
-    show: bool = True,
+    **configuration: Any,
 ) -> Path:
     """Writes <name>.json and <name>.md, prints the table, and returns the Markdown file.
 
     Args:
+        args: the command line: folder, label, and what the run was started with.
         rows: column → value; a row may lack columns. `samples`, where a row has it, is column → the raw values of which
-            that column is the median or mean: compare.py takes the noise from them. Where the configuration or, before
-            it, the row has `rounds`, they are round after round, equally many of each. `weights`, where a row has it,
-            names what its samples are of, one by one: then each is compared with its namesake.
+            that column is the median: compare.py takes the noise from them. Where the configuration or the row has
+            `rounds`, they are round after round, equally many of each.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
         identity: the columns that tell one row from another, for compare.py.
-        configuration: what the whole run was started with (`configuration_of`).
-        pictures: files in the same folder, shown below the table.
-        headline: what was found, in one line; suite.py prints it. show: whether the table is printed.
+        headline: what was found, in one line; suite.py prints it.
+        configuration: what else the figures are of.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{name}_{args.label}" if args.label else name
     where = environment()
-    content: dict[str, Any] = {
-        "name": name,
-        "note": note,
-        "environment": where,
-        "configuration": dict(configuration or {}),
-    }
-    content |= {"headline": headline, "identity": list(identity), "rows": [dict(row) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    table = markdown(rows, columns)
+    content = {
+        "name": name, "note": note, "environment": where, "configuration": configuration_of(args) | configuration,
+        "headline": headline, "identity": list(identity), "rows": [dict(row) for row in rows],
+    }  # fmt: skip
+    args.folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(args.folder / f"{name}.json", content)
+    table = gpu_rows.table(rows, columns)
     tail = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
-    target = folder / f"{name}.md"
-    shown = "\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
-    target.write_text("\n\n".join(filter(None, [f"# {name}", note, table, shown, tail])) + "\n")
-    if show:
-        print(table, flush=True)
+    target = args.folder / f"{name}.md"
+    atomic.write_text(target, "\n\n".join(filter(None, [f"# {name}", note, table, tail])) + "\n")
+    print(table, flush=True)
     return target
-
-
-def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A Markdown table; floats with four significant digits."""
-    lines: list[list[str]] = [list(columns), ["---"] * len(columns)]
-    lines += [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,7 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -123,12 +123,13 @@ def step() -> None:
     from hdpissa.benchmarks.kernel_timing.launch_capture import capture
     from hdpissa.benchmarks.step import plain_engine, whole_step
 
-    work = replace(whole_step.Work(), hidden=1024, intermediate=2752, heads=8, layers=1, vocabulary=512)
-    model = whole_step.llama(work, torch.device("cpu"), torch.bfloat16)
+    work = replace(whole_step.Work(), sizes=(1024, 2752, 1, 8, 8, 512, False))
+    model = whole_step.llama(work, torch.device("cpu"))
+    (short, _), (long, _) = work.lengths
     with capture():
         optimizer = plain_engine.attach(model, r=work.r, slices=work.slices)
-        for length in (work.length, work.length, work.longer):
-            ids = torch.arange(length)[None] % work.vocabulary
+        for length in (short, short, long):
+            ids = torch.arange(length)[None] % work.sizes[5]
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.store.end_of_backward()
         optimizer.reduce()
@@ -137,12 +138,11 @@ def step() -> None:
 
 
 def kernels() -> None:
-    """The benchmarks' cases. What is not a launch of ours is left out: tensors have no values, products no time."""
+    """The cases of time_kernels.py. Only our launches are made: operands have no values, products no time."""
     import torch
 
     from hdpissa.benchmarks.common import timing
-    from hdpissa.benchmarks.gpu import gpu_kernels
-    from hdpissa.benchmarks.kernel_timing import shapes, thin_products
+    from hdpissa.benchmarks.kernel_timing import shapes, time_kernels
     from hdpissa.benchmarks.kernel_timing.launch_capture import capture
 
     def once(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -154,35 +154,13 @@ def kernels() -> None:
     def product(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         return x.new_empty(len(x), len(W))
 
-    cpu = torch.device("cpu")
-    here: dict[str, Any] = {"need_gpu": lambda: cpu, "copy_bandwidth": lambda: 1.0, "medians": once}
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(timing, **here))
-        stack.enter_context(mock.patch("torch.nn.functional.linear", product))
-        stack.enter_context(mock.patch.object(thin_products, "layers", list(_layers(thin_products, shapes)).copy))
-        # where blocks do not depend on sizes, small ones that divide as those do: the same kernels
-        stack.enter_context(mock.patch.object(shapes, "LLAMA_2_7B", [shapes.Shape("small", 1024, 1024)]))
-        stack.enter_context(mock.patch.object(shapes, "LLAMA_3_70B", []))
-        stack.enter_context(mock.patch.object(gpu_kernels.module_of("shard_subtract"), "NUMEL", 2**20))
-        stack.enter_context(mock.patch.object(gpu_kernels.module_of("slice_adam"), "SIZES", (2**20,)))
-        stack.enter_context(mock.patch("torch.randn", torch.zeros))
-        stack.enter_context(capture())
-        for row in gpu_kernels.kernels():
+    # where blocks do not depend on sizes, small ones that divide as those do: the same kernels
+    small = (shapes.Shape("small", 1024, 1024),)
+    sizes = replace(time_kernels.Sizes(), weights=small, shard=2**20, factors=(2**20,), draw=torch.zeros)
+    here: dict[str, Any] = {"need_gpu": lambda: torch.device("cpu"), "copy_bandwidth": lambda: 1.0, "medians": once}
+    with mock.patch.multiple(timing, **here), mock.patch("torch.nn.functional.linear", product), capture():
+        for row in time_kernels.rows(sizes):
             assert "failed" not in row, row
-
-
-def _layers(thin: Any, shapes: Any) -> Iterator[Any]:
-    """`thin_products.layers` on memory that nobody touches."""
-    import torch
-
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype)
-
-    for shape in (*shapes.LLAMA_2_7B, *shapes.LLAMA_3_70B):
-        x, dy, W = empty(thin.TOKENS, shape.cols), empty(thin.TOKENS, shape.rows), empty(shape.rows, shape.cols)
-        for r in thin.RANKS:
-            A, B = empty(r, shape.cols, dtype=torch.float32), empty(shape.rows, r, dtype=torch.float32)
-            yield thin.Layer(shape.name, r, x, dy, W, A, B)
 
 
 def memcheck() -> None:

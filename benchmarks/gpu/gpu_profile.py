@@ -37,7 +37,7 @@ class Parts:
         self.engine.zero_grad()
 
     def micro_batch(self, length: int) -> None:
-        ids = torch.randint(0, self.work.vocabulary, (1, length), device=self.device)
+        ids = torch.randint(0, self.work.sizes[5], (1, length), device=self.device)
         self.engine.backward(self.engine(input_ids=ids, labels=ids).loss)
 
     def to_the_step(self, length: int) -> None:
@@ -100,17 +100,18 @@ def table(part: str, wall: float, recorded: Any) -> Iterator[dict[str, Any]]:
 def rows() -> Iterator[dict[str, Any]]:
     work, device = whole_step.place(tiny=False)
     parts = Parts(work, device)
-    parts.to_the_step(work.length)  # the first of everything
+    shortest = work.lengths[0][0]
+    parts.to_the_step(shortest)  # the first of everything
     parts.step()
-    for length in work.lengths:
+    for length, _ in work.lengths:
         once = partial(parts.dropped_micro_batch, length)
         wall = statistics.median(wall_ms(once, device) for _ in range(WALLS))
         yield from table(f"micro-batch of {length}", wall, profiled(once, device))
     walls = []
     for _ in range(WALLS):
-        parts.to_the_step(work.length)
+        parts.to_the_step(shortest)
         walls.append(wall_ms(parts.step, device))
-    parts.to_the_step(work.length)
+    parts.to_the_step(shortest)
     yield from table("optimizer step", statistics.median(walls), profiled(parts.step, device))
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,14 @@ def markdown(rows: Iterable[Row]) -> str:
         if number == 0 or phase not in [key[0] for key in list(tables)[:number]]:
             parts.append(f"## {phase}")
         parts += [f"### {name}"] if name else []
-        parts += _tests(found) if phase == "tests" else [_table(found)]
+        parts += _tests(found) if phase == "tests" else [table(found)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_SHOWN))
-    lines = [columns, ["---"] * len(columns), *[[_cell(row.get(column, "")) for column in columns] for row in rows]]
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A Markdown table of these columns, or of all that the rows have; floats with four significant digits."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row if key not in NOT_SHOWN))
+    lines = [list(columns), ["---"] * len(columns), *[[_cell(row.get(name, "")) for name in columns] for row in rows]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -122,7 +123,7 @@ def _tests(rows: list[Row]) -> list[str]:
     passed = [row for row in rows if row["outcome"] == "passed"]
     slowest = sorted(passed, key=lambda row: row["seconds"], reverse=True)[:SLOWEST]
     shown = [row for row in rows if row["outcome"] != "passed"] + slowest
-    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()), _table(shown)]
+    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()), table(shown)]
 
 
 def write_markdown(folder: Path) -> Path:

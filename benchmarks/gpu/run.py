@@ -8,11 +8,11 @@ Does it run, is it right, is it bound by the host? In this order, with the secon
     step         110   a whole optimizer step of a 7B model with the shipped config, beside frozen base and LoRA
     profile       20   of that step, the device's busy share, its kernels, and the host's time
     kernels       80   every kernel beside torch and its floor
-    svd           25   the decomposition of three shapes, beside torch's
+    svd           35   the decomposition of three shapes, beside torch's
     memcheck      60   compute-sanitizer over one launch of every kernel
 
-Only by name, each a call of its own: `linear` (layers of two Llamas), `throughput` (four models, all methods, through
-the launcher), `reference` (the published algorithm's step).
+Only by name, each a call of its own: `linear` (layers of two Llamas), `throughput-MODEL` (all methods through the
+launcher, for each of four models), `reference` (the published algorithm's step, in three layers of a 7B model).
 
 A phase has a time limit, and the next one goes on when it has failed; the exit code is 1 if one has. Its rows are in
 `benchmarks/results/gpu/rows.jsonl`, or in the folder that OUT names, as soon as they are measured (gpu_rows.py), beside
@@ -52,6 +52,15 @@ NEEDED = (
     *("numpy", "psutil", "yaml", "safetensors", "tokenizers", "filelock", "jinja2", "rich"),
     *("hjson", "msgpack", "einops", "tqdm", "packaging"),
 )
+SVD = ("--sizes", "1024x4096", "4096x4096", "4096x11008", "--spectra", "flat", "--ranks", "128")
+SVD_DRY = ("--sizes", "32x64", "48x64", "48x96", "--ranks", "8")
+# One GPU does what eight would: as many slices, and a micro-batch of its own for each. A method that hangs is ended.
+ONE_GPU = (
+    *("--num_accelerators", "1", "--slices", "8", "--accumulation", "8"),
+    *("--steps", "4", "--warmup", "2", "--timeout", "300"),
+)
+REFERENCE = ("--methods", "hd_pissa", "frozen", "reference", "--label", "reference", *ONE_GPU)
+ONE_CPU = ("--model", "tiny", "--layers", "1", "--methods", "hd_pissa", "frozen", "--slices", "1", "--steps", "1")
 MEMCHECK = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 # memcheck sees reads behind a tensor only where every tensor is an allocation of its own
 NO_POOL = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -67,6 +76,7 @@ class Phase:
         limit: seconds after which it is ended, about one and a half times what it is expected to take.
         env: beside what all phases have. dry_env: in the dry form instead.
         under: the tool that the script runs under, not in the dry form.
+        dry: more arguments in the dry form.
     """
 
     name: str
@@ -75,9 +85,11 @@ class Phase:
     env: dict[str, str] = field(default_factory=dict)
     dry_env: dict[str, str] = field(default_factory=dict)
     under: tuple[str, ...] = ()
+    dry: tuple[str, ...] = ()
 
     def full(self, dry: bool) -> list[str]:
         script, *arguments = self.command
+        arguments += self.dry if dry else ()
         return [*(() if dry else self.under), sys.executable, "-u", f"benchmarks/{script}", *arguments]
 
 
@@ -87,14 +99,18 @@ PHASES = (
     Phase("tests", ("gpu/gpu_tests.py",), 140, dry_env=INTERPRETED),
     Phase("step", ("step/whole_step.py",), 160),
     Phase("profile", ("gpu/gpu_profile.py",), 60),
-    Phase("kernels", ("gpu/gpu_kernels.py",), 110, dry_env=INTERPRETED),
-    Phase("svd", ("gpu/gpu_svd.py",), 50),
+    Phase("kernels", ("kernel_timing/time_kernels.py",), 110, dry_env=INTERPRETED),
+    Phase("svd", ("startup/svd_methods.py", *SVD), 60, dry=SVD_DRY),
     Phase("memcheck", ("kernel_timing/memcheck_run.py",), 90, NO_POOL, INTERPRETED, MEMCHECK),
 )
 BY_NAME = (
-    Phase("linear", ("gpu/gpu_kernels.py", "--linear"), 180, dry_env=INTERPRETED),
-    Phase("throughput", ("gpu/gpu_throughput.py",), 1800),
-    Phase("reference", ("step/whole_step.py", "--reference"), 120),
+    Phase("linear", ("kernel_timing/linear_layers.py",), 180, dry_env=INTERPRETED),
+    *(
+        Phase(f"throughput-{model}", ("step/throughput.py", "--model", model, *ONE_GPU), 1800, dry=ONE_CPU)
+        for model in ("smollm2-135m", "0.5b", "1.5b", "llama-2-7b")
+    ),
+    # in fp32, as published, more layers of its dense side path do not fit
+    Phase("reference", ("step/throughput.py", "--model", "llama-2-7b", "--layers", "3", *REFERENCE), 300, dry=ONE_CPU),
 )
 
 
@@ -212,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         env = prepare(Path(scratch))
         obstacle = missing(env, args.dry)
         if obstacle:
-            print(f"gpu.py: {obstacle}", file=sys.stderr)
+            print(f"gpu/run.py: {obstacle}", file=sys.stderr)
             return 2
         folder.mkdir(parents=True, exist_ok=True)
         gpu_rows.drop(folder, {"phases", *(phase.name for phase in phases)})

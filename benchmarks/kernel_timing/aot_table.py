@@ -6,13 +6,11 @@ Compiles the configurations that the launchers use (each kernel module's `AOT`) 
 H200 (sm_90) and an MI300 (gfx942), and reads from what comes out: registers per thread, bytes spilled (stack
 frame and local memory, on AMD scratch), shared memory against what a program may have, and the matrix
 instructions (of PTX on NVIDIA: mma becomes HMMA, wgmma HGMMA). KERNEL is a stem of `kernels/` or the path of a
-Python file that has an `AOT`; without any, all kernels are compiled and the table goes to
-`benchmarks/results/aot.md` and `aot.json`.
+Python file that has an `AOT`; without any, all kernels are compiled.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import multiprocessing
@@ -136,31 +134,19 @@ def measure(kernels: Sequence[str], *, sample: bool = False) -> list[dict[str, A
         return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL")
-    parser.add_argument("--folder", type=Path, help="where the results go instead; also those of a few kernels")
-    parser.add_argument("--sample", action="store_true", help="of each kernel only the first and the last variant")
-    return parser.parse_args(argv)
-
-
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What the rows are of; of a file its name."""
-    kernels = [Path(name).name for name in args.kernels] or kernel_stems()
-    return {"kernels": kernels, "targets": list(TARGETS), "sample": args.sample}
-
-
 def main() -> None:
-    args = parse()
-    rows = measure(args.kernels or kernel_stems(), sample=args.sample)
-    if args.folder or not args.kernels:
-        note = "Ahead-of-time compilation with the shipped block sizes; registers per thread, bytes spilled per thread."
-        headline = f"{len(rows)} kernel variants on three chips, {sum(row['spilled'] > 0 for row in rows)} with spills"
-        kept: dict[str, Any] = {"identity": ("kernel", "target"), "configuration": configuration(args)}
-        timing.write("aot", rows, COLUMNS, note, folder=args.folder or timing.RESULTS, headline=headline, **kept)
-    else:
-        print(timing.markdown(rows, COLUMNS))
+    parser = timing.Parser(__doc__)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL")
+    parser.add_argument("--sample", action="store_true", help="of each kernel only the first and the last variant")
+    args = parser.parse_args()
+    args.kernels = args.kernels or kernel_stems()
+    rows = measure(args.kernels, sample=args.sample)
+    note = "Ahead-of-time compilation with the shipped block sizes; registers per thread, bytes spilled per thread."
+    headline = f"{len(rows)} kernel variants on three chips, {sum(row['spilled'] > 0 for row in rows)} with spills"
+    args.kernels = [Path(name).name for name in args.kernels]
+    identity = ("kernel", "target")
+    timing.write("aot", args, rows, COLUMNS, note, identity=identity, headline=headline, targets=list(TARGETS))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(timing.run(main))

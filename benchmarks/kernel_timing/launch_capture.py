@@ -15,12 +15,9 @@ program may have; tensors are on the CPU, and what a kernel would write is left 
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -152,34 +149,29 @@ def capture() -> Iterator[list[Launch]]:
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted, nothing is compiled; unset it")
-    stand_in = CaptureDriver()
+    capturing = CaptureDriver()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", stand_in))
-        _pretend_hopper(stack)
-        yield stand_in.launches
+        stack.enter_context(mock.patch.object(driver, "_active", capturing))
+        for patch in _as_on_hopper():
+            stack.enter_context(patch)
+        yield capturing.launches
 
 
-def _pretend_hopper(stack: ExitStack) -> None:
-    """Our own questions about the device, answered for the chip, wherever they were imported to."""
-    import hdpissa.engine.resolved_config
-    import hdpissa.kernels
-    from hdpissa.kernels import available, common, delta_tile, fused_linear
+def _as_on_hopper() -> list[Any]:
+    """Patches of the few places in which our code asks what device a tensor is on."""
+    from hdpissa.engine import resolved_config
+    from hdpissa.engine.optim import factors
+    from hdpissa.kernels import api, delta_tile, fused_linear, low_rank_grad_A
 
-    for found in pkgutil.iter_modules(hdpissa.kernels.__path__):  # imported later, they would keep what replaces names
-        importlib.import_module(f"hdpissa.kernels.{found.name}")
     chip = torch.device("cuda")
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
-    stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
-    stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
-    multiprocessors, width_for = common.multiprocessors, delta_tile.width_for
-    for function, answer in (
-        (available.obstacle, lambda tensor: None),
-        (available.uses_triton, lambda tensor, impl: impl != "torch"),
-        (multiprocessors, lambda device: multiprocessors(chip)),
-        (width_for, lambda device, *divisible: width_for(chip, *divisible)),
-        (fused_linear._chip, lambda: "sm_90"),
-    ):
-        name = function.__name__
-        for module in [m for key, m in sys.modules.items() if key.startswith("hdpissa.")]:
-            if getattr(module, name, None) is function:
-                stack.enter_context(mock.patch.object(module, name, answer))
+    width_for = delta_tile.width_for
+    return [
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        *(mock.patch.object(module, "obstacle", return_value=None) for module in (api, resolved_config)),
+        *(mock.patch.object(module, "uses_triton", lambda _, impl: impl != "torch") for module in (api, factors)),
+        mock.patch.object(low_rank_grad_A, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(delta_tile, "width_for", lambda _, *divisible: width_for(chip, *divisible)),
+        mock.patch.object(fused_linear, "_chip", return_value="sm_90"),
+    ]

@@ -1,4 +1,4 @@
-"""The Linear shapes of two Llamas, which every kernel benchmark runs over. No GPU, no torch.
+"""The Linear shapes of two Llamas. No GPU, no torch.
 
 A decoder layer reads four different inputs: the attention norm's (q, k and v share it), the attention's
 own output (o), the MLP norm's (gate and up share it) and the gated activations (down).
@@ -26,29 +26,26 @@ class Group:
     members: tuple[Shape, ...]
 
 
-def groups(model: str, hidden: int, intermediate: int, kv: int) -> list[Group]:
-    def group(**rows_cols: tuple[int, int]) -> Group:
-        members = tuple(Shape(f"{model} {name}", *size) for name, size in rows_cols.items())
-        return Group(f"{model} {','.join(rows_cols)}", members)
+def groups(model: str, hidden: int, intermediate: int, kv: int) -> tuple[Group, ...]:
+    def group(**sizes: tuple[int, int]) -> Group:
+        members = tuple(Shape(f"{model} {name}", *size) for name, size in sizes.items())
+        return Group(f"{model} {','.join(sizes)}", members)
 
-    return [
+    return (
         group(q=(hidden, hidden), k=(kv, hidden), v=(kv, hidden)),
         group(o=(hidden, hidden)),
         group(gate=(intermediate, hidden), up=(intermediate, hidden)),
         group(down=(hidden, intermediate)),
-    ]
+    )
 
 
-def distinct(groups: list[Group]) -> list[Shape]:
+def distinct(groups: tuple[Group, ...]) -> tuple[Shape, ...]:
     """Each size once, under the name of the first Linear that has it."""
     first: dict[tuple[int, int], Shape] = {}
     for shape in (shape for group in groups for shape in group.members):
         first.setdefault((shape.rows, shape.cols), shape)
-    return list(first.values())
+    return tuple(first.values())
 
 
-LLAMA_2_7B_GROUPS = groups("llama-2-7b", 4096, 11008, 4096)
-LLAMA_3_70B_GROUPS = groups("llama-3-70b", 8192, 28672, 1024)
-
-LLAMA_2_7B = distinct(LLAMA_2_7B_GROUPS)
-LLAMA_3_70B = distinct(LLAMA_3_70B_GROUPS)
+LLAMA_2_7B = groups("llama-2-7b", 4096, 11008, 4096)
+LLAMA_3_70B = groups("llama-3-70b", 8192, 28672, 1024)

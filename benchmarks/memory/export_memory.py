@@ -11,7 +11,6 @@ in fp32 (from a checkpoint the whole tensor), and 300 MB.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -23,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hdpissa.benchmarks.common import ranks, timing
-from hdpissa.benchmarks.memory.memory import Peak, anonymous_bytes
-from hdpissa.benchmarks.startup.load_memory import write_model
+from hdpissa.benchmarks.memory.load_memory import write_model
+from hdpissa.benchmarks.memory.peak import Peak, anonymous_bytes
 from hdpissa.engine.checkpoint.format import Kind
 from hdpissa.engine.sharding.base_files import BaseFiles
 
 ALLOWANCE_BYTES = 300e6
-SLICES, R, CUT = 8, 8, 16
+SLICES, R = 8, 8
 KINDS: tuple[Kind, ...] = ("full", "small")
+EXPORTS: tuple[dict[str, Any], ...] = (
+    {"format": "hf", "dtype": "bf16"}, {"format": "hf", "dtype": "fp32"}, {"format": "peft"},
+    {"format": "peft", "rank": 16},
+)  # fmt: skip
 COLUMNS = ("from", "export", "ranks", "peak MB", "bound MB", "seconds")
-
-
-def exports() -> list[dict[str, Any]]:
-    hf = [{"format": "hf", "dtype": dtype} for dtype in ("bf16", "fp32")]
-    return [*hf, {"format": "peft"}, {"format": "peft", "rank": CUT}]
 
 
 def measured(action: Callable[..., object], *args: Any, **options: Any) -> tuple[int, float]:
@@ -59,18 +58,13 @@ def row(source: str, options: dict[str, Any], found: list[tuple[int, float]], bo
     return line | {"of each rank MB": [peak / 1e6 for peak, _ in found], "seconds": max(took for _, took in found)}
 
 
-def from_the_run(folder: Path) -> list[dict[str, Any]]:
+def from_the_run(folder: str) -> list[dict[str, Any]]:
     """A rank's part: measures every export of a running engine, and saves its checkpoints."""
-    import torch.distributed as dist
-
     from hdpissa.benchmarks.step import plain_engine
     from hdpissa.engine import initialize, load_pretrained
-    from hdpissa.engine.directions import decompose
     from hdpissa.engine.sharding import zero3
 
-    zero3.init_distributed()
     count = dist.get_world_size()
-    decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": max(1, SLICES // count),
@@ -78,24 +72,22 @@ def from_the_run(folder: Path) -> list[dict[str, Any]]:
         "bf16": {"enabled": True},
         "hd_pissa": {"r": R, "slices": SLICES},
     }
-    engine = initialize(model=load_pretrained(str(folder), config), config=config)
-    store = engine.optimizer.store
-    store.delta_sum.normal_(std=1e-4)
+    with plain_engine.random_slices():
+        engine = initialize(model=load_pretrained(folder, config), config=config)
+    engine.optimizer.store.delta_sum.normal_(std=1e-4)
     engine.optimizer.apply_sums()
     engine.optimizer.updates = 1
     bound = 4 * max(zero3.full_numel(p) for p in engine.module.parameters()) / count + ALLOWANCE_BYTES
     rows = []
-    for options in exports():
+    for number, options in enumerate(EXPORTS):
+        target = Path(folder, f"export-{number}")
         found: list[Any] = [None] * count
-        dist.all_gather_object(found, measured(engine.export, folder / "export", **options))
+        dist.all_gather_object(found, measured(engine.export, target, **options))
         rows.append(row("run", options, found, bound))
-        dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(folder / "export")
-        dist.barrier()
+            shutil.rmtree(target)
     for kind in KINDS:
-        engine.save_checkpoint(folder / f"checkpoints-{kind}", kind=kind)
-    zero3.shut_down()
+        engine.save_checkpoint(Path(folder, f"checkpoints-{kind}"), kind=kind)
     return rows
 
 
@@ -106,46 +98,34 @@ def from_checkpoints(folder: Path) -> list[dict[str, Any]]:
 
     with BaseFiles(str(folder)) as base:
         largest = max(torch.Size(base.slice(name).get_shape()).numel() for name in base.source)
-    bound = 4 * largest + ALLOWANCE_BYTES
     rows = []
     for kind in KINDS:
-        for options in exports():
+        for options in EXPORTS:
             argv = ["--checkpoint", str(folder / f"checkpoints-{kind}"), "--output_dir", str(folder / "export")]
             argv += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-            rows.append(row(f"{kind} checkpoint", options, [measured(export.main, argv)], bound))
+            found = [measured(export.main, argv)]
+            rows.append(row(f"{kind} checkpoint", options, found, 4 * largest + ALLOWANCE_BYTES))
             shutil.rmtree(folder / "export")
     return rows
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = timing.Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
-    ranks.add_options(parser)
-    timing.add_result_options(parser)
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    if args.out:
-        ranks.answer(args.out, from_the_run(Path(args.model_folder)))
-        return
-    name = timing.labelled("export_memory", args.label)
-    configuration = {**timing.configuration_of(args), "r": R, "slices": SLICES}
     with tempfile.TemporaryDirectory() as own:
         folder = Path(args.model_folder or own)
         write_model(folder, args.gigabytes)
-        rows = [*ranks.launch(__file__, args.ranks, "--model_folder", folder), *from_checkpoints(folder)]
+        rows = [*ranks.launch(from_the_run, args.ranks, folder=str(folder))[0], *from_checkpoints(folder)]
         size = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) / 1e9
     within = sum(line["peak MB"] <= line["bound MB"] for line in rows)
     worst = max(line["peak MB"] for line in rows)
-    note = f"A model of {size:.2f} GB in bf16. {within} of {len(rows)} exports stay within their bound."
     headline = f"{size:.1f} GB model: at most {worst:.0f} MB, {within} of {len(rows)} exports within their bound"
-    kept: dict[str, Any] = {"identity": ("from", "export", "ranks"), "configuration": configuration}
-    timing.write(name, rows, COLUMNS, note, folder=args.folder, headline=headline, **kept)
+    identity = ("from", "export", "ranks")
+    timing.write("export_memory", args, rows, COLUMNS, identity=identity, headline=headline, r=R, slices=SLICES)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ LAPACK's float64 SVD:
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,30 +103,21 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", type=Path, help="a folder; default: the demo's SmolLM2-135M")
+def main(argv: list[str] | None = None) -> None:
+    parser = timing.Parser(__doc__)
+    parser.add_argument("--model_name_or_path", help="a folder; default: the demo's SmolLM2-135M")
     parser.add_argument("--threads", type=int, default=1, help="more than one: seconds of the clock")
     parser.add_argument("--layers", type=int, help="only the first ones")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--slices", type=int, default=8)
-    timing.add_result_options(parser)
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if args.model_name_or_path is None:
-        from hdpissa.launch.demo_model import ensure_demo_model
-
-        args.model_name_or_path = Path(ensure_demo_model())
-    name, configuration = timing.result_of("init", args)
-    wanted = matrices(args.model_name_or_path, args.layers)
+    folder = args.model_name_or_path = args.model_name_or_path or timing.demo_model()
+    wanted = matrices(Path(folder), args.layers)
     if not wanted:
         raise ConfigError(
-            f"--model_name_or_path {args.model_name_or_path}: no {'/'.join(DEFAULT_TARGETS)} weights there; give a "
-            f"folder with a Llama's safetensors files"
+            f"--model_name_or_path {folder}: no {'/'.join(DEFAULT_TARGETS)} weights there; give a folder with a "
+            f"Llama's safetensors files"
         )
     rows = []
     for weight, file in wanted:
@@ -140,16 +130,11 @@ def main() -> None:
             )
         rows.append(case(weight, W, args.r, args.slices))
     how = "processor seconds of one thread" if args.threads == 1 else f"seconds by the clock, {args.threads} threads"
-    note = (
-        f"The top {args.r * args.slices} triplets (S = {args.slices}, r = {args.r}) of {len(rows)} target matrices: "
-        f"{how}, each matrix the better of two, added up; the largest error of each kind."
-    )
-    table = [*summary(rows), *rows]
-    overall = summary(rows)[-1]
-    headline = f"full fp32 SVD / ours {overall['full / ours']:.2f}, largest error of σ {overall['σ error']:.1e}"
-    identity = ("shape", "matrix")
-    kept: dict[str, Any] = {"identity": identity, "configuration": configuration, "headline": headline}
-    timing.write(name, table, COLUMNS, note, folder=args.folder, **kept)
+    note = f"The top triplets of {len(rows)} target matrices: {how}, each matrix the better of two, added up."
+    table = summary(rows)
+    every = table[-1]
+    headline = f"full fp32 SVD / ours {every['full / ours']:.2f}, largest error of σ {every['σ error']:.1e}"
+    timing.write("init", args, [*table, *rows], COLUMNS, note, identity=("shape", "matrix"), headline=headline)
 
 
 if __name__ == "__main__":

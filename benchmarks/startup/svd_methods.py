@@ -2,20 +2,17 @@
 
     python benchmarks/startup/svd_methods.py                 every size and rank, on the GPU where there is one
     python benchmarks/startup/svd_methods.py --rates         only the constants (`Rates`) of this device
-    python benchmarks/startup/svd_methods.py --models        only what all matrices of two Llamas would take
 
 The matrices imitate trained weights: random singular vectors, and the quantiles of a small Llama's spectra, of its
 flattest (an up_proj) and of one that decays (a q_proj). A control is `svd_lowrank` as PEFT calls it. On a CPU the
-time is processor time of one thread, which other processes on the machine disturb least. For the Llamas one shape per
-method is measured, and the rate that it reaches is taken for all others.
+time is processor time of one thread, which other processes on the machine disturb least. Phase `svd` of `make gpu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +20,12 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks.common import timing
-from hdpissa.benchmarks.kernel_timing import shapes
+from hdpissa.benchmarks.gpu import gpu_rows
 from hdpissa.engine.directions import svd
 from hdpissa.engine.precision import full_fp32
 
 SIZES = [(576, 1536), (1024, 1024), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 11008)]
 RANKS = (32, 128, 512)
-MODELS_RANK = 128
 # σ over its value at 3 % of the spectrum, measured at these fractions on SmolLM2-135M's layer 15.
 FRACTIONS = [0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.047, 0.0625, 0.1, 0.2, 0.4, 0.7, 0.95, 1]
 SPECTRA = {
@@ -120,94 +116,50 @@ def case(rows: int, cols: int, rank: int, name: str, device: torch.device, full:
     return row
 
 
-MEASURED = {"gram": (1024, 8192), "randomized": (4096, 11008)}  # by each method one shape, flat spectrum
+def cases(sizes: Sequence[tuple[int, int]], args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows as they are measured; a full SVD is taken once for each matrix."""
+    for rows, cols in sizes:
+        for name in args.spectra:
+            full = None
+            for rank in (rank for rank in args.ranks if 2 * rank < rows):
+                row = case(rows, cols, rank, name, device, full)
+                full = row["full fp32 s"]
+                yield gpu_rows.record(row)
 
 
-def flop(method: str, rows: int, cols: int, rank: int) -> float:
-    """FLOP of a method; an eigendecomposition counts 9 n³."""
-    return svd.seconds(method, rows, cols, rank, svd.Rates(gemm32=1, gemm64=1, eigh32=1 / 9, eigh64=1 / 9, row=0.0))
+def size(text: str) -> tuple[int, int]:
+    """ROWSxCOLS."""
+    rows, cols = text.split("x")
+    return int(rows), int(cols)
 
 
-def models(device: torch.device, rank: int = MODELS_RANK) -> list[dict[str, Any]]:
-    """Every target matrix of two Llamas, by shape and in all, by the method that `auto` takes."""
-    rates_reached = {}
-    for method, (rows, cols) in MEASURED.items():
-        W = imitated(rows, cols, "flat", device)
-        took, _ = timed(partial(svd.top_triplets, W, rank, method=method), device)
-        rates_reached[method] = flop(method, rows, cols, rank) / took
-    table: list[dict[str, Any]] = []
-    sizes = {"llama-2-7b": (32, shapes.LLAMA_2_7B_GROUPS), "llama-3-70b": (80, shapes.LLAMA_3_70B_GROUPS)}
-    for model, (layers, groups) in sizes.items():
-        counts = Counter((m.rows, m.cols) for group in groups for m in group.members)
-        parts = []
-        for (rows, cols), count in counts.items():
-            method = svd.plan(torch.empty(rows, cols, device="meta" if device.type == "cuda" else "cpu"), rank)[0]
-            row: dict[str, Any] = {"model": model, "matrix": f"{rows} × {cols}", "matrices": count * layers}
-            row |= {"method": method, "TFLOP each": flop(method, rows, cols, rank) / 1e12}
-            row["PFLOP"] = row["matrices"] * row["TFLOP each"] / 1e3
-            row["GFLOP/s measured"] = rates_reached[method] / 1e9
-            row["extrapolated s"] = 1e15 * row["PFLOP"] / rates_reached[method]
-            parts.append(row)
-        total = {key: sum(part[key] for part in parts) for key in ("matrices", "PFLOP", "extrapolated s")}
-        table += [*parts, {"model": model, "matrix": "all", **total}]
-    return table
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = timing.Parser(__doc__)
     parser.add_argument("--rates", action="store_true")
-    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--sizes", type=size, nargs="+", default=SIZES, metavar="ROWSxCOLS")
     parser.add_argument("--largest", type=int, default=4096, help="smaller side of the largest matrix")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    timing.add_result_options(parser)
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
-    name, configuration = timing.labelled("svd_methods", args.label), timing.configuration_of(args)
-    if args.models:
-        name, configuration = timing.labelled("svd_models", args.label), {"rank": MODELS_RANK}
-    kept: dict[str, Any] = {"folder": args.folder, "configuration": configuration}
+    parser.add_argument("--spectra", choices=SPECTRA, nargs="+", default=list(SPECTRA))
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     if args.rates:
         return print(rates(device))
-    if args.models:
-        found = models(device)
-        timing.write(name, found, list(found[0]), MODELS_NOTE, identity=("model", "matrix"), **kept)
-        return None
-    table: list[dict[str, Any]] = []
-    for rows, cols in SIZES:
-        for shape in SPECTRA if rows <= args.largest else ():
-            full = None
-            for rank in args.ranks:
-                if 2 * rank < rows:
-                    table.append(case(rows, cols, rank, shape, device, full))
-                    full = table[-1]["full fp32 s"]
-                    print(table[-1], flush=True)
+    table = list(cases([each for each in args.sizes if each[0] <= args.largest], args, device))
     columns = ["rows", "cols", "rank", "spectrum", "full fp32 s"]
     columns += [f"{m} {c}" for m in ("gram", "randomized") for c in ("s", "predicted s", "residual", "σ error")]
     columns += ["full / gram", "full / randomized", "auto", "lowrank s", "lowrank σ error"]
-    largest = [row for row in table if (row["rows"], row["cols"]) == (table[-1]["rows"], table[-1]["cols"])]
-    ratios = [row.get(f"full / {row['auto']}", 1.0) for row in largest]
-    kept["headline"] = (
-        f"full fp32 SVD of {largest[0]['rows']} × {largest[0]['cols']} / ours {min(ratios):.2f} to {max(ratios):.2f}"
-    )
-    timing.write(name, table, columns, NOTE, identity=("rows", "cols", "rank", "spectrum"), **kept)
+    rows, cols = table[-1]["rows"], table[-1]["cols"]
+    ratios = [row.get(f"full / {row['auto']}", 1.0) for row in table if (row["rows"], row["cols"]) == (rows, cols)]
+    headline = f"full fp32 SVD of {rows} × {cols} / ours {min(ratios):.2f} to {max(ratios):.2f}"
+    identity = ("rows", "cols", "rank", "spectrum")
+    timing.write("svd_methods", args, table, columns, NOTE, identity=identity, headline=headline)
     return None
 
 
 NOTE = (
     "Seconds for the leading triplets of one matrix that imitates a trained weight, tolerance 1e-4. On a CPU: "
     "processor time of one thread. lowrank is torch.svd_lowrank(q = rank, niter = 4), the control that fails."
-)
-
-MODELS_NOTE = (
-    "All target matrices of two Llamas at S·r = 128, tolerance 1e-4, by the method that `auto` takes. FLOP are those "
-    "of engine/directions/svd.py's cost model (an eigendecomposition of n × n counts 9 n³); the rate is that of one "
-    "matrix per method, measured (gram on 1024 × 8192, randomized on 4096 × 11008, flat spectrum). The seconds are "
-    "extrapolated from it. On a CPU: processor time of one thread."
 )
 
 if __name__ == "__main__":

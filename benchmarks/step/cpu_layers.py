@@ -19,11 +19,10 @@ the whole model takes minutes. It is the stricter figure, because the head costs
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from hdpissa.benchmarks.common import timing
 from hdpissa.benchmarks.step import plain_engine
 from hdpissa.engine.config.section import DEFAULT_TARGETS
-from hdpissa.launch.demo_model import ensure_demo_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 R = 16
@@ -46,7 +44,7 @@ def load(dtype: torch.dtype, layers: int | None) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(ensure_demo_model(), dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(timing.demo_model(), dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
     if layers is None:
         return model.train()
@@ -86,19 +84,6 @@ def cpu_seconds(work: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def rounds_of(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Every work once a round, the order rotating; a round before the first one is not counted."""
-    names = list(works)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            spent = cpu_seconds(works[name])
-            if number:
-                seconds[name].append(spent)
-    return seconds
-
-
 def optimizer_step(dtype: torch.dtype, layers: int | None, slices: int) -> Callable[[], None]:
     """An optimizer step of ours on a model of its own, with made-up gradients."""
     model = load(dtype, layers)
@@ -135,37 +120,30 @@ def measure(dtype: torch.dtype, layers: int | None, rounds: int) -> list[dict[st
     embeds = embedding(ids).detach()
     works = {name: forward_backward(model, embeds, ids) for name, model in models.items()}
     works |= {f"optimizer step of ours, S = {s}": optimizer_step(dtype, layers, s) for s in SLICES}
-    seconds = rounds_of(works, rounds)
+    seconds = timing.in_turns({name: partial(cpu_seconds, work) for name, work in works.items()}, rounds)
     return [row(name, spent, seconds["frozen"]) for name, spent in seconds.items()]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = timing.Parser(__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--rounds", type=int, default=7)
-    timing.add_result_options(parser)
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
-    part = "" if args.layers is None else f"_{args.layers}_layers"
-    name, configuration = timing.result_of(f"cpu_layers_{args.dtype}{part}", args)
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = measure(DTYPES[args.dtype], args.layers, args.rounds)
     depth = "whole model" if args.layers is None else f"{args.layers} layers without head"
     native = "has" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "has no"
     note = (
-        f"SmolLM2-135M ({depth}), {args.dtype}, {BATCH * LENGTH} tokens, r = {R} on all seven targets: CPU time of "
-        f"forward + backward, {args.rounds} rounds in rotating order, one thread of a CPU that {native} bf16 "
-        f"instructions. Limits: ours / frozen at most 1.15, and less than lora / frozen."
+        f"SmolLM2-135M ({depth}), {BATCH * LENGTH} tokens, r = {R} on all seven targets: CPU time of forward + "
+        f"backward, rounds in rotating order, one thread of a CPU that {native} bf16 instructions. Limits: ours / "
+        f"frozen at most 1.15, and less than lora / frozen."
     )
     ours, lora = (f"{row['/ frozen, median of rounds']:.2f} ({row['range of rounds']})" for row in rows[1:3])
     headline = f"forward + backward, frozen = 1: ours {ours}, LoRA {lora}; {args.dtype}"
-    kept: dict[str, Any] = {"identity": ("variant",), "configuration": configuration, "headline": headline}
-    timing.write(name, rows, COLUMNS, note, folder=args.folder, **kept)
+    part = "" if args.layers is None else f"_{args.layers}_layers"
+    timing.write(f"cpu_layers_{args.dtype}{part}", args, rows, COLUMNS, note, identity=("variant",), headline=headline)
 
 
 if __name__ == "__main__":

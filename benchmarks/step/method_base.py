@@ -69,8 +69,6 @@ class Method(abc.ABC):
         self._taken = 0  # micro-batches since the last step
         self._moments: dict[str, list[tuple[Any, Any]]] = {}
 
-    # --- what every method does its own way --------------------------------------------------------------------------
-
     @abc.abstractmethod
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a micro-batch, with its graph."""
@@ -97,8 +95,6 @@ class Method(abc.ABC):
 
         Adapters are merged: W + scaling · B A.
         """
-
-    # --- what the scripts call ---------------------------------------------------------------------------------------
 
     def micro_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward of one micro-batch; its detached mean loss on this rank.

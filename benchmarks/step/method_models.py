@@ -14,7 +14,8 @@ from hdpissa.engine.sharding import zero3
 
 # hidden, intermediate, layers, heads, key and value heads, vocabulary, tied embeddings: Llama's architecture with the
 # sizes of the models' own config.json files (0.5b and 1.5b are Qwen2.5's).
-SHAPES = {
+Sizes = tuple[int, int, int, int, int, int, bool]
+SHAPES: dict[str, Sizes] = {
     "tiny": (96, 192, 3, 4, 2, 512, False),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
     "0.5b": (896, 4864, 24, 14, 2, 151936, True),
@@ -32,11 +33,11 @@ def is_shape(model: str) -> bool:
     return model in SHAPES
 
 
-def shape_config(model: str) -> Any:
+def llama_config(sizes: Sizes) -> Any:
     """The transformers config of a shape."""
     from transformers import LlamaConfig
 
-    hidden, intermediate, layers, heads, kv, vocabulary, tied = SHAPES[model]
+    hidden, intermediate, layers, heads, kv, vocabulary, tied = sizes
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -59,7 +60,7 @@ def config_of(model: str, layers: int | None = None) -> Any:
     from hdpissa.launch.planning.model import read_config
 
     if is_shape(model):
-        config = shape_config(model)
+        config = llama_config(SHAPES[model])
     else:
         try:
             config = read_config(model, False)
@@ -86,13 +87,22 @@ def whole_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
 
     unset_hf_deepspeed_config()  # of a method built before: it would shard this one
     config = config_of(setting.model, setting.layers)
+    if is_shape(setting.model):
+        return random_model(config, dtype, zero3.device(), attention=setting.attention, seed=setting.seed)
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": setting.attention}
-    if not is_shape(setting.model):
-        net: Any = AutoModelForCausalLM.from_pretrained(setting.model, config=config, **how)
-        return net.to(zero3.device())
-    torch.manual_seed(setting.seed)
-    with zero3.device():
-        net = AutoModelForCausalLM.from_config(config, **how)
+    net: Any = AutoModelForCausalLM.from_pretrained(setting.model, config=config, **how)
+    return net.to(zero3.device())
+
+
+def random_model(
+    config: Any, dtype: torch.dtype, device: torch.device, *, attention: str = "sdpa", seed: int = 0
+) -> nn.Module:
+    """Random weights, made where they are needed."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with device:
+        net = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for p in net.parameters():  # the default is so small that nothing is learned, nor a slice's gradient seen
             if p.dim() == 2:

@@ -1,25 +1,91 @@
-"""The published algorithm on several processes: W whole and in fp32 in each of them, nothing sharded.
+"""The published algorithm, our own writing of it, in fp32: what our step is compared with.
 
-What `reference_step` says of one process, and what the published code sends besides: the loss of every micro-batch is
-all-reduced, and every step gathers ΔA, ΔB, A and B of each layer. Its rank i has slice i; a process may also have
-several slices here, one after another, but slices are never shared.
+* A layer adds x (B A)ᵀ to x Wᵀ: a dense O × I product and a second full product per forward, both again in backward
+  for dx, and a dense O × I gradient that becomes grad A = Bᵀ G and grad B = G Aᵀ. The side path is scaled
+  down so far that it does not show in the sum, its gradient up by as much.
+* Adam layer by layer in Python.
+* Three dense O × I products per slice and layer, ΔB A, B ΔA and ΔB ΔA, added up and taken off W.
+* Each process holds all of W, gathers every slice's ΔA, ΔB, A and B of each layer, and computes everybody's products.
+  The loss of every micro-batch is all-reduced.
+
+Its rank i has slice i; a process may also have several slices here, one after another, but slices are never shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hdpissa.benchmarks.step import method_models, reference_step
+from hdpissa.benchmarks.step import method_models
 from hdpissa.benchmarks.step.method_base import Method, Setting
 from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.directions import svd
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.sharding.slicing import SlicePlan
+
+SCALE = 1e-16
+
+Factors = Callable[[nn.Linear], tuple[Tensor, Tensor]]  # a Linear → its own slices' A (S' × R × I) and B (S' × O × R)
+
+
+class DensePathLinear(nn.Linear):
+    """A frozen Linear with the slices' dense side path; made by `install`."""
+
+    A_SRI: list[nn.Parameter]
+    B_SOR: list[nn.Parameter]
+    moments: dict[int, tuple[Tensor, Tensor]]
+    active: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x Wᵀ + 1e-16 · x (B_i A_i)ᵀ for the active slice i."""
+        dense_OI = (self.B_SOR[self.active] @ self.A_SRI[self.active]) * SCALE
+        return nn.functional.linear(x, self.weight, self.bias) + nn.functional.linear(x, dense_OI)
+
+
+def install(model: nn.Module, compute: Factors) -> list[DensePathLinear]:
+    """Freezes the model, and gives its targets their class and the slices that `compute` finds."""
+    model.requires_grad_(False)
+    layers = []
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in DEFAULT_TARGETS:
+            assert isinstance(module, nn.Linear)
+            A_SRI, B_SOR = compute(module)
+            module.__class__ = DensePathLinear
+            assert isinstance(module, DensePathLinear)
+            module.A_SRI, module.B_SOR = ([nn.Parameter(part) for part in parts] for parts in (A_SRI, B_SOR))
+            factors = (*module.A_SRI, *module.B_SOR)
+            module.moments = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in factors}
+            module.active = 0
+            layers.append(module)
+    return layers
+
+
+@torch.no_grad()
+def step(layers: Sequence[DensePathLinear], *, number: int, lr: float) -> None:
+    """One optimizer step of all slices, layer by layer; `number` counts from 1."""
+    for layer in layers:
+        own_dA, own_dB = ([_adam(layer, p, number, lr) for p in parts] for parts in (layer.A_SRI, layer.B_SOR))
+        own = (own_dA, own_dB, layer.A_SRI, layer.B_SOR)
+        every_slice = [_gathered(torch.stack(list(part))) for part in own]
+        change_OI = torch.zeros_like(layer.weight)
+        for dA, dB, A, B in zip(*every_slice, strict=True):
+            change_OI += dB @ A + B @ dA - dB @ dA
+        layer.weight -= change_OI
+
+
+def _adam(layer: DensePathLinear, factor: nn.Parameter, number: int, lr: float) -> Tensor:
+    """ΔA or ΔB by bias-corrected Adam, one pass per operation."""
+    exp_avg, exp_avg_sq = layer.moments[id(factor)]
+    assert factor.grad is not None
+    grad = factor.grad / SCALE
+    exp_avg.mul_(0.9).add_(grad, alpha=0.1)
+    exp_avg_sq.mul_(0.999).addcmul_(grad, grad, value=0.001)
+    factor.grad = None
+    return lr * (exp_avg / (1 - 0.9**number)) / ((exp_avg_sq / (1 - 0.999**number)).sqrt() + 1e-8)
 
 
 class Reference(Method):
@@ -40,12 +106,13 @@ class Reference(Method):
         self.module = method_models.whole_model(setting, torch.float32)
         method_models.prepare(self.module, setting, input_grads=False)
         compute = _random(setting.r, self.plan) if setting.random_slices else _decomposed(setting.r, self.plan)
-        self.layers = reference_step.install(self.module, DEFAULT_TARGETS, compute)
+        self.layers = install(self.module, compute)
         self._options: dict[str, Any] = {"lr": setting.lr}
         self._steps = 0
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        reference_step.activate(self.layers, self._taken // self._per_slice)
+        for layer in self.layers:
+            layer.active = self._taken // self._per_slice
         return self.module(**batch).loss
 
     def _backward(self, loss: Tensor) -> None:
@@ -54,7 +121,7 @@ class Reference(Method):
 
     def _step(self) -> None:
         self._steps += 1
-        reference_step.step(self.layers, number=self._steps, lr=self._options["lr"], share=_gathered)
+        step(self.layers, number=self._steps, lr=self._options["lr"])
 
     def _groups(self) -> list[dict[str, Any]]:
         return [self._options]
@@ -67,7 +134,7 @@ class Reference(Method):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.module.named_modules():
-            if isinstance(module, reference_step.DensePathLinear):
+            if isinstance(module, DensePathLinear):
                 yield f"{name}.weight", module.weight.detach().float().cpu().clone()
 
 
@@ -78,7 +145,7 @@ def _gathered(own: Tensor) -> Tensor:
     return torch.cat(every)
 
 
-def _decomposed(r: int, plan: SlicePlan) -> reference_step.Factors:
+def _decomposed(r: int, plan: SlicePlan) -> Factors:
     """The own slices of the singular value decomposition, which every rank computes for itself, as published."""
 
     def compute(linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -92,6 +159,13 @@ def _decomposed(r: int, plan: SlicePlan) -> reference_step.Factors:
     return compute
 
 
-def _random(r: int, plan: SlicePlan) -> reference_step.Factors:
+def _random(r: int, plan: SlicePlan) -> Factors:
+    """Entries of the size that those of a real weight's slices have."""
     torch.manual_seed(plan.rank)
-    return reference_step.random_factors(r, plan.slices_per_rank)
+
+    def draw(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        (O, I), own = linear.weight.shape, plan.slices_per_rank
+        A = linear.weight.new_empty(own, r, I).normal_(std=0.02)
+        return A, linear.weight.new_empty(own, O, r).normal_(std=0.02)
+
+    return draw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,6 @@ class Slices(Method):
 
     def __init__(self, setting: Setting) -> None:
         from hdpissa.engine import initialize, load_pretrained
-        from hdpissa.engine.directions import decompose
 
         super().__init__("hd_pissa", setting)
         section = {"r": setting.r, "slices": "auto" if setting.slices is None else setting.slices}
@@ -64,13 +64,8 @@ class Slices(Method):
             fewer = {} if setting.layers is None else {"num_hidden_layers": setting.layers}
             net = load_pretrained(setting.model, config, attn_implementation=setting.attention, **fewer)
         method_models.prepare(net, setting, input_grads=True)
-        computed = decompose.compute_slices
-        if setting.random_slices:
-            decompose.compute_slices = plain_engine.random_slices  # type: ignore[assignment]
-        try:
+        with plain_engine.random_slices() if setting.random_slices else nullcontext():
             self.engine = initialize(model=net, config=config, lr=setting.lr)
-        finally:
-            decompose.compute_slices = computed
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.engine(**batch).loss

@@ -11,7 +11,7 @@
 | lora, pissa | stock PEFT under DeepSpeed ZeRO-3 with AdamW |
 | full | every weight, DeepSpeed ZeRO-3 with AdamW |
 | frozen | forward and input gradient under ZeRO-3, nothing trained: the floor of the methods above |
-| reference | the published algorithm, our own writing of it (reference_step.py): fp32 whole in every process |
+| reference | the published algorithm, our own writing of it (method_reference.py): fp32 whole in every process |
 
 Those under ZeRO-3 share one DeepSpeed config, that of the project's own configs. In all but `full` and `reference` the
 input embeddings require grad, so that every Linear computes its input gradient.

@@ -6,8 +6,10 @@ not depend on its numbers, and decomposing a 7B model takes minutes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,8 +26,13 @@ from hdpissa.engine.sharding.shards import make_shard
 from hdpissa.engine.sharding.slicing import SlicePlan
 
 
-def random_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> decompose.InitReport:
-    """Stands in for `decompose.compute_slices`: entries of the size that those of a real weight's slices have."""
+def random_slices() -> AbstractContextManager[Any]:
+    """Within it `initialize` draws slices in place of computing them."""
+    return mock.patch.object(decompose, "compute_slices", draw_slices)
+
+
+def draw_slices(store: FactorStore, exchange: FactorExchange, **_: Any) -> decompose.InitReport:
+    """Fills the store with entries of the size that those of a real weight's slices have."""
     for bucket in store.buckets:
         A, B = (torch.empty(n, device=store.grads.device).normal_(std=0.02) for n in (bucket.numel_A, bucket.numel_B))
         store.fill(bucket, A, B, exchange)
@@ -51,7 +58,7 @@ def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> Slic
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, flat.device, impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)
-    random_slices(store, exchange)
+    draw_slices(store, exchange)
     adapt.install(targets, store)
     model.train()
     return SliceOptimizer(store, exchange, rule, lr=2e-5)

@@ -10,7 +10,6 @@ eager attention computes). Exit code 1 says that they do not. Neither depends on
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -18,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks.common import timing
-from hdpissa.benchmarks.step import method_models, throughput, throughput_work
+from hdpissa.benchmarks.common import ranks, timing
+from hdpissa.benchmarks.step import method_models, throughput_table, throughput_worker
 from hdpissa.benchmarks.step.methods import Setting
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.planning import arguments as plan_arguments
@@ -35,30 +34,23 @@ WARMUP = 3  # DeepSpeed records the order of modules in the first steps
 CHECKED = ("ranks", "what", "counted", "planned", "beside the plan", "agrees", "remark")
 
 
-def planned_run(setting: Setting, ranks: int) -> Run:
+def planned_run(setting: Setting, count: int) -> Run:
     """The plan's view of a run of hd_pissa, from the same config."""
     from hdpissa.benchmarks.step.method_zero3 import zero_config
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        method_models.shape_config(setting.model).save_pretrained(folder)
+        method_models.config_of(setting.model).save_pretrained(folder)
         file = folder / "ds.json"
         file.write_text(json.dumps(zero_config(setting) | {"hd_pissa": {"r": setting.r}}))
-        words = ["--model", name, "--gpus", str(ranks), "--max_length", str(LENGTH), "--ds_config", str(file)]
+        words = ["--model", name, "--gpus", str(count), "--max_length", str(LENGTH), "--ds_config", str(file)]
         return plan_arguments.resolve(*plan_arguments.parse(words))
 
 
-def count(setting: Setting, ranks: int, timeout: int) -> dict[str, Any]:
-    """What rank 0 of real processes sent and computed in a step.
-
-    Raises:
-        RuntimeError: the run failed.
-    """
-    job = {"setting": dataclasses.asdict(setting), "max_length": LENGTH, "steps": 1, "warmup": WARMUP}
-    found = throughput.run("hd_pissa", ranks, job | {"count_flops": True}, timeout)
-    if isinstance(found, str):
-        raise RuntimeError(f"hd_pissa on {ranks} processes: {found}")
-    return found["ranks"][0]
+def job_of(setting: Setting) -> dict[str, Any]:
+    """What a rank measures (`throughput_worker.measure`)."""
+    job = {"method": "hd_pissa", "setting": dataclasses.asdict(setting), "max_length": LENGTH}
+    return job | {"steps": 1, "warmup": WARMUP, "count_flops": True}
 
 
 def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[str, Any]]:
@@ -72,12 +64,12 @@ def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[s
 
 def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
     """Sent by the rank in a step."""
-    ranks, planned = run.plan.world_size, dict(plan_step.step(run).wire)
+    count, planned = run.plan.world_size, dict(plan_step.step(run).wire)
     norm = planned.pop(plan_step.NORM)
     gathers = planned.pop(plan_step.GATHERS) + planned.pop(plan_step.AGAIN, 0)
     exchanged = found["exchange_bytes"] or 0
     summed = found["sent_by_name"].get("allreduce", 0)
-    voted = summed - planned["vote"] - planned["shared slices"] if ranks > 1 else 0
+    voted = summed - planned["vote"] - planned["shared slices"] if count > 1 else 0
     why = "a float64 that it all-reduces, the gradient norm of the one element that it trains"
     return [
         ("bytes of the update", exchanged, sum(planned.values()), 0, ""),
@@ -89,10 +81,10 @@ def _bytes(found: Mapping[str, Any], run: Run) -> list[tuple]:
 def _flops(found: Mapping[str, Any], run: Run, setting: Setting) -> list[tuple]:
     """Computed by the rank in a step."""
     lengths, passes, update = found["lengths"], found["flops"]["passes"], found["flops"]["update"]
-    work = throughput_work.model_work(setting.model, setting.layers)
+    work = throughput_table.model_work(setting.model, setting.layers)
     without = dataclasses.replace(work, attention=0.0)
-    weights = round(throughput_work.useful_flops(without, "hd_pissa", lengths))
-    attention = round(throughput_work.useful_flops(work, "hd_pissa", lengths)) - weights
+    weights = round(throughput_table.useful_flops(without, "hd_pissa", lengths))
+    attention = round(throughput_table.useful_flops(work, "hd_pissa", lengths)) - weights
     products = passes.get("aten.mm", 0) + passes.get("aten.addmm", 0)
     thin = round(run.work.low_rank_flops) * sum(lengths)
     why = "4 per weight and token, and 4 r (I + O) per target and token of the slices' thin products"
@@ -105,43 +97,26 @@ def _flops(found: Mapping[str, Any], run: Run, setting: Setting) -> list[tuple]:
     ]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Raises ConfigError for a number of processes that the tiny model has no slices for."""
-    parser = throughput.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(argv: list[str] | None = None) -> int:
+    parser = timing.Parser(__doc__)
     parser.add_argument("--num_accelerators", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--timeout", type=int, default=600, help="seconds that a run may take")
-    parser.add_argument("--folder", type=Path, default=timing.RESULTS, help="where the results go")
     args = parser.parse_args(argv)
-    for ranks in args.num_accelerators:
-        if ranks < 1:
-            raise ConfigError(f"--num_accelerators {ranks}: must be at least 1")
-        _ = planned_run(SETTING, ranks).targets
-    return args
-
-
-def main() -> int:
-    args = parse()
+    for count in args.num_accelerators:
+        if count < 1:
+            raise ConfigError(f"--num_accelerators {count}: must be at least 1")
+        _ = planned_run(SETTING, count).targets  # refuses what the tiny model has no slices for
     rows: list[dict[str, Any]] = []
-    for ranks in args.num_accelerators:
-        rows += compare(count(SETTING, ranks, args.timeout), planned_run(SETTING, ranks), SETTING)
+    for count in args.num_accelerators:
+        found = ranks.launch(throughput_worker.measure, count, timeout=600, threads=0, **job_of(SETTING))[0]
+        rows += compare(found, planned_run(SETTING, count), SETTING)
     agree = sum(row["agrees"] for row in rows)
     note = (
-        f"Rank 0 of hd_pissa on a model of {method_models.SHAPES[SETTING.model][2]} tiny layers, r = {SETTING.r}, one "
-        f"slice per process, {SETTING.accumulation} micro-batches, after {WARMUP} steps: what a step sent and "
-        f"computed, counted, and what launch/plan.py says of the same run."
+        f"What rank 0 of hd_pissa on a tiny model sent and computed in a step, after {WARMUP} others, and what "
+        f"launch/plan.py says of the same run."
     )
-    timing.write(
-        "plan_counted",
-        rows,
-        CHECKED,
-        note,
-        folder=args.folder,
-        identity=("ranks", "what"),
-        headline=f"{agree} of {len(rows)} figures agree",
-        configuration={"num_accelerators": args.num_accelerators, **dataclasses.asdict(SETTING)},
-    )
+    headline = f"{agree} of {len(rows)} figures agree"
+    how: dict[str, Any] = {"identity": ("ranks", "what"), "headline": headline} | dataclasses.asdict(SETTING)
+    timing.write("plan_counted", args, rows, CHECKED, note, **how)
     return 0 if agree == len(rows) else 1
 
 

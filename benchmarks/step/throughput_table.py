@@ -1,42 +1,53 @@
-"""From the records of throughput runs to the rows of a table, and to pictures. Arithmetic only."""
+"""From the records of throughput runs to the rows of a table. Arithmetic only."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from hdpissa.benchmarks.common import plots
-from hdpissa.benchmarks.step import throughput_work
+from hdpissa.benchmarks.step import method_models
 from hdpissa.launch.common.metrics import peak_flops
+from hdpissa.launch.planning import model as plan_model
 
 PHASES = ("forward", "backward", "exchange", "apply")
 UPDATE = ("exchange", "apply")
+# By the clock, in CPU time, of the update by the clock: what a ratio of two methods is called, and is of.
+TIMES = {"": "step_s", "CPU ": "cpu_s", "update ": "update_s"}
 COLUMNS = (
     "method", "ranks", "rounds", "step s p50", "step s p90", "CPU s", "update s", "/ frozen", "CPU / frozen",
-    "reference / it", "CPU reference / it", "update reference / it",
-    "tokens/s", "tokens/s/device", "padded tokens/s", "efficiency", "MFU", "GFLOP/s/device",
-    "peak MB", "MB received", *(f"{phase} %" for phase in PHASES), "remark",
+    *(f"{time}reference / it" for time in TIMES), "tokens/s", "tokens/s/device", "padded tokens/s", "efficiency", "MFU",
+    "GFLOP/s/device", "peak MB", "MB received", *(f"{phase} %" for phase in PHASES), "remark",
 )  # fmt: skip
 IDENTITY = ("method", "ranks")
-SHADES = {"forward": "#0072B2", "backward": "#56B4E9", "exchange": "#D55E00", "apply": "#F0E442"}
+FLOP_RULE = (
+    "Useful FLOP of a real token in a row of L: 4 per weight of the Linears, the output head among them (2 forward, 2 "
+    "for the input gradient; weights that are frozen need no more), 6 for `full` (2 more for the weight gradient), and "
+    "6 · L · heads' width · layers for causal attention (2 forward, 4 backward). What a method computes on top "
+    "(slices, adapters, dense side paths, recomputation, padding) is not useful in this sense and not counted"
+)
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Between the two nearest values where it falls between them."""
-    if len(values) == 1:
-        return values[0]
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+def model_work(model: str, layers: int | None) -> plan_model.Work:
+    """What one token costs in a row of one token, as the plan has it; attention grows with the row."""
+    config: Any = method_models.config_of(model, layers)
+    built = plan_model.build(config, model, trust_remote_code=False, bf16=True)
+    return plan_model.work_per_token(built, [], 1)
 
 
-def merge(record: Mapping[str, Any]) -> dict[str, Any]:
+def useful_flops(cost: plan_model.Work, method: str, lengths: Sequence[int]) -> float:
+    """FLOP of one forward and backward pass over rows of these lengths; see `FLOP_RULE`."""
+    per_weight = 3 if method == "full" else 2  # forwards' worth
+    linears = per_weight * (cost.forward + cost.head) * sum(lengths)
+    return linears + 3 * cost.attention * sum(n * n for n in lengths)
+
+
+def merge(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One run's ranks as one: a step is over when the slowest rank is; CPU time adds up; bytes are the most of a rank.
 
     Returns: step_s, cpu_s and update_s (exchange and apply, mean of the ranks) per step, phases (mean over ranks and
         steps, seconds), and the rest as the names say.
     """
-    ranks = record["ranks"]
     steps = list(zip(*(rank["steps"] for rank in ranks), strict=True))
     every = [figures for step in steps for figures in step]
     return {
@@ -57,26 +68,25 @@ def merge(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any) -> dict[str, Any]:
+def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: plan_model.Work) -> dict[str, Any]:
     """The figures of one method at one number of processes that need no other method.
 
     Args:
         rounds: what `merge` made of each of its runs.
-        cost: what a token costs (`throughput_work.model_work`).
+        cost: what a token costs (`model_work`).
     """
     first = rounds[0]
-    seconds = [s for run in rounds for s in run["step_s"]]
-    cpu = [s for run in rounds for s in run["cpu_s"]]
-    update = [s for run in rounds for s in run["update_s"]]
+    seconds, cpu, update = ([s for run in rounds for s in run[key]] for key in TIMES.values())
     p50, tokens = statistics.median(seconds), sum(first["lengths"])
-    rate = throughput_work.useful_flops(cost, method, first["lengths"]) / p50 / ranks
-    peak = peak_flops(first["device"])
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds
+    rate, peak = useful_flops(cost, method, first["lengths"]) / p50 / ranks, peak_flops(first["device"])
     phases = {phase: statistics.fmean(run["phases"][phase] for run in rounds) for phase in PHASES}
     return {
         "method": method,
         "ranks": ranks,
+        "rounds": len(rounds),
         "step s p50": p50,
-        "step s p90": percentile(seconds, 90),
+        "step s p90": deciles[-1],
         "CPU s": statistics.median(cpu),
         "update s": statistics.median(update),
         "tokens/s": tokens / p50,
@@ -96,30 +106,22 @@ def row(method: str, ranks: int, rounds: Sequence[Mapping[str, Any]], cost: Any)
         "peak bytes of ranks": first["peak_bytes"],
         "real tokens": tokens,
         "padded tokens": first["padded_tokens"],
-        "rounds": len(rounds),
         "samples": {"step s p50": seconds, "CPU s": cpu, "update s": update},
     }
 
 
-def ratios(numerator: Sequence[Mapping[str, Any]], denominator: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """Of each round that both have, the quotient of their medians: neighbours in time are compared."""
+def compare(found: dict[str, Any], name: str, time: str, numerator: Any, denominator: Any) -> None:
+    """Adds the median of the rounds' ratios of their medians to a row: neighbours in time are compared."""
     pairs = zip(numerator, denominator, strict=False)
-    return [statistics.median(a[key]) / statistics.median(b[key]) for a, b in pairs]
-
-
-TIMES = ("step_s", "cpu_s", "update_s")
-
-
-def compare(found: dict[str, Any], names: tuple[str, ...], numerator: Any, denominator: Any) -> None:
-    """Writes into a row the median of the rounds' ratios by the clock, in CPU time, and of the update by the clock, as
-    far as there are names for them; the ratios themselves are samples."""
-    for name, key in zip(names, TIMES, strict=False):
-        found["samples"][name] = ratios(numerator, denominator, key)
-        found[name] = statistics.median(found["samples"][name])
+    ratios = [statistics.median(a[TIMES[time]]) / statistics.median(b[TIMES[time]]) for a, b in pairs]
+    found["samples"][f"{time}{name}"] = ratios
+    found[f"{time}{name}"] = statistics.median(ratios)
 
 
 def table(
-    runs: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]], failures: Mapping[tuple[int, str], str], cost: Any
+    runs: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]],
+    failures: Mapping[tuple[int, str], str],
+    cost: plan_model.Work,
 ) -> list[dict[str, Any]]:
     """All rows, methods and counts in the order of `runs` and then `failures`.
 
@@ -128,67 +130,19 @@ def table(
         failures: the same → why it has no figures, or no more of them than its rounds.
     """
     rows = []
-    fewest: dict[str, tuple[int, float]] = {}
+    fewest: dict[str, float] = {}
     for (ranks, method), rounds in sorted(runs.items(), key=lambda item: item[0][0]):
         found = row(method, ranks, rounds, cost)
-        fewest.setdefault(method, (ranks, found["tokens/s/device"]))
-        found["efficiency"] = found["tokens/s/device"] / fewest[method][1]
+        found["efficiency"] = found["tokens/s/device"] / fewest.setdefault(method, found["tokens/s/device"])
         if (ranks, "frozen") in runs:
-            compare(found, ("/ frozen", "CPU / frozen"), rounds, runs[ranks, "frozen"])
+            for time in ("", "CPU "):
+                compare(found, "/ frozen", time, rounds, runs[ranks, "frozen"])
         if (ranks, "reference") in runs:
-            names = tuple(f"{time}reference / it" for time in ("", "CPU ", "update "))
-            compare(found, names, runs[ranks, "reference"], rounds)
+            for time in TIMES:
+                compare(found, "reference / it", time, runs[ranks, "reference"], rounds)
         if (ranks, method) in failures:
             found["remark"] = f"then failed, after {len(rounds)} round(s): {failures[ranks, method]}"
         rows.append(found)
     absent = {key: why for key, why in failures.items() if key not in runs}
     rows += [{"method": name, "ranks": ranks, "remark": why} for (ranks, name), why in absent.items()]
     return sorted(rows, key=lambda found: found["ranks"])
-
-
-def draw(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> list[str]:
-    """The pictures of a table: tokens/s and efficiency over counts, and phases as bars; their file names."""
-    measured = [found for found in rows if "step s p50" in found]
-    if not measured:
-        return []
-    phases = _phases(measured, folder / f"{name}_phases.png")
-    if len({found["ranks"] for found in measured}) == 1:  # nothing to compare
-        return [phases]
-    return [_scaling(measured, folder / f"{name}_scaling.png"), phases]
-
-
-def _scaling(rows: Sequence[Mapping[str, Any]], target: Path) -> str:
-    counts = sorted({found["ranks"] for found in rows})
-    with plots.picture(target, columns=2) as panels:
-        for panel, column, label in zip(panels, ("tokens/s", "efficiency"), _LABELS, strict=True):
-            for method in dict.fromkeys(found["method"] for found in rows):
-                points = [(found["ranks"], found[column]) for found in rows if found["method"] == method]
-                panel.plot(*zip(*points, strict=True), **plots.line(method))
-            panel.set(xlabel="processes, one device each", ylabel=label, xscale="log", xticks=counts)
-            panel.set_xticklabels(counts)
-            panel.minorticks_off()
-        panels[0].set_yscale("log")
-        panels[1].axhline(1, color="black", linewidth=0.8)
-        panels[1].set_ylim(bottom=0)
-        panels[0].legend()
-    return target.name
-
-
-_LABELS = ("real tokens per second, all devices", "tokens/s per device, relative to the fewest devices")
-
-
-def _phases(rows: Sequence[Mapping[str, Any]], target: Path) -> str:
-    """At the largest number of processes; a bar is a step, in milliseconds."""
-    most = max(found["ranks"] for found in rows)
-    shown = [found for found in rows if found["ranks"] == most]
-    names = [plots.LABELS.get(found["method"], found["method"]) for found in shown]
-    with plots.picture(target, width=7) as axes:
-        left = [0.0] * len(shown)
-        for phase in PHASES:
-            wide = [found["step s p50"] * 1e3 * found[f"{phase} %"] / 100 for found in shown]
-            axes.barh(names, wide, left=left, label=phase, color=SHADES[phase], edgecolor="black", linewidth=0.5)
-            left = [a + b for a, b in zip(left, wide, strict=True)]
-        axes.set(xlabel=f"milliseconds of an optimizer step (median), {most} processes")
-        axes.invert_yaxis()
-        axes.legend()
-    return target.name

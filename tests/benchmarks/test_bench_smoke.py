@@ -1,49 +1,46 @@
-"""A small case of every benchmark that starts ranks of its own or times layers: its real `main`, on a tiny model.
+"""A small case of every benchmark that needs no GPU: its real `main`, on a tiny model.
 
 `ranks.launch` starts forks here and not the deepspeed launcher, which costs half a minute each time; that the launcher
-starts such scripts is shown by tests/benchmarks/test_throughput.py and, for all of them, by `make bench`.
+starts them is shown by test_throughput.py and, for all scripts, by `make bench`.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import tiny_llama
 
-from hdpissa.benchmarks.common import ranks
+from hdpissa.benchmarks import suite
+from hdpissa.benchmarks.common import apart, ranks, timing
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.sharding import zero3
 
 
-def main_of(stem: str, arguments: list[str]) -> None:
-    """A benchmark's `main` with a command line; `stem` is its room and its name."""
-    sys.argv = [stem, *arguments]
-    importlib.import_module(f"hdpissa.benchmarks.{stem}").main()
+def in_a_group(function, job: dict):
+    """What a rank of `ranks.launch` does."""
+    zero3.init_distributed()
+    return function(**job)
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Runs a script and returns its rows."""
 
-    def forked(script: str, count: int, *arguments: object):
-        out = tmp_path / "out.json"
-        run_ranks(
-            count, main_of, ".".join(Path(script).with_suffix("").parts[-2:]), [*map(str, arguments), "--out", str(out)]
-        )
-        return json.loads(out.read_text())
+    def forked(function, count: int, *, timeout: float = 0, threads: int = 1, **job):
+        return json.loads(json.dumps(run_ranks(count, in_a_group, function, job)))
 
-    def call(stem: str, result: str, *arguments: object):
-        monkeypatch.setattr(sys, "argv", sys.argv)
-        main_of(stem, [*map(str, arguments), "--folder", str(tmp_path)])
+    def call(script: str, result: str, *arguments: object):
+        module = importlib.import_module(f"hdpissa.benchmarks.{script}")
+        module.main([*map(str, arguments), "--folder", str(tmp_path)])
         content = json.loads((tmp_path / f"{result}.json").read_text())
-        assert (tmp_path / f"{result}.md").read_text().startswith(f"# {result}")
-        assert content["identity"]
-        assert content["configuration"]
+        assert (tmp_path / f"{result}.md").is_file()
+        assert set(content["identity"]) <= {column for row in content["rows"] for column in row}
+        assert content["environment"]["torch"] == torch.__version__
+        assert content["headline"]
         assert str(tmp_path.parent) not in json.dumps(content["configuration"])
         return content["rows"]
 
@@ -59,9 +56,8 @@ def model(tmp_path_factory):
 
 
 def test_slice_cache_start(bench, model):
-    [row] = bench(
-        "startup.slice_cache_start", "slice_cache_start", "--model", model, "--ranks", 2, "--r", 2, "--slices", 2
-    )
+    words = ("--model", model, "--ranks", 2, "--r", 2, "--slices", 2)
+    [row] = bench("startup.slice_cache_start", "slice_cache_start", *words)
     assert row["cache MB"] > 0
     assert row["second: slices s"] > 0
     assert row["second / first, slices s"] == row["second: slices s"] / row["first: slices s"]
@@ -73,6 +69,7 @@ def test_checkpoint(bench, model):
     assert [row["kind"] for row in rows] == ["full", "small"]
     for row in rows:
         assert row["files MB"] > row["of them fixed factors MB"] > 0
+        assert len(row["samples"]) == 3
         for name, values in row["samples"].items():
             assert len(set(values)) == 3
             assert row[name] == sorted(values)[1]
@@ -80,18 +77,8 @@ def test_checkpoint(bench, model):
         assert all(0 < pause <= whole for pause, whole in zip(pauses, wholes, strict=True))
 
 
-def test_cpu_rates(bench):
-    rows = bench("step.cpu_rates", "cpu_rates", "--seconds", 0.01, "--weights", 600_000)
-    assert [row["unit"] for row in rows] == ["GFLOP/s per process"] * 6 + ["MB/s received"] * 3
-    for row in rows:
-        (values,) = row["samples"].values()
-        assert len(set(values)) == len(values) >= 3
-        assert row["rate"] > 0
-    assert [row["what"] for row in rows[6:]] == ["all-gather of 2 MB"] * 3
-
-
 def test_load_memory(bench, model):
-    rows = bench("startup.load_memory", "load_memory", "--model_folder", model, "--ranks", 2)
+    rows = bench("memory.load_memory", "load_memory", "--model_folder", model, "--ranks", 2)
     assert [row["path"] for row in rows] == ["own rows", "rank 0 reads all"]
     assert all(0 < row["peak MB"] < row["bound MB"] for row in rows)
 
@@ -104,7 +91,7 @@ def test_export_memory(bench, tmp_path):
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_init(bench, model, capsys):
+def test_init(bench, model):
     """Every target once, errors against LAPACK; more directions than a target has are refused."""
     rows = bench("startup.init", "init", "--model_name_or_path", model, "--r", 2, "--slices", 2)
     [every] = [row for row in rows if row.get("shape") == "all"]
@@ -124,17 +111,61 @@ def test_svd_methods(bench):
 
 def test_cpu_layers(bench):
     """Every sample is measured: the optimizer step takes its turn in each round."""
-    rows = bench("step.cpu_layers", "cpu_layers_fp32_1_layers_x", *_CPU_LAYERS, "--rounds", 2, "--label", "x")
+    words = ("--dtype", "fp32", "--layers", 1, "--rounds", 2, "--label", "x")
+    rows = bench("step.cpu_layers", "cpu_layers_fp32_1_layers_x", *words)
     steps = [f"optimizer step of ours, S = {s}" for s in (1, 8)]
     assert [row["variant"] for row in rows] == ["frozen", "ours", "lora", *steps]
-    assert rows[0]["/ frozen, median of rounds"] == 1
     base = rows[0]["samples"]["median s"]
     for row in rows:
         seconds, ratios = row["samples"]["median s"], row["samples"]["/ frozen, median of rounds"]
         assert len(set(seconds)) == 2
         assert row["least s"] == min(seconds) > 0
         assert ratios == [a / b for a, b in zip(seconds, base, strict=True)]
-        assert row["range of rounds"] == f"{min(ratios):.3g} … {max(ratios):.3g}"
 
 
-_CPU_LAYERS = ("--dtype", "fp32", "--layers", 1)
+# --- what they share ----------------------------------------------------------------------------------------------
+
+
+def test_works_take_turns():
+    """The order rotates, and the round before the first one is not counted."""
+    order = []
+    works = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    assert timing.in_turns(works, 2) == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}
+    assert "".join(order) == "abcbcacab"
+
+
+def test_times_of_many_calls_become_few():
+    assert timing.blocks([3.0, 1.0]) == [3.0, 1.0]
+    assert timing.blocks([float(n) for n in range(40)]) == [n + 0.5 for n in range(0, 40, 2)]
+    assert len(timing.blocks([1.0] * 4999)) == timing.BLOCKS
+
+
+@pytest.mark.parametrize(("log", "code", "killed"), [("return code = -9", 247, True), ("return code = -91", 1, False)])
+def test_why_a_run_ended(log, code, killed):
+    """By the system, for memory, or with an exit code."""
+    assert ("memory" in ranks.reason(log, code)) == killed
+
+
+@pytest.mark.parametrize(("cuda", "hip", "way"), [("13.0", None, "spawn"), (None, "7.1", "spawn"), (None, None, None)])
+def test_no_process_is_forked_where_torch_knows_gpus(monkeypatch, cuda, hip, way):
+    """What the fork server imports asks whether there is a GPU, and CUDA cannot be used in a fork after that."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert apart.way_to_start().get_start_method() == (way or "forkserver")
+    if cuda:
+        loaded = "'hdpissa.engine.sharding.zero3' in __import__('sys').modules"
+        assert apart.call(eval, loaded) is False
+
+
+def test_a_script_that_fails_or_hangs_is_named(tmp_path, monkeypatch):
+    """An earlier result of its is no result."""
+    for name, text in {"bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.json").write_text("{}")
+    files = [suite.HERE / step.script for step in suite.STEPS]
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "LIMIT", 1)
+    for name, code in (("bad", 3), ("slow", 124)):
+        assert f"exit code {code}" in suite.run(suite.Step(name, f"{name}.py"), tmp_path)[0]
+        assert not (tmp_path / f"{name}.json").exists()
+    assert all(file.is_file() for file in files)

@@ -20,7 +20,7 @@ from hdpissa.benchmarks.step import plain_engine
 from hdpissa.engine.method import layer
 from hdpissa.engine.optim import factors
 
-ROOT = Path(plain_engine.__file__).parent.parent
+ROOT = Path(plain_engine.__file__).parents[2]
 OURS = tuple(str(ROOT / folder) for folder in ("engine", "kernels"))
 STEPS, SLICES = 3, 2
 

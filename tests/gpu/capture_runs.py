@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -17,40 +17,42 @@ import triton
 from spilling_kernel import spilling
 
 from hdpissa.benchmarks.kernel_timing.launch_capture import Launch, capture
-from hdpissa.benchmarks.step import plain_engine, whole_step
+from hdpissa.benchmarks.step import method_models, plain_engine
 from hdpissa.kernels import api, low_rank_grad_A
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a step is captured of: a shape, and more of the config's `hd_pissa`."""
+    """What a step is captured of: a Llama's sizes, tokens of a micro-batch, and more of the config's `hd_pissa`."""
 
-    work: whole_step.Work
+    # a quarter of a Llama-2-7B's widths: they divide by what its own divide by, and the blocks are the same
+    sizes: method_models.Sizes = (1024, 2752, 1, 8, 8, 512, False)
+    length: int = 2048
     dtype: torch.dtype = torch.bfloat16
+    r: int = 16
+    slices: int = 2
     section: dict[str, Any] = field(default_factory=dict)
 
 
-# A quarter of a Llama-2-7B's widths: they divide by what its own divide by, and the blocks are the same.
-QUARTER = whole_step.Work(hidden=1024, intermediate=2752, layers=1, heads=8, vocabulary=512, slices=2)
-ODD = replace(QUARTER, hidden=576, intermediate=1536, heads=9, length=1001)
 CASES = {
-    "shipped": Case(QUARTER),
-    "dense": Case(QUARTER, section={"delta": {"exchange": "dense"}}),
-    "fused": Case(QUARTER, section={"kernels": {"linear": "fused"}}),
-    "fp32": Case(replace(QUARTER, length=512), torch.float32),
-    "odd": Case(ODD, section={"delta": {"dtype": "bf16", "precision": "tf32"}}),
-    "r32": Case(replace(QUARTER, r=32)),
-    "r128": Case(replace(QUARTER, r=128)),
-    "7b": Case(replace(QUARTER, hidden=4096, intermediate=11008, heads=32, slices=8)),
+    "shipped": Case(),
+    "dense": Case(section={"delta": {"exchange": "dense"}}),
+    "fused": Case(section={"kernels": {"linear": "fused"}}),
+    "fp32": Case(length=512, dtype=torch.float32),
+    "odd": Case((576, 1536, 1, 9, 9, 512, False), 1001, section={"delta": {"dtype": "bf16", "precision": "tf32"}}),
+    "r32": Case(r=32),
+    "r128": Case(r=128),
+    "7b": Case((4096, 11008, 1, 32, 32, 512, False), slices=8),
 }
 
 
 def step(case: Case) -> list[Launch]:
     """Two micro-batches, so that Linears which share an input are found, and the optimizer's phases."""
-    model = whole_step.llama(case.work, torch.device("cpu"), case.dtype)
-    ids = torch.arange(case.work.length)[None] % case.work.vocabulary
+    model = method_models.random_model(method_models.llama_config(case.sizes), case.dtype, torch.device("cpu"))
+    model.enable_input_require_grads()
+    ids = torch.arange(case.length)[None] % case.sizes[5]
     with capture() as launches:
-        optimizer = plain_engine.attach(model, r=case.work.r, slices=case.work.slices, **case.section)
+        optimizer = plain_engine.attach(model, r=case.r, slices=case.slices, **case.section)
         for index in range(2):
             optimizer.store.active.index = index
             model(input_ids=ids, labels=ids).loss.backward()

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from hdpissa.benchmarks.kernel_timing import aot_table
+from hdpissa.benchmarks.kernel_timing import aot_table, time_kernels
 from hdpissa.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "aot_table.py"
+SCRIPT = ROOT / "benchmarks" / "kernel_timing" / "aot_table.py"
 CONTROL = ROOT / "tests" / "gpu" / "spilling_kernel.py"
 STEMS = aot_table.kernel_stems()
 
@@ -36,12 +36,7 @@ def compiled(tmp_path_factory, request):
     )
     assert done.returncode == 0, done.stderr
     content = json.loads((folder / "aot.json").read_text())
-    rows, told = content["rows"], content["configuration"]
-    assert told == {
-        "kernels": [*STEMS, CONTROL.name],
-        "targets": list(aot_table.TARGETS),
-        "sample": request.param == "sample",
-    }
+    rows = content["rows"]
     return [r for r in rows if r["module"] in STEMS], [r for r in rows if r["module"] == str(CONTROL)]
 
 
@@ -87,4 +82,4 @@ def test_one_stem_four_places(stem):
         arguments
     )
     assert (ROOT / "tests" / "kernel_tests" / f"test_kernel_{stem}.py").is_file()
-    assert (ROOT / "benchmarks" / f"bench_{stem}.py").is_file()
+    assert stem in time_kernels.KERNELS

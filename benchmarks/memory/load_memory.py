@@ -1,6 +1,6 @@
 """How much memory does a rank need to load a model of several GB, and how long does it take?
 
-    python benchmarks/startup/load_memory.py [--gigabytes 3] [--ranks 2 4] [--model_folder KEPT]
+    python benchmarks/memory/load_memory.py [--gigabytes 3] [--ranks 2 4] [--model_folder KEPT]
 
 The model is a Llama of random bf16 weights in several safetensors files. It is loaded under ZeRO-3 in two ways: each
 rank reads the rows of its own shards, as this project does, or rank 0 reads everything and broadcasts, which is
@@ -10,7 +10,6 @@ bytes over the ranks, the largest tensor, and 600 MB for the process itself.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hdpissa.benchmarks.common import ranks, timing
-from hdpissa.benchmarks.memory.memory import Peak
+from hdpissa.benchmarks.memory.peak import Peak
 
 LAYER: dict[str, Any] = {
     "hidden_size": 2048,
@@ -54,7 +53,7 @@ def load(folder: str, path: str) -> dict[str, Any]:
 
     from hdpissa.engine.sharding import sharded_load, zero3
 
-    zero3.init_distributed()
+    count = dist.get_world_size()
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
     dist.barrier()
     start = time.perf_counter()
@@ -62,55 +61,41 @@ def load(folder: str, path: str) -> dict[str, Any]:
         model = zero3.load_pretrained(folder, config, loader=AutoModelForCausalLM)
     took = time.perf_counter() - start
     sizes = [2 * zero3.full_numel(p) for p in model.parameters()]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (peak.bytes / 1e6, took))
-    row = {
-        "ranks": dist.get_world_size(),
+    return {
+        "ranks": count,
         "path": path,
         "model MB": sum(sizes) / 1e6,
         "largest tensor MB": max(sizes) / 1e6,
-        "peak MB": max(megabytes for megabytes, _ in found),
-        "peak of each rank MB": [megabytes for megabytes, _ in found],
-        "bound MB": (sum(sizes) / dist.get_world_size() + max(sizes) + PROCESS_BYTES) / 1e6,
-        "seconds": max(seconds for _, seconds in found),
+        "peak MB": peak.bytes / 1e6,
+        "bound MB": (sum(sizes) / count + max(sizes) + PROCESS_BYTES) / 1e6,
+        "seconds": took,
     }
-    zero3.shut_down()
-    return row
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def largest(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all ranks': the most memory, the longest time."""
+    most = {column: max(row[column] for row in found) for column in ("peak MB", "seconds")}
+    return found[0] | most | {"peak of each rank MB": [row["peak MB"] for row in found]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = timing.Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model_folder", help="where the model is kept; default: written anew, and removed")
-    parser.add_argument("--path", choices=(OWN, WHOLE), help="set by the script itself, for the ranks")
-    ranks.add_options(parser)
-    timing.add_result_options(parser)
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
-    if args.out:
-        ranks.answer(args.out, load(args.model_folder, args.path))
-        return
-    name, configuration = timing.result_of("load_memory", args)
-    rows = []
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as own:
         folder = args.model_folder or own
         write_model(Path(folder), args.gigabytes)
-        for count in args.ranks:
-            for path in (OWN, WHOLE):
-                rows.append(ranks.launch(__file__, count, "--model_folder", folder, "--path", path))
-                print(rows[-1], flush=True)
+        ways = [(count, path) for count in args.ranks for path in (OWN, WHOLE)]
+        rows = [largest(ranks.launch(load, count, folder=folder, path=path)) for count, path in ways]
     within = all(row["peak MB"] <= row["bound MB"] for row in rows if row["path"] == OWN)
     headline = (
         f"{rows[0]['model MB'] / 1e3:.1f} GB on {rows[0]['ranks']} ranks: {rows[0]['peak MB']:.0f} MB and "
         f"{rows[0]['seconds']:.1f} s by own rows, {rows[1]['peak MB']:.0f} MB and {rows[1]['seconds']:.1f} s by rank 0"
     )
     note = f"Peak of the rank that needs most. By own rows it is {'within' if within else 'ABOVE'} the bound."
-    kept: dict[str, Any] = {"identity": ("ranks", "path"), "configuration": configuration, "headline": headline}
-    timing.write(name, rows, COLUMNS, note, folder=args.folder, **kept)
+    timing.write("load_memory", args, rows, COLUMNS, note, identity=("ranks", "path"), headline=headline)
 
 
 if __name__ == "__main__":
