@@ -54,7 +54,7 @@ DEATHS = {
     "step.forward:0:2:KILL": (2, "rank 0 on {host} ended early (killed, or"),
     "apply.weight:1:2:RAISE:7": (2, "rank 1 on {host} failed in step 2, apply (RuntimeError: HDPISSA_FAULT"),
     "alone.metrics:0:2:RAISE": (3, "rank 0 on {host} failed in step 2, alone: metrics (RuntimeError"),
-    "alone.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: record, before the first step (OSError"),
+    "alone.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: record, before the first step ("),
     "alone.card:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, alone: card (RuntimeError"),
 }
 
