@@ -16,10 +16,15 @@ import os
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.distributed.launcher import speaking_rank
 from hdpissa.engine.errors import ConfigError, LostError, StopError
+
+if TYPE_CHECKING:
+    from hdpissa.launch.training.results import RunEnds
+    from hdpissa.launch.training.rows import Rows
+    from hdpissa.launch.training.script_arguments import Arguments, ScriptArguments
 
 PREEMPTED, STOPPED = 143, 1
 PATIENCE_S, GRACE_S = 15.0, 3.0
@@ -59,14 +64,15 @@ def main(argv: list[str] | None = None) -> bool:
     return not trainer.preempted
 
 
-def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any], model: Any) -> Any:
+def make_trainer(arguments: Arguments, rows: Rows, tokenizer: Any, callbacks: list[Any], model: Any) -> Any:
     """The trainer of `--trainer`; what TRL refuses is the user's mistake."""
     from hdpissa.launch.training import checks as run_checks
 
     args, script = arguments.training, arguments.script
     if isinstance(model, str):
         named = {"revision": script.model_revision, "attn_implementation": script.attn_implementation}
-        args.model_init_kwargs = {k: v for k, v in named.items() if v} | (args.model_init_kwargs or {})
+        given: Any = args.model_init_kwargs or {}
+        args.model_init_kwargs = {k: v for k, v in named.items() if v} | given
     more = {"reward_funcs": rewards(script)} if arguments.kind == "grpo" else {}
     try:
         return run_checks.trainer_class(arguments.kind)(
@@ -82,7 +88,7 @@ def make_trainer(arguments: Any, rows: Any, tokenizer: Any, callbacks: list[Any]
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def callbacks(arguments: Any, ends: Any) -> list[Any]:
+def callbacks(arguments: Arguments, ends: RunEnds) -> list[Any]:
     """What happens at the ends of the run, its pictures, and early stopping where it is asked for."""
     from transformers import EarlyStoppingCallback
 
@@ -92,7 +98,7 @@ def callbacks(arguments: Any, ends: Any) -> list[Any]:
     return [ends, RunPictures(ends), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
-def rewards(script: Any) -> list[Any]:
+def rewards(script: ScriptArguments) -> list[Any]:
     """GRPO's reward functions and model; raises ConfigError for a name that is none."""
     import importlib
 
@@ -116,7 +122,7 @@ def rewards(script: Any) -> list[Any]:
     return found
 
 
-def preview(trainer: Any, rows: Any, tokenizer: Any, count: int, rank: int) -> None:
+def preview(trainer: Any, rows: Rows, tokenizer: Any, count: int, rank: int) -> None:
     """The first rows in the order of training, as the model would see them."""
     from hdpissa.launch.training.alpaca import show_rows
 

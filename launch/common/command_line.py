@@ -80,7 +80,7 @@ def _hint(name: str, options: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else "see --help"
 
 
-def at_least(args: Any, limit: int, *names: str) -> None:
+def at_least(args: object, limit: int, *names: str) -> None:
     """Raises ConfigError for the first option of these that is smaller, or not a number; None is none given."""
     for name in names:
         value = getattr(args, name)
@@ -89,13 +89,13 @@ def at_least(args: Any, limit: int, *names: str) -> None:
             raise ConfigError(f"--{name} is {value}: {rule}")
 
 
-def one_of(args: Any, name: str, valid: Iterable[str]) -> None:
+def one_of(args: object, name: str, valid: Iterable[str]) -> None:
     """Raises ConfigError for an option that has none of these values."""
     if getattr(args, name) not in valid:
         raise ConfigError(f"--{name} is {getattr(args, name)}: must be one of {', '.join(valid)}")
 
 
-def check_paths(args: Any, *names: str) -> None:
+def check_paths(args: object, *names: str) -> None:
     """Expands ~, which a shell leaves in --name=~/x, and YAML everywhere.
 
     Raises:

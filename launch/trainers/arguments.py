@@ -78,7 +78,7 @@ class HDPissaArguments:
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(HDPissaArguments)}
 
 
-def option(args: Any, name: str) -> Any:
+def option(args: TrainingArguments, name: str) -> Any:
     """An option of ours, from arguments that may be stock ones."""
     return getattr(args, name, DEFAULTS[name])
 

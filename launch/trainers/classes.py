@@ -8,7 +8,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from hdpissa.engine import consensus
@@ -29,7 +29,7 @@ class HDPissaTrainer(HDPissaMixin, Trainer):
 class HDPissaSFTTrainer(HDPissaMixin, SFTTrainer):
     """`trl.SFTTrainer` with HD-PiSSA."""
 
-    def _check(self, args: Any) -> None:
+    def _check(self, args: TrainingArguments) -> None:
         if option(args, "cross_entropy") == "chunked":
             _refuse_head(self.run_config.section.target_modules, 'set cross_entropy to "model", or leave it out')
 
@@ -67,7 +67,7 @@ class _OwnReference:
 class HDPissaDPOTrainer(_OwnReference, HDPissaMixin, DPOTrainer):
     """`trl.DPOTrainer` with HD-PiSSA."""
 
-    def _check(self, args: Any) -> None:
+    def _check(self, args: TrainingArguments) -> None:
         _refuse_head(self.run_config.section.target_modules, "leave it out")
 
 
@@ -76,7 +76,7 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):  # type: ignore[misc]  # th
 
     slice_order = False
 
-    def _check(self, args: Any) -> None:
+    def _check(self, args: TrainingArguments) -> None:
         _refuse_head(self.run_config.section.target_modules, "leave it out")
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):  # type: ignore[misc]  # th
 class HDPissaKTOTrainer(_OwnReference, HDPissaMixin, KTOTrainer):
     """`trl.KTOTrainer` with HD-PiSSA. Its KL is a mean over what all ranks compute at a time."""
 
-    def _check(self, args: Any) -> None:
+    def _check(self, args: TrainingArguments) -> None:
         _refuse_head(self.run_config.section.target_modules, "leave it out")
 
 

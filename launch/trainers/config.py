@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import HDPissaConfig
@@ -34,7 +35,7 @@ class RunConfig:
     plan: SlicePlan
 
 
-def read(args: Any, defaults: dict[str, Any]) -> RunConfig:
+def read(args: TrainingArguments, defaults: dict[str, Any]) -> RunConfig:
     """Reads and checks the JSON of `TrainingArguments(deepspeed=…)`.
 
     Args:
@@ -88,7 +89,7 @@ def _without_weights(name: str, kwargs: dict[str, Any]) -> Any:
         return kind(config)
 
 
-def _train_values(args: Any) -> ds_config.TrainValues:
+def _train_values(args: TrainingArguments) -> ds_config.TrainValues:
     return ds_config.TrainValues(
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -100,7 +101,7 @@ def _train_values(args: Any) -> ds_config.TrainValues:
     )
 
 
-def _with_adam(section: dict[str, Any], raw: dict[str, Any], args: Any) -> dict[str, Any]:
+def _with_adam(section: dict[str, Any], raw: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
     """The section with `adam_beta1`, `adam_beta2`, `adam_epsilon` where the JSON is silent."""
     params = (raw.get("optimizer") or {}).get("params") or {}
     silent = [key for key in ("betas", "eps") if params.get(key, "auto") == "auto"]
@@ -109,9 +110,9 @@ def _with_adam(section: dict[str, Any], raw: dict[str, Any], args: Any) -> dict[
     return {**section, "adam": adam} if adam else section
 
 
-def _refuse(args: Any) -> None:
+def _refuse(args: TrainingArguments) -> None:
     """What would be ignored, or break the order or the count of a slice's rows."""
-    accelerator = args.accelerator_config
+    accelerator: Any = args.accelerator_config  # an AcceleratorConfig once the arguments are made
     by_length = getattr(args, "train_sampling_strategy", "random") == "group_by_length"
     said = {
         "fp16": (args.fp16, "slice gradients would carry its loss scale; use bf16"),
@@ -137,9 +138,10 @@ def _refuse(args: Any) -> None:
         "train_sampling_strategy": (by_length and "group_by_length", "the order of a slice's rows is fixed"),
     }
     found = [f"{name} is {value}: must be off, because {why}" for name, (value, why) in said.items() if value]
-    if not str(args.optim.value if hasattr(args.optim, "value") else args.optim).startswith("adamw"):
+    if not str(getattr(args.optim, "value", args.optim)).startswith("adamw"):
         found.append(f"optim is {args.optim}: must be adamw_torch, because slices have their own Adam")
     if args.push_to_hub and args.hub_strategy != "end":
-        found.append(f"hub_strategy is {args.hub_strategy.value}: must be end, because checkpoints are not pushed")
+        strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+        found.append(f"hub_strategy is {strategy}: must be end, because checkpoints are not pushed")
     if found:
         raise ConfigError("; ".join(found))

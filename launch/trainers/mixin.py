@@ -29,7 +29,7 @@ import torch.distributed as dist
 from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hdpissa.engine import HDPissaEngine, StepResult, initialize
@@ -122,23 +122,24 @@ class HDPissaMixin(_Base):
         for callback in (self._signals, self.run_record, SliceGuard(self)):
             self.add_callback(callback)
 
-    def _check(self, args: Any) -> None:
+    def _check(self, args: TrainingArguments) -> None:
         """What a class cannot train, before a weight is read; raises ConfigError."""
 
-    def _check_rows(self, args: Any, dataset: Any) -> None:
+    def _check_rows(self, args: TrainingArguments, dataset: Any) -> None:
         """Raises ConfigError for fewer rows than a step takes; where they are packed their number shows later."""
         if self.slice_order and hasattr(dataset, "__len__") and not getattr(args, "packing", False):
             plan, micro = self.run_config.plan, args.per_device_train_batch_size
             SliceSampler(len(dataset), SliceOrder(plan, args.gradient_accumulation_steps, micro), None)
 
     @contextlib.contextmanager
-    def _sharded_loading(self, model: Any, args: Any) -> Iterator[None]:
+    def _sharded_loading(self, model: Any, args: TrainingArguments) -> Iterator[None]:
         """A model that TRL loads by name is read in shards, in the dtype that the run computes in."""
         if not isinstance(model, str):
             yield
             return
         dtype = "bfloat16" if args.bf16 else "float32"
-        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": dtype}
+        of_trl: Any = args  # whose configs alone have it, as its trainers alone take names
+        of_trl.model_init_kwargs = {**(of_trl.model_init_kwargs or {}), "dtype": dtype}
         with reading_own_rows(self.new_modules):
             yield
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import trainers
@@ -19,6 +19,9 @@ from hdpissa.launch.common.hub_errors import explain, reason
 from hdpissa.launch.training import model_checks
 from hdpissa.launch.training.results import wanted_exports
 from hdpissa.launch.training.script_arguments import Arguments
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 AUTO = ("auto", "true", "True", True)
 
@@ -46,7 +49,7 @@ def check(arguments: Arguments) -> Any:
 def check_output_dir(arguments: Arguments) -> None:
     """Refuses a folder that holds another run, or a model that no export wrote."""
     script, args = arguments.script, arguments.training
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"--output_dir {folder}: {there} is a file; give a folder")
@@ -82,7 +85,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
     from hdpissa.engine.optim import modules_to_save
 
     script, trust = arguments.script, arguments.training.trust_remote_code
-    name, more = str(script.model_name_or_path), {"trust_remote_code": trust}
+    name, more = str(script.model_name_or_path), dict[str, Any](trust_remote_code=trust)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
     model_checks.check_folder(name)
@@ -105,7 +108,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _without_zero_init(training: Any) -> Iterator[None]:
+def _without_zero_init(training: TrainingArguments) -> Iterator[None]:
     """TrainingArguments have every model shard itself as it is made; one that is only looked at has no weights."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 

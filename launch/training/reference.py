@@ -16,6 +16,7 @@ from hdpissa.launch.planning.arguments import PlanArguments, make_run
 from hdpissa.launch.planning.hardware import GIB, GPUS, Cluster
 from hdpissa.launch.planning.memory import memory
 from hdpissa.launch.planning.run import Run
+from hdpissa.launch.trainers.arguments import HDPissaDPOConfig
 from hdpissa.launch.training.script_arguments import Arguments
 
 LENGTH = 1024  # planned of rows that are not cut
@@ -37,10 +38,11 @@ def choose(arguments: Arguments, rows: Any, nbytes: int | None) -> str:
         nbytes: of the smallest GPU; None, on CPUs, changes nothing.
     """
     training = arguments.training
-    left_open = "precompute_ref_log_probs" not in arguments.given and not training.sync_ref_model
-    if nbytes is None or arguments.kind != "dpo" or not left_open or not hasattr(rows, "__len__"):
+    if nbytes is None or not isinstance(training, HDPissaDPOConfig) or not hasattr(rows, "__len__"):
         return ""
-    run = planned(arguments)
+    if training.sync_ref_model or "precompute_ref_log_probs" in arguments.given:
+        return ""
+    run = planned(arguments.script.model_name_or_path, training)
     if run.placement.hpz > 1:
         why = "hpZ allows no second model"
     elif (peak := memory(run).peak) > nbytes:
@@ -51,20 +53,20 @@ def choose(arguments: Arguments, rows: Any, nbytes: int | None) -> str:
     return f"{why}: its log-probabilities are computed before training (--precompute_ref_log_probs)"
 
 
-def planned(arguments: Arguments) -> Run:
+def planned(model: str | None, training: HDPissaDPOConfig) -> Run:
     """The plan's view of a run of DPO that holds its reference."""
-    training = arguments.training
     world = training.world_size
     args = PlanArguments(
-        model_name_or_path=str(arguments.script.model_name_or_path),
+        model_name_or_path=str(model),
         trainer="dpo",
         gpus=world,
         max_length=training.max_length or LENGTH,
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=training.bf16,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
+        bf16=bool(training.bf16),
         trust_remote_code=training.trust_remote_code,
     )
     any_gpu = next(iter(GPUS.values()))  # the bytes that a run needs do not depend on it
+    assert isinstance(training.deepspeed, dict)  # the script has read it
     return make_run(args, training.deepspeed, {}, frozenset(), Cluster(any_gpu, world, world))

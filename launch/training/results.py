@@ -42,7 +42,7 @@ class RunEnds(TrainerCallback):
 
     def __init__(self, arguments: Arguments, rows: Rows, tokenizer: Any) -> None:
         self._arguments, self._rows, self._tokenizer = arguments, rows, tokenizer
-        self._folder = Path(arguments.training.output_dir)
+        self._folder = Path(str(arguments.training.output_dir))
 
     def description(self) -> dict[str, Any]:
         """For run.json, checkpoints and cards: what was trained from what, and how a prompt is put."""

@@ -128,7 +128,7 @@ def instruction_columns(rows: Any, arguments: Arguments) -> dict[str, str]:
         return {"prompt": prompt, "response": response} | (
             {} if given or "input" not in columns else {"input": "input"}
         )
-    if given or not {*OF_TRL, arguments.training.dataset_text_field} & set(columns):
+    if given or not {*OF_TRL, _text_column(arguments)} & set(columns):
         missing = prompt if prompt not in columns else script.response_field or "response"
         raise ConfigError(
             f"column {missing!r} is not in the dataset, whose columns are {', '.join(columns)}; set --prompt_field and "
@@ -137,10 +137,16 @@ def instruction_columns(rows: Any, arguments: Arguments) -> dict[str, str]:
     return {}
 
 
+def _text_column(arguments: Arguments) -> str:
+    """The column of plain text, which SFTConfig names."""
+    training = arguments.training
+    return training.dataset_text_field if isinstance(training, trl.SFTConfig) else "text"
+
+
 def _refuse_columns(rows: Any, arguments: Arguments) -> None:
     """Raises ConfigError for rows that TRL's trainer would stumble over."""
     columns, kind = _columns(rows), arguments.kind
-    texts = ((arguments.training.dataset_text_field,),) if kind == "sft" else ()
+    texts = ((_text_column(arguments),),) if kind == "sft" else ()
     choices = (*NEEDED[kind], *texts)
     if not any(set(choice) <= set(columns) for choice in choices):
         wanted = "; or ".join(" and ".join(choice) for choice in choices)
@@ -158,7 +164,7 @@ def _mapped(rows: Any, arguments: Arguments, tokenizer: Any, template: PromptTem
     encoder = AlpacaEncoder(
         tokenizer,
         template,
-        learn_prompt=arguments.training.completion_only_loss is False,
+        learn_prompt=getattr(arguments.training, "completion_only_loss", None) is False,
         **instruction_columns(rows, arguments),
     )
     with arguments.training.main_process_first(desc="tokenising"):

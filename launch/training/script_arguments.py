@@ -25,6 +25,13 @@ from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import trainers
 from hdpissa.launch.common import shipped_configs
 from hdpissa.launch.common.section_flags import SectionArguments, section_of
+from hdpissa.launch.trainers.arguments import (
+    HDPissaDPOConfig,
+    HDPissaGRPOConfig,
+    HDPissaKTOConfig,
+    HDPissaRewardConfig,
+    HDPissaSFTConfig,
+)
 
 Kind = Literal["sft", "dpo", "grpo", "kto", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -105,7 +112,7 @@ class Arguments:
     """A command line: of the script, of the trainer, of the data mixture; `given`: options that the user set."""
 
     script: ScriptArguments
-    training: Any
+    training: HDPissaSFTConfig | HDPissaDPOConfig | HDPissaGRPOConfig | HDPissaKTOConfig | HDPissaRewardConfig
     mixture: trl.DatasetMixtureConfig
     given: frozenset[str]
 

@@ -69,7 +69,9 @@ def reference_choices(argv: list[str], cache: str) -> list[bool]:
     def choose(less: int | None, *more: str, rows: Any = ()) -> None:
         arguments = script_arguments.parse([*argv, *more])
         with run_checks._without_zero_init(arguments.training):
-            enough = plan_memory.memory(plan_reference.planned(arguments)).peak
+            enough = plan_memory.memory(
+                plan_reference.planned(arguments.script.model_name_or_path, arguments.training)
+            ).peak
             told = plan_reference.choose(arguments, rows, None if less is None else enough - less)
         assert bool(told) == (arguments.training.precompute_ref_log_probs and len(more) == 0)
         found.append(arguments.training.precompute_ref_log_probs)
