@@ -245,8 +245,8 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
 
     A concrete value in the JSON wins over a default of ours. If `train_batch_size` is concrete and
     nobody fixed the accumulation, the accumulation follows from it. Sizes that depend on the model stay
-    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ` is what was found elsewhere that
-    JSON and command line say differently (`overrides.merge`), to be told with the rest.
+    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ`: what the caller has found that
+    JSON and command line say differently, to be told with the rest.
 
     Raises ConfigError: one line with all values that are invalid, and all that the JSON and an
     argument given by the user set differently.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.common import command_line, help_pages, shipped_configs
 from hdpissa.launch.common.command_line import option
-from hdpissa.launch.common.section_flags import SectionArguments, section_of
+from hdpissa.launch.common.section_flags import SectionArguments, merge, section_of
 from hdpissa.launch.planning.objective import TRAINERS, Objective
 
 if TYPE_CHECKING:  # --help and most mistakes need no torch
@@ -126,11 +126,11 @@ def make_run(
     args: PlanArguments, content: dict[str, Any], flags: dict[str, Any], given: frozenset[str], cluster: Cluster
 ) -> Run:
     """The same from a DeepSpeed JSON that has been read; `args` has no None."""
-    from hdpissa.engine.config import ds_config, leaf_modules, overrides
+    from hdpissa.engine.config import ds_config, leaf_modules
     from hdpissa.launch.planning.gathers import Policy
     from hdpissa.launch.planning.run import Batch, Placement, Run
 
-    merged, differ = overrides.merge(content, flags, {})
+    merged, differ = merge(content, flags, {})
     raw, section = ds_config.split_section(merged)
     ds_config.check_ds_config(raw)
     said = _place_weights(raw, args, given, differ)

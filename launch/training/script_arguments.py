@@ -19,12 +19,12 @@ import torch
 import trl
 import yaml
 
-from hdpissa.engine.config import ds_config, overrides
+from hdpissa.engine.config import ds_config
 from hdpissa.engine.distributed.launcher import read_launch
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import trainers
 from hdpissa.launch.common import shipped_configs
-from hdpissa.launch.common.section_flags import SectionArguments, section_of
+from hdpissa.launch.common.section_flags import ADAM, SectionArguments, merge, section_of
 from hdpissa.launch.trainers.arguments import (
     HDPissaDPOConfig,
     HDPissaGRPOConfig,
@@ -250,8 +250,8 @@ def _kind(words: list[str]) -> str:
 def _agree(values: dict[str, Any], given: set[str]) -> None:
     """Puts the flags of `hd_pissa` into the JSON, and what the JSON says in place of defaults."""
     raw = shipped_configs.read(shipped_configs.locate(values["deepspeed"]))
-    adam = {name: values[name] for name in overrides.ADAM if name in given}
-    merged, differ = overrides.merge(raw, section_of(values), adam)
+    adam = {name: values[name] for name in ADAM if name in given}
+    merged, differ = merge(raw, section_of(values), adam)
     rest, _ = ds_config.split_section(merged)
     ds_config.check_ds_config(rest)
     said = {name: values[name] for name in ds_config.AGREED}
