@@ -43,8 +43,7 @@ class Step:
 
 
 STEPS = (
-    Step("cpu_layers_fp32_2_layers", "step/cpu_layers.py", ("--dtype", "fp32", "--layers", "2", "--rounds", "3")),
-    Step("init", "startup/init.py", ("--layers", "2")),
+    Step("svd_weights", "startup/svd_methods.py", ("--model", "--layers", "2", "--ranks", "128")),
     Step("svd_methods", "startup/svd_methods.py", ("--largest", "1024", "--ranks", "128")),
     Step("checkpoint", "memory/checkpoint.py", ("--slices", "2", "--rounds", "1")),
     Step(

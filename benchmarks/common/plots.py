@@ -1,4 +1,4 @@
-"""The look of all pictures; colours, markers and names of the methods in them.
+"""The look of all pictures.
 
 Every axis has a label with its unit; nobody has to tell two lines apart by colour alone.
 """
@@ -13,21 +13,6 @@ from typing import Any
 # Okabe and Ito's palette: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 LOOK = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-STYLES = {
-    "hd_pissa": (BLUE, "o"),
-    "lora": (ORANGE, "s"),
-    "pissa": (GREEN, "^"),
-    "full": (RED, "D"),
-    "frozen": (GREY, "x"),
-    "reference": (PINK, "v"),
-}
-LABELS = {"hd_pissa": "HD-PiSSA", "lora": "LoRA", "pissa": "PiSSA", "full": "full fine-tuning"}
-
-
-def line(method: str) -> dict[str, Any]:
-    """Keyword arguments of `plot` for a method."""
-    colour, marker = STYLES[method]
-    return {"color": colour, "marker": marker, "label": LABELS.get(method, method), "markersize": 5}
 
 
 @contextmanager

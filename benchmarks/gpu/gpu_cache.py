@@ -142,7 +142,7 @@ def kernels() -> None:
     import torch
 
     from hdpissa.benchmarks.common import timing
-    from hdpissa.benchmarks.kernel_timing import shapes, time_kernels
+    from hdpissa.benchmarks.kernel_timing import time_kernels
     from hdpissa.benchmarks.kernel_timing.launch_capture import capture
 
     def once(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -155,7 +155,7 @@ def kernels() -> None:
         return x.new_empty(len(x), len(W))
 
     # where blocks do not depend on sizes, small ones that divide as those do: the same kernels
-    small = (shapes.Shape("small", 1024, 1024),)
+    small = (time_kernels.Shape("small", 1024, 1024),)
     sizes = replace(time_kernels.Sizes(), weights=small, shard=2**20, factors=(2**20,), draw=torch.zeros)
     here: dict[str, Any] = {"need_gpu": lambda: torch.device("cpu"), "copy_bandwidth": lambda: 1.0, "medians": once}
     with mock.patch.multiple(timing, **here), mock.patch("torch.nn.functional.linear", product), capture():

@@ -11,8 +11,8 @@ Does it run, is it right, is it bound by the host? In this order, with the secon
     svd           35   the decomposition of three shapes, beside torch's
     memcheck      60   compute-sanitizer over one launch of every kernel
 
-Only by name, each a call of its own: `linear` (layers of two Llamas), `throughput-MODEL` (all methods through the
-launcher, for each of four models), `reference` (the published algorithm's step, in three layers of a 7B model).
+Only by name, each a call of its own: `throughput-MODEL` (all methods through the launcher, for each of four models) and
+`reference` (the published algorithm's step, in three layers of a 7B model).
 
 A phase has a time limit, and the next one goes on when it has failed; the exit code is 1 if one has. Its rows are in
 `benchmarks/results/gpu/rows.jsonl`, or in the folder that OUT names, as soon as they are measured (gpu_rows.py), beside
@@ -104,7 +104,6 @@ PHASES = (
     Phase("memcheck", ("kernel_timing/memcheck_run.py",), 90, NO_POOL, INTERPRETED, MEMCHECK),
 )
 BY_NAME = (
-    Phase("linear", ("kernel_timing/linear_layers.py",), 180, dry_env=INTERPRETED),
     *(
         Phase(f"throughput-{model}", ("step/throughput.py", "--model", model, *ONE_GPU), 1800, dry=ONE_CPU)
         for model in ("smollm2-135m", "0.5b", "1.5b", "llama-2-7b")

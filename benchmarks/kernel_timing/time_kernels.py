@@ -13,20 +13,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hdpissa.benchmarks.common import timing
 from hdpissa.benchmarks.gpu import gpu_rows
-from hdpissa.benchmarks.kernel_timing.shapes import LLAMA_2_7B, LLAMA_3_70B, Shape, distinct, groups
 from hdpissa.engine.errors import ConfigError
 from hdpissa.kernels import api, reference
 
 R = 16  # of the update's kernels
 FP32, BF16 = torch.float32, torch.bfloat16
 Works = dict[str, Callable[[], Any]]
+
+
+class Shape(NamedTuple):
+    """A Linear's weight: rows = out_features, cols = in_features."""
+
+    name: str
+    rows: int
+    cols: int
+
+
+# Every size that a Linear of these two has, under the name of the first one.
+SHAPES = (
+    Shape("llama-2-7b q", 4096, 4096), Shape("llama-2-7b gate", 11008, 4096), Shape("llama-2-7b down", 4096, 11008),
+    Shape("llama-3-70b q", 8192, 8192), Shape("llama-3-70b k", 1024, 8192), Shape("llama-3-70b gate", 28672, 8192),
+    Shape("llama-3-70b down", 8192, 28672),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +55,8 @@ class Sizes:
         draw: makes the operands; `torch.zeros` where only the launches matter.
     """
 
-    layers: tuple[Shape, ...] = (*distinct(LLAMA_2_7B), *distinct(LLAMA_3_70B))
-    weights: tuple[Shape, ...] = layers
+    layers: tuple[Shape, ...] = SHAPES
+    weights: tuple[Shape, ...] = SHAPES
     tokens: int = 8192
     ranks: tuple[int, ...] = (16, 64)
     slices: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -54,8 +69,7 @@ class Sizes:
         return self.draw(*size, device=timing.need_gpu(), dtype=dtype)
 
 
-_TINY_SHAPE = (groups("tiny", 48, 64, 48)[2].members[0],)
-TINY = Sizes(_TINY_SHAPE, _TINY_SHAPE, 32, (16,), (1,), 300, (300,))
+TINY = Sizes((Shape("tiny gate", 64, 48),), (Shape("tiny gate", 64, 48),), 32, (16,), (1,), 300, (300,))
 
 
 @dataclass(frozen=True)

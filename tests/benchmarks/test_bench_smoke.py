@@ -91,15 +91,13 @@ def test_export_memory(bench, tmp_path):
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_init(bench, model):
+def test_svd_of_a_models_weights(bench, model):
     """Every target once, errors against LAPACK; more directions than a target has are refused."""
-    rows = bench("startup.init", "init", "--model_name_or_path", model, "--r", 2, "--slices", 2)
-    [every] = [row for row in rows if row.get("shape") == "all"]
-    assert every["matrices"] == 14 == sum("matrix" in row for row in rows)
-    assert every["σ error"] <= 1e-12
-    assert every["slice angle"] <= 1e-6
+    rows = bench("startup.svd_methods", "svd_weights", "--model", model, "--ranks", 4)
+    assert len({row["spectrum"] for row in rows}) == len(rows) == 14
+    assert all(row["auto σ error"] <= 1e-12 for row in rows)
     with pytest.raises(ConfigError):
-        bench("startup.init", "init", "--model_name_or_path", model, "--r", 99)
+        bench("startup.svd_methods", "svd_weights", "--model", model, "--ranks", 99)
 
 
 def test_svd_methods(bench):
@@ -107,20 +105,6 @@ def test_svd_methods(bench):
     assert [row["spectrum"] for row in rows] == ["flat", "decaying"]
     assert all(row[f"{name} residual"] <= 1e-4 for row in rows for name in ("gram", "randomized"))
     assert all(row["lowrank σ error"] > 1e-3 for row in rows)  # the control
-
-
-def test_cpu_layers(bench):
-    """Every sample is measured: the optimizer step takes its turn in each round."""
-    words = ("--dtype", "fp32", "--layers", 1, "--rounds", 2, "--label", "x")
-    rows = bench("step.cpu_layers", "cpu_layers_fp32_1_layers_x", *words)
-    steps = [f"optimizer step of ours, S = {s}" for s in (1, 8)]
-    assert [row["variant"] for row in rows] == ["frozen", "ours", "lora", *steps]
-    base = rows[0]["samples"]["median s"]
-    for row in rows:
-        seconds, ratios = row["samples"]["median s"], row["samples"]["/ frozen, median of rounds"]
-        assert len(set(seconds)) == 2
-        assert row["least s"] == min(seconds) > 0
-        assert ratios == [a / b for a, b in zip(seconds, base, strict=True)]
 
 
 # --- what they share ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tensors import DEVICE
 
 from hdpissa.benchmarks import compare, suite
 from hdpissa.benchmarks.common import timing
-from hdpissa.benchmarks.kernel_timing import aot_table, linear_layers, memcheck_run, time_kernels
+from hdpissa.benchmarks.kernel_timing import aot_table, memcheck_run, time_kernels
 from hdpissa.benchmarks.step import whole_step
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
@@ -68,14 +68,6 @@ def test_kernels(measured):
             assert row["% of copy bandwidth"] > 0
     errors = {row["precision"]: row["relative error of D"] for row in rows if row["kernel"] == "delta_apply"}
     assert errors["fp32"] < 1e-6 < errors["tf32"] < 1e-2
-
-
-def test_linear_layers(measured):
-    """Rows of a tiny decoder layer; every variant really runs forward and backward."""
-    rows = measured(linear_layers, "linear_layers")
-    layers = ["tiny q,k,v", "tiny o", "tiny gate,up", "tiny down", "tiny decoder layer"]
-    assert [r["layer"] for r in rows if r["r"] == 16] == [*layers, "tiny q alone", "tiny k alone", "tiny gate alone"]
-    assert [r["ours ms"] for r in rows if r["layer"] == "tiny decoder layer"] == [4, 4]  # the sum of its groups
 
 
 def test_whole_step(tmp_path):
