@@ -31,8 +31,7 @@ class Setting:
         accumulation: micro-batches of a rank per optimizer step.
         seed: of random weights and of an adapter's random initialisation.
         layers: decoder layers that are kept, the first ones; None is all.
-        lora_alpha: None is r, which scales nothing. pissa: PEFT's name of the initialisation, "pissa" or
-            "pissa_niter_16", which is approximate and quick.
+        pissa: PEFT's name of the initialisation, "pissa" or "pissa_niter_16", which is approximate and quick.
         random_slices: hd_pissa and reference get random slices instead of singular vectors: what a step costs does not
             depend on them, and decomposing a 7B model takes minutes.
         checkpointing: recompute activations in backward. attention: transformers' name of the implementation.
@@ -48,16 +47,11 @@ class Setting:
     accumulation: int = 1
     seed: int = 0
     layers: int | None = None
-    lora_alpha: int | None = None
     pissa: str = "pissa"
     random_slices: bool = False
     checkpointing: bool = False
     attention: str = "sdpa"
     zero: dict[str, Any] = field(default_factory=dict)
-
-
-class DivergedError(RuntimeError):
-    """A step cannot be taken, because its numbers are not finite or would leave fp32; the message says which."""
 
 
 class Method(abc.ABC):
@@ -84,10 +78,6 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def _groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, which hold the learning rate."""
-
-    @abc.abstractmethod
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss in evaluation mode."""
 
     @abc.abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -127,11 +117,6 @@ class Method(abc.ABC):
         self._moments["step"] = [(start, wire.now())]
         self._taken = 0
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of a batch in evaluation mode, no gradient; collective under ZeRO-3."""
-        with torch.no_grad():
-            return self._evaluate(zero3.to_device(batch)).detach()
-
     def phases(self) -> dict[str, float]:
         """Seconds of the last optimizer step: forward and backward of all its micro-batches (with the gathers of
         ZeRO-3 that they wait for), exchange (in collectives of the step), and apply (the rest of the step)."""
@@ -140,9 +125,3 @@ class Method(abc.ABC):
         spent["exchange"] = exchange
         spent["apply"] = spent.pop("step", 0.0) - exchange
         return spent
-
-    def bytes_on_wire(self) -> int:
-        """Bytes that this rank has received since the last call; `wire` has the formulas."""
-        received = self.wire.received
-        self.wire.reset()
-        return received

@@ -100,8 +100,6 @@ class Reference(Method):
                 f"reference with {self.plan.slices} slices on {world} processes: the published algorithm has at least "
                 f"one slice per process; give --slices {world} or a multiple"
             )
-        if setting.lora_alpha not in (None, setting.r):
-            raise ConfigError(f"reference with lora_alpha {setting.lora_alpha}: its Adam cancels it; leave it out")
         self._per_slice = self.plan.micro_batches_per_slice(setting.accumulation)
         self.module = method_models.whole_model(setting, torch.float32)
         method_models.prepare(self.module, setting, input_grads=False)
@@ -125,12 +123,6 @@ class Reference(Method):
 
     def _groups(self) -> list[dict[str, Any]]:
         return [self._options]
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        self.module.eval()
-        loss = self.module(**batch).loss
-        self.module.train()
-        return loss
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.module.named_modules():

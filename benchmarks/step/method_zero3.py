@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdpissa.benchmarks.step import method_models, plain_engine
-from hdpissa.benchmarks.step.method_base import DTYPES, DivergedError, Method, Setting
+from hdpissa.benchmarks.step.method_base import DTYPES, Method, Setting
 from hdpissa.engine.config import ds_config
 from hdpissa.engine.config.section import DEFAULT_TARGETS
 from hdpissa.engine.method import adapt
@@ -56,7 +56,7 @@ class Slices(Method):
 
         super().__init__("hd_pissa", setting)
         section = {"r": setting.r, "slices": "auto" if setting.slices is None else setting.slices}
-        config = zero_config(setting) | {"hd_pissa": section | {"lora_alpha": setting.lora_alpha}}
+        config = zero_config(setting) | {"hd_pissa": section}
         if method_models.is_shape(setting.model):
             net = method_models.whole_model(setting, DTYPES[setting.dtype])
         else:
@@ -77,17 +77,11 @@ class Slices(Method):
         result = self.engine.step()
         assert result is not None
         if not result.applied:
-            raise DivergedError(f"hd_pissa: the step was refused: {result.refusal}")
+            raise RuntimeError(f"hd_pissa: the step was refused: {result.refusal}")
         self.exchange_bytes = result.bytes_sent
 
     def _groups(self) -> list[dict[str, Any]]:
         return self.engine.optimizer.param_groups
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        self.engine.eval()
-        loss = self.engine(**batch).loss
-        self.engine.train()
-        return loss
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         world = dist.get_world_size()
@@ -140,12 +134,6 @@ class Stock(Method):
     def _groups(self) -> list[dict[str, Any]]:
         return self.ds.optimizer.param_groups
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        self.ds.eval()
-        loss = self.ds(**batch).loss
-        self.ds.train()
-        return loss
-
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         from peft.tuners.lora import LoraLayer
 
@@ -165,7 +153,7 @@ def with_adapters(net: nn.Module, setting: Setting, kind: str) -> nn.Module:
 
     config = LoraConfig(
         r=setting.r,
-        lora_alpha=setting.r if setting.lora_alpha is None else setting.lora_alpha,
+        lora_alpha=setting.r,
         target_modules=list(DEFAULT_TARGETS),
         lora_dropout=0.0,
         init_lora_weights=setting.pissa if kind == "pissa" else True,  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -35,29 +35,29 @@ def nbytes(tensors: Any) -> int:
     return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(nbytes, tensors))
 
 
-def ring_sum(total: int, ranks: int) -> Moved:
-    """All-reduce of `total` bytes."""
-    moved = 2 * (ranks - 1) * total // ranks
+def _gathered(group: Any, outputs: Any, inputs: Any, *_: Any) -> Moved:
+    moved = (group.size() - 1) * nbytes(inputs)
     return moved, moved
 
 
-def parts(own: int, ranks: int) -> Moved:
-    """All-gather of, or reduce-scatter to, `own` bytes on each rank."""
-    return (ranks - 1) * own, (ranks - 1) * own
+def _reduce_scattered(group: Any, outputs: Any, *_: Any) -> Moved:
+    moved = (group.size() - 1) * nbytes(outputs)
+    return moved, moved
 
 
-def split_sizes(tensor: Tensor, splits: Sequence[int], ranks: int) -> list[int]:
-    """Bytes of each rank's part of an all-to-all; equal parts where no sizes are given."""
-    if not splits:
-        return [tensor.nbytes // ranks] * ranks
-    return [n * tensor.nbytes // max(1, tensor.shape[0]) for n in splits]
+def _summed(group: Any, tensors: Any, *_: Any) -> Moved:
+    moved = 2 * (group.size() - 1) * nbytes(tensors) // group.size()
+    return moved, moved
 
 
-def all_to_all(group: Any, output: Tensor, inputs: Tensor, output_splits: Any, input_splits: Any, *_: Any) -> Moved:
-    """What stays on the rank is not counted."""
-    rank, ranks = group.rank(), group.size()
-    sent, received = split_sizes(inputs, input_splits, ranks), split_sizes(output, output_splits, ranks)
-    return sum(sent) - sent[rank], sum(received) - received[rank]
+def _all_to_all(group: Any, output: Tensor, inputs: Tensor, output_splits: Any, input_splits: Any, *_: Any) -> Moved:
+    """What stays on the rank is not counted; equal parts where no sizes are given."""
+
+    def leaving(tensor: Tensor, splits: Any) -> int:
+        own, parts = (splits[group.rank()], max(1, tensor.shape[0])) if splits else (1, group.size())
+        return tensor.nbytes - own * tensor.nbytes // parts
+
+    return leaving(inputs, input_splits), leaving(output, output_splits)
 
 
 def _lists_to_lists(group: Any, outputs: Any, inputs: Any, *_: Any) -> Moved:
@@ -86,43 +86,23 @@ def _scatter(group: Any, outputs: Any, inputs: Any, options: Any) -> Moved:
     return sent, received
 
 
-def _outputs(group: Any, outputs: Any, *_: Any) -> Moved:
-    return parts(nbytes(outputs), group.size())
-
-
-def _inputs(group: Any, outputs: Any, inputs: Any, *_: Any) -> Moved:
-    return parts(nbytes(inputs), group.size())
-
-
-def _summed(group: Any, tensors: Any, *_: Any) -> Moved:
-    return ring_sum(nbytes(tensors), group.size())
-
-
-# Names of torch 2.13, and the older ones; only one of a pair is called.
-RULES: dict[str, Callable[..., Moved]] = {
-    "all_gather_single": _inputs,
-    "_allgather_base": _inputs,
-    "all_gather_single_coalesced": _inputs,
-    "allgather_into_tensor_coalesced": _inputs,
-    "allgather": _inputs,
-    "allgather_coalesced": _inputs,
-    "reduce_scatter_single": _outputs,
-    "_reduce_scatter_base": _outputs,
-    "reduce_scatter_single_coalesced": _outputs,
-    "reduce_scatter_tensor_coalesced": _outputs,
-    "reduce_scatter": _outputs,
-    "allreduce": _summed,
-    "allreduce_coalesced": _summed,
-    "all_to_all_single": all_to_all,
-    "alltoall_base": all_to_all,
-    "alltoall": _lists_to_lists,
-    "broadcast": _from_root,
-    "reduce": _to_root,
-    "gather": _gather,
-    "scatter": _scatter,
-    "send": lambda group, tensors, *_: (nbytes(tensors), 0),
-    "recv": lambda group, tensors, *_: (0, nbytes(tensors)),
+# ProcessGroup's methods by rule: those of torch 2.13, and the older names; only one of a pair is called.
+NAMES: dict[Callable[..., Moved], str] = {
+    _gathered: "all_gather_single _allgather_base all_gather_single_coalesced allgather_into_tensor_coalesced "
+    "allgather allgather_coalesced",
+    _reduce_scattered: "reduce_scatter_single _reduce_scatter_base reduce_scatter_single_coalesced "
+    "reduce_scatter_tensor_coalesced reduce_scatter",
+    _summed: "allreduce allreduce_coalesced",
+    _all_to_all: "all_to_all_single alltoall_base",
+    _lists_to_lists: "alltoall",
+    _from_root: "broadcast",
+    _to_root: "reduce",
+    _gather: "gather",
+    _scatter: "scatter",
+    lambda group, tensors, *_: (nbytes(tensors), 0): "send",
+    lambda group, tensors, *_: (0, nbytes(tensors)): "recv",
 }
+RULES = {name: rule for rule, names in NAMES.items() for name in names.split()}
 
 
 def now() -> Any:
