@@ -75,7 +75,7 @@ def initialize(
     hd, values, plan = resolved.section, resolved.values, resolved.plan
     for key in resolved.unused if plan.rank == 0 else ():
         logger.warning("%s has no effect: the slices' moments stay on the device", key)
-    heartbeat.reach("start.shards", slow=True)
+    heartbeat.beat("start.shards", slow=True)
     targets, full = _choose_weights(model, hd, plan)
     ds = _shard(model, resolved, targets)
     base = state.describe_base(model, targets, plan)
@@ -102,7 +102,7 @@ def initialize(
         checkpointing.restore(engine, resume_from)
     if plan.rank == 0:
         logger.info("%s", engine.exchange_plan())
-    heartbeat.reach("start.ready")
+    heartbeat.beat("start.ready")
     return engine
 
 
@@ -129,7 +129,7 @@ def load_pretrained(name_or_path: str, config: str | Path | dict, **kwargs: Any)
 
     zero3.init_distributed()
     settings = resolve_config(config).deepspeed
-    heartbeat.reach("start.model", slow=True)
+    heartbeat.beat("start.model", slow=True)
     with sharded_load.reading_own_rows():
         return zero3.load_pretrained(name_or_path, settings, loader=AutoModelForCausalLM, **kwargs)
 

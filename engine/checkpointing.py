@@ -50,7 +50,7 @@ def save_checkpoint(
     """
     if engine.micro_batches:
         raise RuntimeError(f"save_checkpoint after {engine.micro_batches} micro-batches: save right after a step")
-    heartbeat.reach("save", slow=True)
+    heartbeat.beat("save", slow=True)
     engine.check_weights()
     folder = Path(save_dir) / directory.check_tag(tag or f"checkpoint-{engine.global_steps}")
     optimizer, residual = engine.optimizer, None
@@ -68,15 +68,15 @@ def save_checkpoint(
         extra_files=list(extra_files or ()),
     )
     engine.saver.save(Job(folder, files, manifest, save_total_limit, best), background=async_save)
-    heartbeat.reach("saved")
+    heartbeat.beat("saved")
     return folder
 
 
 def wait_for_checkpoint(engine: HDPissaEngine) -> None:
     """Waits until no checkpoint is being saved; raises SaveError when one has failed."""
-    heartbeat.reach("save.wait", slow=True)
+    heartbeat.beat("save.wait", slow=True)
     engine.saver.wait()
-    heartbeat.reach("saved")
+    heartbeat.beat("saved")
 
 
 def finish_failed_save(engine: HDPissaEngine) -> str:

@@ -87,7 +87,7 @@ class HDPissaEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Micro-batches belong to the slice whose turn it is: `backward` passes the turn on."""
-        heartbeat.reach("step.forward" if self.module.training else "eval")
+        heartbeat.beat("step.forward" if self.module.training else "eval")
         if self.module.training:
             self.count_tokens(kwargs)
         return self.ds(*args, **kwargs)
@@ -112,12 +112,12 @@ class HDPissaEngine:
             )
         if self.micro_batches == 0:
             zero3.refuse_reentrant_checkpointing(self.module)
-        heartbeat.reach("step.backward")
-        loss = faults.spoilt("loss", loss)
+        heartbeat.beat("step.backward")
+        loss = faults.corrupted("loss", loss)
         scaled = self.ds.backward(loss, scale_wrt_gas=scale_wrt_gas)
         self.optimizer.store.end_of_backward()
         whole = loss.detach() if scale_wrt_gas else loss.detach() * self._accumulation
-        self._loss += faults.spoilt("loss.value", whole)
+        self._loss += faults.corrupted("loss.value", whole)
         self.micro_batches += 1
         self._pass_turn()
         return scaled

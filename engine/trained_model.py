@@ -49,6 +49,6 @@ def export(
 def generate(engine: HDPissaEngine, *args: Any, **kwargs: Any) -> Tensor:
     """`module.generate`; all ranks must call it together, because each forward gathers weights."""
     kwargs.setdefault("synced_gpus", engine.plan.world_size > 1)  # a rank that has finished keeps gathering
-    heartbeat.reach("generate")
+    heartbeat.beat("generate")
     with torch.no_grad():
         return engine.module.generate(*args, **kwargs)  # type: ignore[operator]

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> bool:
     trainer = ends.trainer = make(script.model_name_or_path)
     trainer.run_record.describe(**ends.description())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    zero3.part()  # a launcher ends all ranks when one has left
+    zero3.wait_for_all_ranks()  # a launcher ends all ranks when one has left
     zero3.shut_down()
     return not trainer.preempted
 

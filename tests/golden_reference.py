@@ -75,7 +75,7 @@ def main() -> None:
         rows = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
         (args.output_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
         save_file(dict(method.weights()), args.output_dir / "model" / "model.safetensors")
-    zero3.part()
+    zero3.wait_for_all_ranks()
     zero3.shut_down()
 
 

@@ -104,7 +104,7 @@ def spectra_with_faults(engine, faults_in_turn: list[str]) -> list[dict[str, Any
 
 def spectra_without_a_peer(engine) -> str:
     """Rank 1 leaves; what that is for rank 0: "loss", or the name of something else."""
-    from hdpissa.engine.distributed import peers
+    from hdpissa.engine.distributed import rank_status
     from hdpissa.engine.export import spectra
 
     if dist.get_rank():
@@ -113,5 +113,5 @@ def spectra_without_a_peer(engine) -> str:
     try:
         spectra.measure(engine.module, engine.optimizer.store, most=99)
     except RuntimeError as error:
-        return "loss" if peers.is_loss(error) else type(error).__name__
+        return "loss" if rank_status.is_loss(error) else type(error).__name__
     return "nothing"

@@ -58,7 +58,7 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
             shard = target.shard.read(0, target.own_range(plan).numel)
         names.append(name)
         sums.append(signed(checksum(shard, start)))
-        heartbeat.tick()
+        heartbeat.progress()
     forget()
     total = torch.tensor(sums, dtype=torch.int64, device=zero3.device())
     dist.all_reduce(total)  # int64 wraps around, as the checksum wants it

@@ -154,7 +154,7 @@ class Saver:
             if not self._thread.is_alive():
                 self._thread = None
             if self._written != before:
-                heartbeat.tick()
+                heartbeat.progress()
                 before = self._written
 
     @property
@@ -249,7 +249,7 @@ class Saver:
                 yield memoryview(piece.numpy())
                 self._written += 1  # the piece before this line is on its way
                 if threading.current_thread() is threading.main_thread():
-                    heartbeat.tick()
+                    heartbeat.progress()
 
     def _publish(self, job: Job, partial: Path, records: dict[str, FileRecord]) -> None:
         if self.rank:

@@ -70,7 +70,7 @@ def compute_slices(
         read = _from_cache(cache, store)
         if read is not None:
             for bucket, own in zip(store.buckets, read, strict=True):
-                heartbeat.reach("start.slices", slow=True)
+                heartbeat.beat("start.slices", slow=True)
                 store.fill(bucket, own.A, own.B, exchange)
             for done, target in enumerate(store.targets, 1):
                 progress(target.name, done, len(store.targets))
@@ -107,7 +107,7 @@ def _fill(
     for bucket in store.buckets:
         into = _Own(bucket)
         for target, A_SRI, B_SOR in into.parts:
-            heartbeat.reach("start.slices", slow=True)
+            heartbeat.beat("start.slices", slow=True)
             A, B, residual = next(own)
             A_SRI.copy_(A.view_as(A_SRI))
             B_SOR.copy_(B.view_as(B_SOR))

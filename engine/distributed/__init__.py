@@ -1,1 +1,1 @@
-"""The processes of a run: which rank this is, who still answers, who stands still. Leaves: errors only."""
+"""The processes of a run: which rank this is, its heartbeat, which rank hangs, fault injection."""

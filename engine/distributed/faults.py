@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests: `fault("save.rename")` does nothing unless HDPISSA_FAULT names that point.
+"""Fault injection, for tests: `fault("save.rename")` does nothing unless HDPISSA_FAULT names that point.
 
     HDPISSA_FAULT=point:rank:step:action[:nth]
 
@@ -9,27 +9,27 @@ A rank or step may be `*`. The action happens at the nth passage (from 1, defaul
     ENOSPC EIO       OSError with that number
     SLEEP            stands still for an hour, as a hung process does, other threads alive
     GIL              the same, but holds the interpreter, so that no thread of the process runs
-    NAN INF FLIP     for the caller: `fault` returns the action's name, and the caller spoils its own data (`spoil_`)
+    NAN INF FLIP     for the caller: `fault` returns the action's name, and the caller corrupts its own data `corrupt_`
 
 Steps are what `at_step` was last told: optimizer steps from 1, and 0 before the first. Faults are read once, at import.
 
-The points of a run, in order; those with a dot after "step" are beats of `pulse` too, and are passed by every rank:
+The points of a run, in order; "step.…" are beats of `heartbeat`, too, and every rank passes them:
 
     start.model start.shards start.slices     weights are read, sharded, decomposed
     step.data                                 before a step's rows are fetched
     step.forward step.backward                per micro-batch; forward of evaluation and generation is `eval`
-    loss loss.value                           spoils the loss; only the number that is voted on, and not the gradients
-    grad.A grad.B                             spoils the own gradients of the first bucket, before sharers sum them
+    loss loss.value                           corrupts the loss; only the number that is voted on, and not the gradients
+    grad.A grad.B                             corrupts the own gradients of the first bucket, before sharers sum them
     step.reduce step.vote step.voted          sharers sum; before and after the vote
     step.exchange step.apply                  per bucket: Δ is computed and sent; W is about to be changed
     apply.weight                              per weight, before it is changed (nth: mid apply)
     step.applied                              W is changed, the moments too
     memory.A memory.own_B memory.B_rows memory.frozen memory.buffer memory.lr memory.exp_avg
-                                              spoils what the check of `integrity` looks at, just before it looks
-    save saved                                around a checkpoint (`disk` and `folders` have points, too)
+                                              corrupts what `integrity` checks, just before it does
+    save saved                                around a checkpoint (`disk` and `directory` have points, too)
     export                                    per tensor
     spectra pairs.prepare                     before the spectra; per weight, before ranks hand each other its pair
-    alone.NAME                                rank 0 is about to write NAME: record (run.json), state (run_state.json),
+    single_rank.NAME                          rank 0 is about to write NAME: record (run.json), state (run_state.json),
                                               metrics, samples, card (and tokenizer), report (of reporters, too), folder
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 VARIABLE = "HDPISSA_FAULT"
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
-SPOILS = ("NAN", "INF", "FLIP")
+CORRUPTIONS = ("NAN", "INF", "FLIP")
 FOREVER_S = 3600
 
 
@@ -66,9 +66,9 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Raises ValueError for a text that is none: a test whose fault never happens would pass."""
+        """Raises ValueError for malformed text: a test whose fault never happens would pass."""
         point, rank, step, action, *nth = text.split(":")
-        if action not in {*SIGNALS, *ERRORS, *SPOILS, "RAISE", "SLEEP", "GIL"}:
+        if action not in {*SIGNALS, *ERRORS, *CORRUPTIONS, "RAISE", "SLEEP", "GIL"}:
             raise ValueError(f"{VARIABLE}: there is no action {action!r}")
         at = [None if value == "*" else int(value) for value in (rank, step)]
         return cls(point, at[0], at[1], action, int(nth[0]) if nth else 1)
@@ -83,7 +83,7 @@ _passages: Counter[tuple[str, int]] = Counter()
 
 
 def at_step(step: int) -> None:
-    """Tells which step the faults that follow belong to."""
+    """Sets the step that the following faults belong to."""
     global _step
     _step = step
 
@@ -114,8 +114,8 @@ def _act(action: str, point: str) -> str | None:
     return None
 
 
-def spoil_(point: str, tensor: Tensor) -> None:
-    """Spoils the middle element in place when a fault says so: nan, inf, or its lowest bit flipped."""
+def corrupt_(point: str, tensor: Tensor) -> None:
+    """Corrupts the middle element in place when a fault says so: nan, inf, or its lowest bit flipped."""
     how = fault(point)
     if how is None or not tensor.numel():
         return
@@ -130,7 +130,7 @@ def spoil_(point: str, tensor: Tensor) -> None:
         middle.fill_(float(how.lower()))
 
 
-def spoilt(point: str, value: Tensor) -> Tensor:
+def corrupted(point: str, value: Tensor) -> Tensor:
     """The value, or nan or inf times it when a fault says so; gradients follow."""
     how = fault(point)
     return value if how is None else value * float(how.lower())

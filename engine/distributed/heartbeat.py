@@ -1,14 +1,13 @@
-"""This process's pulse: where in the run it is, and when it last moved.
+"""This process's heartbeat: where in the run it is, and when it last made progress.
 
-One call marks a place of the run: `reach("step.forward")` is a beat, and the place where a fault of that name can be
-planted (`faults`). What others read of it (`peers`) is the last beat: when a run stands still, the rank that is behind
-is the one that hangs.
+`beat("step.forward")` marks a point of the run, where a fault of that name can be injected, too (`faults`). Other ranks
+read the last beat (`rank_status`): when a run makes no progress, the rank that is behind is the one that hangs.
 
-A beat sets a tuple: about 0.3 µs; a tick, for movement within a long stretch (each layer, each tensor), 0.1 µs. Nothing
-is sent, nothing is locked. Module state and not an object, because a process has one main thread to tell of.
+A beat sets a tuple, in about 0.3 µs; `progress`, within a long stretch (each layer, each tensor), takes 0.1 µs. Nothing
+is sent, nothing is locked. Module state and not an object, because a process has one main thread to report on.
 
-Beats are counted, and all ranks have to come by the same ones in the same order, or the comparison is void; so what one
-rank does alone is an `alone`, which is not counted. Ticks need not agree.
+Beats are counted, and all ranks must pass the same ones in the same order, or the comparison is void. What one rank
+does by itself is therefore a `single_rank`, which is not counted. Calls of `progress` need not agree.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ INNERMOST = 4  # frames that are looked at
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself.
+    """Where a rank is.
 
     Attributes:
-        step: the optimizer step it works on, from 1; 0 before the first. point: the last place it came by.
-        count: beats so far. ticks: movements since the last one.
-        idle_s: seconds since it moved. slow: whether it works on something that may take long without a beat.
+        step: the current optimizer step, from 1; 0 before the first. point: the last point it passed.
+        count: beats so far. ticks: calls of `progress` since the last.
+        idle_s: seconds since the last of either. slow: whether the stretch may take long without a beat.
         waiting: whether its main thread is in a collective. where: the code it is in.
     """
 
@@ -73,11 +72,11 @@ _ticks = 0
 _moved = time.monotonic()
 
 
-def reach(point: str, *, slow: bool = False) -> str | None:
-    """Comes by a place of the run; returns what `faults.fault` says about it.
+def beat(point: str, *, slow: bool = False) -> str | None:
+    """Marks a point of the run; returns what `faults.fault` returns there.
 
     Args:
-        slow: one thing that follows may take longer than a step ever does (decomposing a matrix).
+        slow: what follows may take longer than a step ever does (decomposing a matrix).
     """
     global _beat, _ticks, _moved
     _beat = (_beat[0], point, _beat[2] + 1, slow)
@@ -85,8 +84,8 @@ def reach(point: str, *, slow: bool = False) -> str | None:
     return faults.fault(point)
 
 
-def tick() -> None:
-    """Moves on within a stretch."""
+def progress() -> None:
+    """Marks progress between two beats."""
     global _ticks, _moved
     _ticks += 1
     _moved = time.monotonic()
@@ -100,23 +99,23 @@ def at_step(step: int) -> None:
 
 
 @contextmanager
-def alone(what: str) -> Iterator[None]:
-    """What one rank does while the others go on to the next collective and wait; also the fault point `alone.what`."""
+def single_rank(what: str) -> Iterator[None]:
+    """What one rank does while the others wait in the next collective; also the fault point `single_rank.what`."""
     global _beat, _moved
     before, _moved = _beat, time.monotonic()
-    _beat = (before[0], f"alone: {what}", before[2], before[3])
-    faults.fault(f"alone.{what}")
+    _beat = (before[0], f"single-rank work: {what}", before[2], before[3])
+    faults.fault(f"single_rank.{what}")
     yield
-    _beat, _moved = before, time.monotonic()  # not after an exception: the last words tell where it was
+    _beat, _moved = before, time.monotonic()  # not after an exception: its last message names the place
 
 
 def idle_s() -> float:
-    """Seconds since this process moved."""
+    """Seconds since this process made progress."""
     return time.monotonic() - _moved
 
 
 def report() -> Report:
-    """For others, from any thread."""
+    """This process's report; from any thread."""
     step, point, count, slow = _beat
     waiting, where = _look_at_main_thread()
     return Report(step, point, count, _ticks, round(idle_s(), 2), slow, waiting, where)

@@ -1,16 +1,16 @@
-"""Ends a run that cannot go on, where no exception would.
+"""Ends a run that cannot continue, where no exception would.
 
 A collective that waits for a rank that hangs is blocked in C++, where Python cannot interrupt it, and NCCL aborts the
-process when its own time is over. So a thread watches this process's pulse, and ends the process itself, after one
-line. It does nothing while the run moves. When it stands:
+process when its own time-out expires. So a thread watches this process's heartbeat, and ends the process itself, after
+one line. It does nothing while the run makes progress. Without progress:
 
-* after a few seconds it looks whether the next rank's process is gone, or words were left at the own door;
-* at 3/4 of the time that the run may stand still, or somewhat less, it asks all ranks, and ends the run when none of
-  them moves.
+* after a few seconds it checks whether the next rank's process has exited, or a message has arrived;
+* after 3/4 of the time that the run may make no progress, or somewhat less, it queries all ranks, and ends the run when
+  none of them makes progress.
 
-A rank that works for long without a beat therefore needs a place marked `slow` (`heartbeat.reach`): there four times as
-long counts, or the backend's time-out if that is longer, unless a rank does not answer at all. What is found must be
-found twice in a row, so that a hiccup of the network ends nothing.
+A rank that works for long without a beat therefore needs a point marked `slow` (`heartbeat.beat`): there four times as
+long is allowed, or the backend's time-out if that is longer, unless a rank does not answer at all. A finding must be
+made twice in a row, so that a hiccup of the network ends nothing.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from . import blame, heartbeat
-from .peers import Peers, patience
+from . import diagnosis, heartbeat
+from .rank_status import RankGroup, query_timeout
 
 SHARE = 0.75
 SLOWER = 4
-SETTLE_S = 5.0  # an exception of the backend's gets so long to say the same, with a traceback's context
+SETTLE_S = 5.0  # time for an exception of the backend, which has a traceback
 
 
-def pause(limit_s: float) -> float:
-    """Seconds between two looks."""
+def poll_interval(limit_s: float) -> float:
+    """Seconds between two checks."""
     return min(2.5, limit_s / 20)
 
 
-def asked_after(limit_s: float) -> float:
-    """Seconds of standing still after which the ranks are asked: what is left of the limit is for asking and speaking.
+def query_after_s(limit_s: float) -> float:
+    """Seconds without progress after which all ranks are queried; the rest of the limit is for queries and messages.
 
-    That takes two looks, four waits for a rank that says nothing, and 5 s for the lines of all ranks: 18 s at most. A
-    limit below 14 s is overrun by the rest, because half of it is the least.
+    That takes two checks, four timeouts of a rank that does not answer, and 5 s for the messages of all ranks: 18 s at
+    most. Limits below 14 s are overrun, because at least half of a limit passes before the first query.
     """
-    needed = 2 * pause(limit_s) + 4 * patience(limit_s) + 5
+    needed = 2 * poll_interval(limit_s) + 4 * query_timeout(limit_s) + 5
     return max(limit_s / 2, min(SHARE * limit_s, limit_s - needed))
 
 
-class Watch(threading.Thread):
-    """Watches the pulse of this process.
+class Watcher(threading.Thread):
+    """The thread that watches this process's heartbeat.
 
     Args:
-        end: called once, in this thread, when the run cannot go on.
+        end: called once, in this thread, when the run cannot continue.
     """
 
-    def __init__(self, peers: Peers, end: Callable[[], None]) -> None:
-        super().__init__(name="watch", daemon=True)
-        self._peers, self._end = peers, end
-        self._settle, self._limit = min(SETTLE_S, peers.hang_s / 4), asked_after(peers.hang_s)
-        self._slow = max(SLOWER * peers.hang_s, peers.timeout_s)
+    def __init__(self, ranks: RankGroup, end: Callable[[], None]) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._ranks, self._end = ranks, end
+        self._settle, self._limit = min(SETTLE_S, ranks.hang_s / 4), query_after_s(ranks.hang_s)
+        self._slow = max(SLOWER * ranks.hang_s, ranks.timeout_s)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -60,20 +60,20 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         before = ""
-        while not self._stopped.wait(pause(self._peers.hang_s)):
-            found = self._look() if heartbeat.idle_s() >= self._settle else ""
-            if (found and found == before) or (found == "heard"):
+        while not self._stopped.wait(poll_interval(self._ranks.hang_s)):
+            found = self._check() if heartbeat.idle_s() >= self._settle else ""
+            if (found and found == before) or (found == "received"):
                 if not self._stopped.is_set():
                     self._end()
                 return
             before = found
 
-    def _look(self) -> str:
-        """What ends the run, if seen again; empty when nothing does."""
-        if self._peers.heard:
-            return "heard"
+    def _check(self) -> str:
+        """What ends the run if it is found again; empty when nothing does."""
+        if self._ranks.received:
+            return "received"
         if heartbeat.idle_s() < self._limit:
-            return "ended" if self._peers.next_has_ended() else ""
-        answers = self._peers.ask_all()
-        still = len(answers) > 1 and blame.stands_still(answers, self._limit, self._slow)
+            return "exited" if self._ranks.next_rank_exited() else ""
+        answers = self._ranks.query_all()
+        still = len(answers) > 1 and diagnosis.stands_still(answers, self._limit, self._slow)
         return "still" if still else ""

@@ -80,7 +80,7 @@ def measure(model: nn.Module, store: FactorStore, *, most: int, most_seconds: fl
 
 
 def _begin(model: nn.Module, store: FactorStore, world: World) -> LivePairs:
-    heartbeat.reach("spectra", slow=True)
+    heartbeat.beat("spectra", slow=True)
     return LivePairs(model, store, world)
 
 
@@ -97,7 +97,7 @@ def _of_one(pairs: LivePairs, adapted: Adapted, clock: _Clock) -> list[float] | 
         if world.rank:
             return []
         try:
-            with heartbeat.alone("spectra"):
+            with heartbeat.single_rank("spectra"):
                 pair = pairs.join(adapted, 0, adapted.r, parts)
                 values = clock.timed(_operations(adapted), singular_values, *pair, adapted.scale)
         except torch.linalg.LinAlgError:  # not finite: no lack of time or memory

@@ -86,9 +86,9 @@ class Entry:
 
 def collect(entry: Entry, world: World) -> Iterator[Tensor]:
     """What a tensor consists of, in order, on rank 0; the others only send, and get nothing. Collective."""
-    heartbeat.reach("export")
+    heartbeat.beat("export")
     for block in entry.blocks():
-        heartbeat.tick()
+        heartbeat.progress()
         if block.rows is None:
             yield from _pieces(block, entry.dtype, world, max(1, PIECE_BYTES // 4))
         else:

@@ -75,11 +75,11 @@ class IntegrityCheck:
     def _fixed(self) -> Iterator[tuple[str, Tensor]]:
         """What never changes, by name."""
         store = self._store
-        yield from _spoilable("memory.A", [(f"A of {name}", A) for name, A in store.A.items()])
-        yield from _spoilable("memory.own_B", [(f"B of {name}", B) for name, B in store.own_B.items()])
-        yield from _spoilable("memory.B_rows", [(f"rows of B of {name}", B) for name, B in store.B_rows.items()])
-        yield from _spoilable("memory.frozen", _frozen(self._module, store))
-        yield from _spoilable("memory.buffer", _buffers(self._module))
+        yield from _with_fault("memory.A", [(f"A of {name}", A) for name, A in store.A.items()])
+        yield from _with_fault("memory.own_B", [(f"B of {name}", B) for name, B in store.own_B.items()])
+        yield from _with_fault("memory.B_rows", [(f"rows of B of {name}", B) for name, B in store.B_rows.items()])
+        yield from _with_fault("memory.frozen", _frozen(self._module, store))
+        yield from _with_fault("memory.buffer", _buffers(self._module))
 
     def _agreed(self, fixed: Mapping[str, int]) -> dict[str, int]:
         """What is the same on all ranks: checksums by name."""
@@ -96,7 +96,7 @@ class IntegrityCheck:
         store = self._store
         found: dict[str, int] = {}
         if store.plan.ranks_per_slice > 1:
-            faults.spoil_("memory.exp_avg", store.exp_avg)
+            faults.corrupt_("memory.exp_avg", store.exp_avg)
             for kind in ("exp_avg", "exp_avg_sq", "delta_sum"):
                 for t, A, B in store.views(getattr(store, kind)):
                     found |= {f"{kind} of A of {t.name}": checksum(A), f"{kind} of B of {t.name}": checksum(B)}
@@ -111,11 +111,11 @@ class IntegrityCheck:
         Raises:
             StopError: on all ranks alike, naming the rank and the tensor.
         """
-        heartbeat.reach("step.integrity")
+        heartbeat.beat("step.integrity")
         fixed = {}
         for name, tensor in self._fixed():
             fixed[name] = checksum(tensor)
-            heartbeat.tick()
+            heartbeat.progress()
         changed = [name for name, value in fixed.items() if value != self._first[name]]
         mine = (changed, self._agreed(fixed), self._shared(), self._slice_norms.updates())
         told = consensus.gather(mine)
@@ -165,10 +165,10 @@ def _odd_ones(values: Mapping[int, int]) -> list[int]:
     return odd if 2 * len(odd) < len(values) else list(values)
 
 
-def _spoilable(point: str, some: Sequence[tuple[str, Tensor]]) -> Sequence[tuple[str, Tensor]]:
-    """The same; a fault at that point spoils the first that is not empty."""
+def _with_fault(point: str, some: Sequence[tuple[str, Tensor]]) -> Sequence[tuple[str, Tensor]]:
+    """The same; a fault at that point corrupts the first that is not empty."""
     for _, tensor in [(name, tensor) for name, tensor in some if tensor.numel()][:1]:
-        faults.spoil_(point, tensor)
+        faults.corrupt_(point, tensor)
     return some
 
 

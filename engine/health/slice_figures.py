@@ -132,7 +132,7 @@ class SliceFigures:
 
     def _collect(self, norms: SliceNorms, moved: MovedWeights) -> tuple[list[float], list[float], float]:
         """(gradient norm of every slice, norm of its update, share of all weights that moved); collective."""
-        heartbeat.reach("step.slices")
+        heartbeat.beat("step.slices")
         plan = self._plan
         found = torch.zeros(2, plan.slices, dtype=torch.float64)
         if plan.replica == 0:  # ranks that share a slice know the same

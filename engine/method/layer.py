@@ -72,7 +72,7 @@ class SliceLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + bias; x: (…, I) → (…, O)."""
-        heartbeat.tick()
+        heartbeat.progress()
         if not (self.training and torch.is_grad_enabled()):
             return linear(x, self.weight, self.bias)
         factors = self.slice_factors
@@ -101,7 +101,7 @@ class _SliceLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
-        heartbeat.tick()
+        heartbeat.progress()
         x, p_TR = ctx.saved_tensors
         factors, grad_A_RI = ctx.factors, ctx.A_RI.grad
         dx, q_TR = _products_backward(dy, p_TR, ctx.weight, ctx.B_OR, factors, wanted=ctx.needs_input_grad[0])
@@ -131,7 +131,7 @@ class SliceConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, I) → (…, O)."""
-        heartbeat.tick()
+        heartbeat.progress()
         if not (self.training and torch.is_grad_enabled()):
             return _conv1d(x, self.weight, self.bias)
         factors = self.slice_factors
@@ -154,7 +154,7 @@ class _SliceConv1DFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
-        heartbeat.tick()
+        heartbeat.progress()
         (x,) = ctx.saved_tensors
         factors, impl = ctx.factors, ctx.factors.impl
         x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])

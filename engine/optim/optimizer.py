@@ -127,10 +127,10 @@ class SliceOptimizer(torch.optim.Optimizer):
 
     def reduce(self) -> None:
         """Phase 1: sums the gradients of a shared slice over its ranks."""
-        heartbeat.reach("step.reduce")
+        heartbeat.beat("step.reduce")
         first = self.store.buckets[0]
-        faults.spoil_("grad.A", self.store.grads[first.start : first.stop_A])
-        faults.spoil_("grad.B", self.store.grads[first.stop_A : first.stop])
+        faults.corrupt_("grad.A", self.store.grads[first.start : first.stop_A])
+        faults.corrupt_("grad.B", self.store.grads[first.stop_A : first.stop])
         self.exchange.sum_over_sharers(self.store.grads)
 
     def vote(self, tallies: Tensor) -> Vote:
@@ -143,7 +143,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: on all ranks, when an earlier step had results that were not finite.
         """
-        heartbeat.reach("step.vote")
+        heartbeat.beat("step.vote")
         # in pieces: in float64 the whole buffer would be copied at twice its size, at the step's peak of memory
         pieces = self.store.grads.split(NORM_ELEMENTS)
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in pieces])
@@ -156,7 +156,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.exchange.sum_over_world(ballot)
         squared, lost, lr, *summed = ballot.tolist()
         squared_modules = summed.pop(0) if self.modules_to_save is not None else 0.0
-        heartbeat.reach("step.voted")
+        heartbeat.beat("step.voted")
         _refuse_lost(lost)
         grad_norm = math.sqrt(squared) if math.isfinite(squared) else squared
         clipped = 0 < self.max_grad_norm < grad_norm
@@ -203,10 +203,10 @@ class SliceOptimizer(torch.optim.Optimizer):
         self.guard.grow(self._change)
         with full_fp32():
             for bucket in self.store.buckets:
-                heartbeat.reach("step.exchange")
+                heartbeat.beat("step.exchange")
                 dtype = self.rule.dtype if bucket.kind == "factor" else torch.float32
                 self._apply(bucket, partial(self._adam, bucket, dtype), self.rule)
-        heartbeat.reach("step.applied")
+        heartbeat.beat("step.applied")
 
     def _apply(self, bucket: Bucket, delta: Callable[[], Tensor], rule: DeltaRule) -> None:
         """Sends Δ of the own slices and takes everybody's off W.
@@ -246,7 +246,7 @@ class SliceOptimizer(torch.optim.Optimizer):
     def _apply_factors(self, bucket: Bucket, delta: Callable[[], Tensor], rule: DeltaRule) -> None:
         """All slices' ΔA and ΔB rows come here."""
         received = self.exchange.factors(bucket, delta())
-        heartbeat.reach("step.apply")
+        heartbeat.beat("step.apply")
         for index, target in enumerate(bucket.targets):
             assert target.shard is not None
             faults.fault("apply.weight")
@@ -262,7 +262,7 @@ class SliceOptimizer(torch.optim.Optimizer):
         delta = delta_of()
         deltas = {t.name: (A, B) for t, A, B in bucket.split(delta)}
         for pieces in bucket.rounds or ():
-            heartbeat.tick()
+            heartbeat.progress()
             self._subtract(pieces, self.exchange.reduce_to_owners(self._dense_parts(pieces, deltas, rule)), rule)
 
     def _dense_parts(self, pieces: list[Piece], deltas: dict[str, tuple[Tensor, Tensor]], rule: DeltaRule) -> Tensor:

@@ -169,7 +169,7 @@ def _copy_shard(stored: Any, shape: torch.Size, shard: Tensor) -> None:
     owned = ShardRange.of(dist.get_rank(), dist.get_world_size(), shape[0], cols)
     step = max(1, PIECE_ELEMENTS // max(1, cols))
     for first in range(owned.row_start, owned.row_stop, step):
-        heartbeat.tick()
+        heartbeat.progress()
         last = min(first + step, owned.row_stop)
         rows = stored[first:last].reshape(-1)
         begin, end = max(owned.start, first * cols), min(owned.stop, last * cols)

@@ -38,7 +38,7 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import groups
 
 from ..config import leaf_modules
-from ..distributed import heartbeat, peers
+from ..distributed import heartbeat, rank_status
 from ..distributed.launcher import Launch, read_launch
 from ..errors import ConfigError
 
@@ -105,7 +105,7 @@ def prepare_environment() -> None:
 
 def _set_environment(launch: Launch) -> None:
     """What torch, DeepSpeed and transformers look up, whoever launched this process."""
-    port = launch.master_port or peers.free_port()
+    port = launch.master_port or rank_status.free_port()
     where = {"MASTER_ADDR": launch.master_addr or "127.0.0.1", "MASTER_PORT": str(port)}
     local = {"LOCAL_RANK": str(_device_index(launch)), "LOCAL_WORLD_SIZE": str(launch.local_world_size)}
     os.environ.update(where, RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), **local)
@@ -113,21 +113,21 @@ def _set_environment(launch: Launch) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     if launch.local_world_size < launch.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Left alone, gloo takes the interface that the host's own name stands for, which often is the loopback one.
-        name = peers.interface_of(peers.own_address(where["MASTER_ADDR"]))
+        name = rank_status.interface_of(rank_status.own_address(where["MASTER_ADDR"]))
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def meet(timeout_s: float, hang_s: float) -> peers.Peers:
-    """Makes the ranks known to each other, for messages about those that are lost or hang; collective."""
+def connect_ranks(timeout_s: float, hang_s: float) -> rank_status.RankGroup:
+    """Starts the status servers by which ranks report which of them is lost or hangs; collective."""
     several = int(os.environ["LOCAL_WORLD_SIZE"]) < dist.get_world_size()
-    address = peers.own_address(os.environ["MASTER_ADDR"]) if several else "127.0.0.1"
-    return peers.Peers.meet(address, timeout_s, hang_s)
+    address = rank_status.own_address(os.environ["MASTER_ADDR"]) if several else "127.0.0.1"
+    return rank_status.RankGroup.connect(address, timeout_s, hang_s)
 
 
-def part() -> None:
-    """Waits until every rank has come to the end of the run: who leaves earlier looks lost to the others."""
-    heartbeat.reach("end")
+def wait_for_all_ranks() -> None:
+    """Waits until every rank has reached the end of the run: one that exits earlier looks lost to the others."""
+    heartbeat.beat("end")
     barrier()
 
 

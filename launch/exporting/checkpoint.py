@@ -277,9 +277,9 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 def _export_peft(
     reader: CheckpointReader, base: CheckedBase, folder: Path, dtype: str, rank: int | None
 ) -> ExportReport:
-    if modules := reader.manifest.modules_to_save:
+    if trained := reader.manifest.modules_to_save:
         raise ConfigError(
-            f"{reader.folder} holds modules_to_save ({', '.join(modules.numels)}), which an adapter "
+            f"{reader.folder} holds modules_to_save ({', '.join(trained.numels)}), which an adapter "
             f"cannot hold: give --format hf"
         )
     plan = SlicePlan(reader.manifest.slices, 1, 0)

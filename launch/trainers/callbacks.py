@@ -77,7 +77,7 @@ def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             if failed:
                 return None
-            with heartbeat.alone("report"):
+            with heartbeat.single_rank("report"):
                 try:
                     return report(*args, **kwargs)
                 except Exception as error:

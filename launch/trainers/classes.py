@@ -81,9 +81,9 @@ class HDPissaGRPOTrainer(HDPissaMixin, GRPOTrainer):  # type: ignore[misc]  # th
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Here TRL generates, rewards and asks the reference, which takes longer than any forward pass."""
-        heartbeat.reach("generate", slow=True)
+        heartbeat.beat("generate", slow=True)
         inputs = super()._prepare_inputs(*args, **kwargs)
-        heartbeat.reach("step.forward")
+        heartbeat.beat("step.forward")
         return inputs
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

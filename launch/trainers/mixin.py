@@ -36,7 +36,7 @@ from hdpissa.engine import HDPissaEngine, StepResult, initialize
 from hdpissa.engine.checkpoint.state import generators, set_generators
 from hdpissa.engine.checkpoint.writer import SaveError
 from hdpissa.engine.distributed import heartbeat
-from hdpissa.engine.distributed.peers import is_loss
+from hdpissa.engine.distributed.rank_status import is_loss
 from hdpissa.engine.errors import ConfigError, StopError
 from hdpissa.engine.sharding import zero3
 from hdpissa.engine.sharding.sharded_load import reading_own_rows
@@ -264,11 +264,11 @@ class HDPissaMixin(_Base):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         heartbeat.at_step(self.state.global_step + 1)
-        heartbeat.reach("step.data")
+        heartbeat.beat("step.data")
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        heartbeat.reach("step.forward")
+        heartbeat.beat("step.forward")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.engine.global_steps > self.state.global_step:
             self._after_step(self.engine.last_step)
@@ -348,7 +348,7 @@ class HDPissaMixin(_Base):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Counts each row and token once: accelerate fills the last batches up with rows that were there before."""
-        heartbeat.reach("eval", slow=True)
+        heartbeat.beat("eval", slow=True)
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return super().prediction_step(model, inputs, *args, **kwargs)
@@ -470,7 +470,7 @@ class HDPissaMixin(_Base):
         if self.engine is None:
             raise RuntimeError("save_model before train: nothing has been trained yet")
         folder = Path(output_dir or self.args.output_dir)
-        heartbeat.reach("export", slow=True)
+        heartbeat.beat("export", slow=True)
         self.engine.export(folder)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

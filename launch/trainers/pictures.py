@@ -42,7 +42,7 @@ class RunPictures(TrainerCallback):
         if args.process_index == 0:
             ended = {"state": "preempted" if trainer.preempted else "finished"}
             try:
-                with heartbeat.alone("report"):
+                with heartbeat.single_rank("report"):
                     _write(Path(args.output_dir), found, ended)
             except Exception as error:
                 logger.warning("no report: %s: %s; the run is complete", type(error).__name__, error)

@@ -63,7 +63,7 @@ class RunRecord(TrainerCallback):
         self._step = state.global_step
         zero3.barrier()  # all have read what they want of an earlier run
         if self._rank == 0:
-            with heartbeat.alone("record"):
+            with heartbeat.single_rank("record"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 keep_rows(self._folder / METRICS, state.global_step)
                 atomic.write_json(self._folder / RUN, self._description())
@@ -137,7 +137,7 @@ class RunRecord(TrainerCallback):
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row to metrics.jsonl; it has a step."""
         if self._rank == 0:
-            with heartbeat.alone("metrics"), (self._folder / METRICS).open("a") as file:
+            with heartbeat.single_rank("metrics"), (self._folder / METRICS).open("a") as file:
                 file.write(json.dumps(finite_row(row)) + "\n")
 
     def _figures(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class RunRecord(TrainerCallback):
 
     def _state(self, state: str) -> None:
         if self._rank == 0:
-            with heartbeat.alone("state"):
+            with heartbeat.single_rank("state"):
                 atomic.write_json(self._folder / STATE, {"state": state, "step": self._step, "message": self.message})
 
     def _description(self) -> dict[str, Any]:

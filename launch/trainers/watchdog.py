@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from hdpissa.engine.distributed.peers import is_loss
-from hdpissa.engine.distributed.watchdog import Watch
+from hdpissa.engine.distributed.rank_status import is_loss
+from hdpissa.engine.distributed.watchdog import Watcher
 from hdpissa.engine.errors import ConfigError, LostError, StopError
 from hdpissa.engine.sharding import zero3
 
@@ -31,36 +31,36 @@ class Watchdog:
     def __init__(
         self, timeout_s: float, hang_s: float, steps_done: Callable[[], int], on_lost: Callable[[LostError], None]
     ) -> None:
-        self._peers = zero3.meet(timeout_s, hang_s)
+        self._ranks = zero3.connect_ranks(timeout_s, hang_s)
         self._steps_done, self._on_lost = steps_done, on_lost
-        self._watch = Watch(self._peers, self._end)
+        self._watcher = Watcher(self._ranks, self._end)
 
     def __enter__(self) -> Watchdog:
-        self._watch.start()
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.stop()
+        self._watcher.stop()
         if error is None:
             return
         if is_loss(error):
             raise self._explain(error) from error
         if not isinstance(error, StopError | ConfigError):  # which every rank raises
-            self._peers.tell_failure(error)
+            self._ranks.broadcast_failure(error)
 
     def _explain(self, error: BaseException | None) -> LostError:
-        if not self._peers.may_speak():  # the watch is about to end this process
+        if not self._ranks.claim_report():  # the watcher is about to end this process
             time.sleep(60)
-        lost = self._peers.explain(self._steps_done(), error)
-        if not self._peers.is_first_here():  # one that is will find the same in a moment
+        lost = self._ranks.explain(self._steps_done(), error)
+        if not self._ranks.is_lowest_on_host():  # one that is will find the same in a moment
             time.sleep(GRACE_S / 2)
         self._on_lost(lost)
         return lost
 
     def _end(self) -> None:
-        """In the watch's thread: the main one is blocked in a collective that nothing interrupts."""
+        """In the watcher's thread: the main one is blocked in a collective that nothing interrupts."""
         lost = self._explain(None)
         print(f"error: {lost}", file=sys.stderr, flush=True)
         time.sleep(GRACE_S)

@@ -61,7 +61,7 @@ class RunEnds(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0 and args.process_index == 0 and self._arguments.script.overwrite_output_dir:
-            with heartbeat.alone("folder"):
+            with heartbeat.single_rank("folder"):
                 directory.discard(self._folder)
         if self._rows.chat:  # answers end there, too, in samples and in what is exported
             add_stops(model, self._tokenizer, end_of_turn(self._tokenizer))
@@ -85,7 +85,7 @@ class RunEnds(TrainerCallback):
             return
         engine = self.trainer.engine
         engine.eval()
-        heartbeat.reach("eval.answers", slow=True)
+        heartbeat.beat("eval.answers", slow=True)
         answers = generate(
             engine,
             self._tokenizer,
@@ -98,7 +98,7 @@ class RunEnds(TrainerCallback):
         )
         engine.train()
         if args.process_index == 0:
-            with heartbeat.alone("samples"):
+            with heartbeat.single_rank("samples"):
                 atomic.write_json(
                     self._folder / f"sample_{when}_training.json", {"prompt": texts[0], "answer": answers[0]}
                 )
@@ -117,10 +117,10 @@ class RunEnds(TrainerCallback):
         script = self._arguments.script
         for kind, name in wanted_exports(script.export_format).items():
             cut = {"rank": script.export_rank} if kind == "peft" else {}
-            heartbeat.reach("export", slow=True)
+            heartbeat.beat("export", slow=True)
             report = self.trainer.engine.export(self._folder / name, format=kind, dtype=script.export_dtype, **cut)
             if self._arguments.training.process_index == 0:
-                with heartbeat.alone("card"):
+                with heartbeat.single_rank("card"):
                     self._tokenizer.save_pretrained(self._folder / name)
                     self._write_card(self._folder / name, report.as_dict(), step)
                     print(f"exported {self._folder / name}", flush=True)

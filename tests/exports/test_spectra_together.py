@@ -14,7 +14,7 @@ FAULTS = {
     "spectra:1:*:RAISE": ("rank 1: ", 0),
     "pairs.prepare:1:*:EIO:3": ("rank 1: ", 2),
     "pairs.prepare:0:*:RAISE:4": ("rank 0: ", 3),
-    "alone.spectra:0:*:EIO:2": ("rank 0: ", 1),
+    "single_rank.spectra:0:*:EIO:2": ("rank 0: ", 1),
 }
 
 

@@ -10,7 +10,7 @@ from fault_runs import run_with_fault
 from launch_runs import command, finish, flags, make_inputs, read_json, read_metrics, start
 
 HANG_S = 10  # --hang_timeout
-# so short a limit is overrun by some seconds, see `watch.asked_after`
+# so short a limit is overrun by some seconds, see `watch.query_after_s`
 MOST_S = HANG_S + 5
 
 
@@ -42,8 +42,8 @@ HANGS = {
     "step.data:1:3:SLEEP": (2, "rank 1 on {host} hangs in step 3, data"),
     "step.backward:0:2:SLEEP": (2, "rank 0 on {host} hangs in step 2, backward"),
     "step.exchange:2:2:SLEEP": (4, "rank 2 on {host} hangs in step 2, exchange"),
-    "alone.record:0:0:SLEEP": (2, "rank 0 on {host} hangs in alone: record, before the first step"),
-    "alone.card:0:4:SLEEP": (2, "rank 0 on {host} hangs in step 4, alone: card"),
+    "single_rank.record:0:0:SLEEP": (2, "rank 0 on {host} hangs in single-rank work: record, before the first step"),
+    "single_rank.card:0:4:SLEEP": (2, "rank 0 on {host} hangs in step 4, single-rank work: card"),
     "export:1:4:SLEEP:3": (2, "rank 1 on {host} hangs in step 4, export"),
     "step.vote:1:2:STOP": (3, "rank 1 on {host} does not answer: stopped"),
     "step.forward:0:2:STOP": (2, "rank 0 on {host} does not answer: stopped"),
@@ -53,9 +53,9 @@ DEATHS = {
     "step.voted:1:2:KILL": (3, "rank 1 on {host} ended early (killed, or"),
     "step.forward:0:2:KILL": (2, "rank 0 on {host} ended early (killed, or"),
     "apply.weight:1:2:RAISE:7": (2, "rank 1 on {host} failed in step 2, apply (RuntimeError: HDPISSA_FAULT"),
-    "alone.metrics:0:2:RAISE": (3, "rank 0 on {host} failed in step 2, alone: metrics (RuntimeError"),
-    "alone.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in alone: record, before the first step ("),
-    "alone.card:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, alone: card (RuntimeError"),
+    "single_rank.metrics:0:2:RAISE": (3, "rank 0 on {host} failed in step 2, single-rank work: metrics (RuntimeError"),
+    "single_rank.record:0:0:ENOSPC": (2, "rank 0 on {host} failed in single-rank work: record, before the first step"),
+    "single_rank.card:0:4:RAISE": (2, "rank 0 on {host} failed in step 4, single-rank work: card (RuntimeError"),
 }
 
 
@@ -65,8 +65,8 @@ SHORT = {
     "step.forward:0:2:STOP",
     "step.voted:1:2:KILL",
     "apply.weight:1:2:RAISE:7",
-    "alone.metrics:0:2:RAISE",
-    "alone.record:0:0:ENOSPC",
+    "single_rank.metrics:0:2:RAISE",
+    "single_rank.record:0:0:ENOSPC",
 }
 
 
@@ -99,7 +99,7 @@ def test_a_rank_that_hangs_is_named_in_time(folder, inputs, cache, fault):
         assert (end.code, words.format(host=host()) in line) == (1, True), line
         assert f"--hang_timeout {HANG_S} s" in line
         assert "Traceback" not in end.stderr
-        if not fault.startswith(("alone.card", "export")):  # there other work lies between the row and the fault
+        if not fault.startswith(("single_rank.card", "export")):  # there other work lies between the row and the fault
             assert end.at - moved < MOST_S
     assert_failed(output, words)
 
@@ -124,7 +124,7 @@ def assert_failed(output, words):
     assert state["state"] == "failed"
     assert words.format(host=host()) in state["message"], state
     rows = len(read_metrics(output)[0]) if (output / "metrics.jsonl").exists() else 0
-    assert state["step"] in (rows, rows + ("at alone.metrics" in state["message"]))  # the row that could not be written
+    assert state["step"] in (rows, rows + ("at single_rank.metrics" in state["message"]))
 
 
 @pytest.mark.slow

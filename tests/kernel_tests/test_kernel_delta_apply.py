@@ -65,7 +65,7 @@ def test_every_bit_pattern_comes_back(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_finite_is_not_written(form):
-    """A NaN in ΔB spoils its row, and the largest number overflows: these keep their values, all others change."""
+    """A NaN in ΔB corrupts its row, and the largest number overflows: these keep their values, all others change."""
     case = Case(Q=5, cols=20, start=0, numel=200, sizes=(0.1, 0.1, 1.0, 1.0))
     dA, dB, A, B = case.factors()
     exact = randn(200, seed=99, dtype=torch.float32)

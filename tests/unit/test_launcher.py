@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hdpissa.engine.distributed.launcher import Launch, expand_counts, first_host, read_launch, speaking_rank
-from hdpissa.engine.distributed.peers import free_port
+from hdpissa.engine.distributed.rank_status import free_port
 from hdpissa.engine.errors import ConfigError
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}

@@ -148,7 +148,7 @@ def test_no_cycles():
 LEAVES = {
     "engine.errors",
     "engine.precision",
-    *(f"engine.distributed.{name}" for name in ("faults", "heartbeat", "blame")),
+    *(f"engine.distributed.{name}" for name in ("faults", "heartbeat", "diagnosis")),
     *(f"engine.directions.{name}" for name in ("eigen", "krylov", "svd")),
     "engine.files.checksum",
     "engine.sharding.slicing",

@@ -254,7 +254,7 @@ def test_rank_without_elements_does_nothing(one_kernel):
 
 @every_kind
 def test_what_is_not_finite_is_counted_and_not_written(kind):
-    """An infinite factor spoils its row: those weights stay, the others move, and all of them are counted."""
+    """An infinite factor corrupts its row: those weights stay, the others move, and all of them are counted."""
     spoilt = DB.clone()
     spoilt[2, 1] = torch.inf
     owned, bad = ShardRange.of(0, 1, ROWS, COLS), no_bad()

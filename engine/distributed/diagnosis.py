@@ -1,10 +1,9 @@
-"""Who is to blame when a run stands still or a collective has failed: from all ranks' answers to one line.
+"""Which rank hangs or is lost: from all ranks' answers to one line.
 
-Pure: no sockets, no clocks. The order of evidence, strongest first: a host that is gone; a process that is gone; one
-that takes connections but does not answer; one that has passed fewer places than others, which therefore wait for it;
-among equals one whose main thread is not in a collective; and then one that has moved less since the last place.
-Where nothing tells the ranks apart (all wait in the same collective, as when the network between them drops packets),
-nobody is named.
+Pure: no sockets, no clocks. The evidence, strongest first: a host that is gone; a process that has exited; one that
+accepts connections but does not answer; one that has passed fewer beats than the others, which therefore wait for it;
+of equals one whose main thread is not in a collective, then one with less progress since its last beat. Where nothing
+tells the ranks apart (all wait in the same collective, as when the network between them drops packets), none is named.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Literal, TypeVar
 
 from .heartbeat import Report
 
-Answer = Report | Literal["hidden", "mute", "ended", "silent"]
+Answer = Report | Literal["not reachable", "unresponsive", "exited", "no answer"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Place:
 
 
 P = TypeVar("P", bound=Place)
-AGAIN = "then start again"
+AGAIN = "then restart"
 
 
 def places(some: Iterable[Place]) -> str:
@@ -41,19 +40,19 @@ def places(some: Iterable[Place]) -> str:
 
 
 def stands_still(answers: Mapping[P, Answer], limit_s: float, slow_s: float) -> bool:
-    """Whether nobody works any more: no rank that answers has moved for so long.
+    """Whether no rank that answers has made progress for so long.
 
     Args:
-        limit_s: how long; slow_s: how long at a slow place, where a rank may be at work all the same. Somebody who
-            does not answer at all is not at work: then the first holds everywhere.
+        limit_s: how long. slow_s: how long at a slow point, where a rank may be working all the same; where some rank
+            does not answer at all, the first holds everywhere.
     """
     reports = [a for a in answers.values() if isinstance(a, Report)]
-    missing = any(a in ("mute", "silent") for a in answers.values())
+    missing = any(a in ("unresponsive", "no answer") for a in answers.values())
     return all(r.idle_s >= (slow_s if r.slow and not missing else limit_s) for r in reports)
 
 
 def hanging(reports: Mapping[P, Report]) -> list[P]:
-    """Those that the others wait for; empty where that cannot be told."""
+    """The ranks that the others wait for; empty where that cannot be decided."""
     fewest = min((r.count for r in reports.values()), default=0)
     behind = {p: r for p, r in reports.items() if r.count == fewest}
     suspects = {p: r for p, r in behind.items() if not r.waiting} or behind
@@ -63,14 +62,14 @@ def hanging(reports: Mapping[P, Report]) -> list[P]:
     return list(suspects) if len(suspects) < len(reports) else []
 
 
-def explain(answers: Mapping[P, Answer], own: Place, limit: str, *, still_s: float, said: str = "") -> str:
+def diagnose(answers: Mapping[P, Answer], own: Place, limit: str, *, still_s: float, backend_error: str = "") -> str:
     """One line.
 
     Args:
         answers: of all ranks, `own` among them.
         limit: the option that set the time, and its value.
-        still_s: a rank that has moved within so many seconds does not hang.
-        said: what the collective that failed said; empty where none did.
+        still_s: a rank that made progress within so many seconds does not hang.
+        backend_error: of the collective that failed, if one did.
     """
 
     def who(answer: str) -> list[P]:
@@ -79,20 +78,20 @@ def explain(answers: Mapping[P, Answer], own: Place, limit: str, *, still_s: flo
     reports = {p: a for p, a in answers.items() if isinstance(a, Report)}
     here = next((a.place for p, a in reports.items() if p.rank == own.rank), "an unknown place")
     # a host that is cut off may not even reach itself
-    silent = [p for p in who("silent") if p.address != own.address]
+    silent = [p for p in who("no answer") if p.address != own.address]
     if silent:
-        return f"no answer from {places(silent)} ({limit}); see to that host and the network, {AGAIN}"
-    if ended := who("ended"):
-        why = "killed, or its own output says why"
-        return f"{places(ended)} ended early ({why}) while this rank was in {here}; mend that, {AGAIN}"
-    if mute := who("mute"):
+        return f"no answer from {places(silent)} ({limit}); check that host and the network, {AGAIN}"
+    if ended := who("exited"):
+        why = "killed, or see its own output"
+        return f"{places(ended)} ended early ({why}) while this rank was in {here}; fix that, {AGAIN}"
+    if mute := who("unresponsive"):
         how = "stopped, or stuck in code that lets no other thread run"
         return f"{places(mute)} {_verb(mute)} {how}, while this rank waits in {here} ({limit}); {AGAIN}"
     still = {p: r for p, r in reports.items() if r.idle_s >= still_s}
     if still and (hung := hanging(reports)) and all(p in still for p in hung):
-        return f"{_where(hung, reports, own)} ({limit}); see there, {AGAIN}"
-    stands = f" (this rank in {here}; {said})" if said else f" (this rank in {here})"
-    return f"a collective failed or took longer than {limit} though all ranks are there{stands}; one may be slow"
+        return f"{_where(hung, reports, own)} ({limit}); look there, {AGAIN}"
+    where = f"this rank in {here}; {backend_error}" if backend_error else f"this rank in {here}"
+    return f"a collective failed or took longer than {limit} though all ranks answer ({where}); one may be slow"
 
 
 def _verb(some: list[P]) -> str:
