@@ -3,8 +3,8 @@
     hdpissa train --num_accelerators 2 --ds_config zero3 --model_name_or_path M --dataset_name D --output_dir O
     hdpissa plan --model_name_or_path M --gpu H100 --gpus 8
 
-The scripts stay what they are (`deepspeed launch/train.py …`, `python launch/plan.py …`); here they only have a name
-that works in every folder. Nothing but the chosen one is imported.
+Each script also runs by its path (`deepspeed launch/train.py …`, `python launch/plan.py …`). Only the chosen one is
+imported.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ COMMANDS = {  # word → (module of launch/ with a `main(argv)`, what it does)
 
 
 def overview() -> str:
-    """What stands under `hdpissa --help`."""
+    """The text of `hdpissa --help`."""
     lines = [f"  {word:<12}{text}" for word, (_, text) in COMMANDS.items()]
     head = ["hdpissa COMMAND …", "", "HD-PiSSA fine-tuning on DeepSpeed ZeRO-3.", ""]
     return "\n".join(
-        [*head, *lines, "", "hdpissa COMMAND --help says more; hdpissa --version says which version this is."]
+        [*head, *lines, "", "hdpissa COMMAND --help lists its options; hdpissa --version prints the version."]
     )
 
 

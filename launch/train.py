@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> bool:
     empty = run_checks.check(arguments)
     tokenizer = run_checks.read_tokenizer(str(script.model_name_or_path), script.model_revision, args.trust_remote_code)
     if arguments.kind == "grpo":
-        rewards(script)  # a mistake in their names is told before rows are read
+        rewards(script)  # misspelt names are refused before rows are read
     rows = read_rows(arguments, tokenizer)
     if arguments.kind == "sft" and args.cross_entropy is None:
         args.cross_entropy = "model" if rows.template else "chunked"

@@ -5,8 +5,8 @@
     srun hdpissa train --ds_config zero3 …                    is    srun python launch/train.py …
     hdpissa dpo …                                             is    hdpissa train … --trainer dpo
 
-The deepspeed launcher is asked to be quiet (unless --log_level says otherwise); it still says which command ended with
-which code. Nothing of a launcher is imitated: this process is replaced by it. train.py is started by its path, because
+The deepspeed launcher runs with --quiet, unless --log_level is given; it still prints which command ended with which
+code. No launcher is imitated: this process is replaced by it. train.py is started by its path, because
 with `-m` the repository's folders would stand on sys.path, where transformers takes `kernels/` for PyPI's package.
 """
 
@@ -23,7 +23,7 @@ from hdpissa.engine.distributed.launcher import read_launch
 from hdpissa.engine.errors import ConfigError
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
-# Options with a value, and switches, of each launcher; whatever else they have needs the launcher itself.
+# Options with a value, and switches, of each launcher; for others call the launcher itself.
 DEEPSPEED = (
     {"hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators", "master_port", "master_addr"}
     | {"node_rank", "launcher", "launcher_args", "enable_each_rank_log", "bind_core_list", "ssh_port", "venv_script"}
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None, trainer: str | None = None) -> int:
         print(script_arguments.help_text(words))
         return 0
     wanted = command(words, os.environ)
-    if wanted[1] != "-u":  # a launcher is to be started: a mistake is told before it is
+    if wanted[1] != "-u":  # check the options before a launcher starts
         from hdpissa.launch.training import script_arguments
 
         script_arguments.parse_options(split(words)[1])

@@ -48,7 +48,7 @@ def make_parser(arguments: type | Mapping[str, type]) -> argparse.ArgumentParser
 
 
 class PlainParser(argparse.ArgumentParser):
-    """argparse's own, for scripts of a few options without a dataclass; its mistakes are told like the others'."""
+    """argparse's own, for scripts of a few options without a dataclass; its mistakes are reported like theirs."""
 
     def error(self, message: str) -> NoReturn:
         _refuse(message)
@@ -69,8 +69,8 @@ def read(
     options = {name: action.dest for action in parser._actions for name in action.option_strings}
     if unknown:
         names = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]
-        told = [f"{name}; {elsewhere.get(name[2:]) or _hint(name, options)}" for name in dict.fromkeys(names)]
-        raise ConfigError(f"unknown argument{'s' if len(told) > 1 else ''} {', and '.join(told)}")
+        unknown = [f"{name}; {elsewhere.get(name[2:]) or _hint(name, options)}" for name in dict.fromkeys(names)]
+        raise ConfigError(f"unknown argument{'s' if len(unknown) > 1 else ''} {', and '.join(unknown)}")
     named = (text.split("=")[0] for text in argv)
     return vars(found), {options[name] for name in named if name in options}
 

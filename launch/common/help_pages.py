@@ -1,6 +1,6 @@
 """--help by section: what a command needs, a table for each section, and a search through all options.
 
-Made from the dataclasses of the options alone, so that a person waits for neither torch nor transformers.
+Made from the dataclasses of the options alone, so that it needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Page:
 
 def answered(argv: Sequence[str], sections: Mapping[str, type], page: Page) -> bool:
     """Prints what a command line with --help asks for; False for one that does not ask."""
-    asked = next((place for place, word in enumerate(argv) if word in HELP), None)
-    if asked is None:
+    help_at = next((place for place, word in enumerate(argv) if word in HELP), None)
+    if help_at is None:
         return False
     if speaking_rank(os.environ) == "0":  # the others would say the same
-        topic = [word for word in argv[asked + 1 :] if not word.startswith("--local_rank")]
+        topic = [word for word in argv[help_at + 1 :] if not word.startswith("--local_rank")]
         show(sections, page, " ".join(topic))
     return True
 

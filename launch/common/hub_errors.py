@@ -1,4 +1,4 @@
-"""What the many words of the libraries about the Hugging Face hub come to: what is wrong, and what to do about it."""
+"""Turns the libraries' errors about the Hugging Face hub into one problem and one remedy."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def explain(error: BaseException) -> tuple[str, str] | None:
 
 def reason(error: BaseException) -> str:
     """The first sentences of an error message, on one line; of one long sentence its beginning, and that it goes on."""
-    said = " ".join(str(error).split())
-    if len(said) > MOST:
-        ends = [found.end() for found in re.finditer(r"[.!?](?= )", said[: MOST + 1])]
-        said = said[: ends[-1]] if ends else said[:MOST].rsplit(" ", 1)[0] + " …"
-    return said.rstrip(".")
+    text = " ".join(str(error).split())
+    if len(text) > MOST:
+        ends = [found.end() for found in re.finditer(r"[.!?](?= )", text[: MOST + 1])]
+        text = text[: ends[-1]] if ends else text[:MOST].rsplit(" ", 1)[0] + " …"
+    return text.rstrip(".")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,8 +1,8 @@
-"""Figures of a run and the files they stand in: what a step's row means, and how JSON gets onto the disk whole.
+"""Figures of a run and the files that hold them.
 
 Figures of a step: `tokens` are input tokens of all ranks without padding, `mfu` counts forward plus the input
 gradient (4 FLOP per token and weight that it meets, the floor of a frozen base) against the device's published dense
-bf16 peak, and is null where that is unknown (CPU). Who writes rows is `recorder`, who shows them `display`.
+bf16 peak, and is null where that is unknown (CPU).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def peak_flops(device_name: str) -> float | None:
 def keep_rows(path: Path, steps: int) -> None:
     """Leaves in a file of rows those up to a step, none for 0: a resumed run writes the later ones again.
 
-    So it does those that are of the end of the run (samples `when` AFTER_TRAINING), whatever their step.
+    The same holds for rows of the end of the run (samples `when` AFTER_TRAINING), whatever their step.
     """
     rows = _whole_lines(path) if steps else ()
     kept = [line + "\n" for line, row in rows if row["step"] <= steps and row.get("when") != AFTER_TRAINING]

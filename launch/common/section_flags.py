@@ -101,14 +101,14 @@ def merge(
 
 def _merge_section(ours: dict[str, Any], section: Mapping[str, Any], path: str, differ: list[str]) -> None:
     for key, value in section.items():
-        said = ours.get(key)
-        if isinstance(value, dict) and isinstance(said, dict):
-            _merge_section(said, value, f"{path}.{key}", differ)
-        elif said in OPEN:
+        in_json = ours.get(key)
+        if isinstance(value, dict) and isinstance(in_json, dict):
+            _merge_section(in_json, value, f"{path}.{key}", differ)
+        elif in_json in OPEN:
             ours[key] = value
-        elif _plain(said) != _plain(value):
+        elif _plain(in_json) != _plain(value):
             flag = f"{path}.{key}".removeprefix("hd_pissa.").replace(".", "_")
-            differ.append(f"{path}.{key} is {show(said)} but --{flag} is {show(value)}")
+            differ.append(f"{path}.{key} is {show(in_json)} but --{flag} is {show(value)}")
 
 
 def _plain(value: Any) -> Any:
@@ -122,20 +122,20 @@ def _merge_adam(ds: dict[str, Any], ours: dict[str, Any], given: Mapping[str, fl
     homes = {"hd_pissa.adam": {} if adam in OPEN else adam}
     homes["optimizer.params"] = optimizer.get("params") or {} if isinstance(optimizer, dict) else optimizer
     if not all(isinstance(home, dict) for home in homes.values()):
-        return []  # told by those who check them
+        return []  # refused by the checks of the section
     differ, defaults = [], AdamConfig()
     chosen: dict[str, Any] = {}
     for option, (key, index) in ADAM.items():
         if option not in given:
             continue
-        said = {f"{name}.{key}": home[key] for name, home in homes.items() if home.get(key) not in OPEN}
-        for path, value in said.items():
+        in_json = {f"{name}.{key}": home[key] for name, home in homes.items() if home.get(key) not in OPEN}
+        for path, value in in_json.items():
             part = value[index] if index is not None and isinstance(value, list) and len(value) == 2 else value
             if part != given[option]:
                 differ.append(f"{path} is {show(value)} but --{option} is {show(given[option])}")
-        if not said and index is None:
+        if not in_json and index is None:
             chosen[key] = given[option]
-        elif not said:
+        elif not in_json:
             chosen.setdefault(key, list(defaults.betas))[index] = given[option]
     if chosen:
         ours["adam"] = {**homes["hd_pissa.adam"], **chosen}

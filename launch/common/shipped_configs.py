@@ -28,7 +28,7 @@ def read(located: str | Path) -> dict[str, Any]:
     """The config as a dict.
 
     Raises:
-        ConfigError: a name that none has, beside what `engine.config.read_ds_config` refuses.
+        ConfigError: an unknown name, and what `engine.config.read_ds_config` refuses.
     """
     from hdpissa.engine.config.section import read_ds_config
 

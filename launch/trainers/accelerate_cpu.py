@@ -1,7 +1,7 @@
 """The one patch of a foreign object: DeepSpeed's process group for accelerate.
 
 accelerate 1.13 to 1.15 knows no DeepSpeed on several CPU ranks: `PartialState._prepare_backend` finds no backend there,
-and every rank believes, in silence, that it is alone. Nor does it start without a launcher's environment (a plain
+and every rank silently believes that it is the only one. Nor does it start without a launcher's environment (a plain
 `python train.py`), or under `srun`. While TrainingArguments with `deepspeed=` set up their devices, this project's own
 door to DeepSpeed therefore prepares the environment and names the backend; accelerate then starts the group as it does
 on GPUs.

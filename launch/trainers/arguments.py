@@ -23,7 +23,7 @@ class HDPissaArguments:
     async_save: bool = field(default=False, metadata={"help": "Write checkpoints in the background."})
     stop_on_save_error: bool = field(
         default=False,
-        metadata={"help": "End the run when a checkpoint cannot be saved; else it goes on, with a warning."},
+        metadata={"help": "End the run when a checkpoint cannot be saved; otherwise warn and continue."},
     )
     loss_normalization: Literal["tokens", "mean"] = field(
         default="tokens",

@@ -1,4 +1,4 @@
-"""Callbacks that look at every step: was the run asked to stop, and are the slices sound?"""
+"""Callbacks of every step: stop on signals, watch skipped steps and the slices' figures."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class StopOnSignals(TrainerCallback):
 
 
 def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
-    """From its first error on (a server that cannot be reached, a full disk) a reporter is left out, with a warning."""
+    """Drops a reporter with a warning at its first error, such as an unreachable server or a full disk."""
     failed: list[BaseException] = []
 
     def careful(report: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
                     return report(*args, **kwargs)
                 except Exception as error:
                     failed.append(error)
-                    logger.warning("%s reports no more: %s: %s", type(reporter).__name__, type(error).__name__, error)
+                    logger.warning("%s is dropped: %s: %s", type(reporter).__name__, type(error).__name__, error)
                     return None
 
         return call
@@ -93,9 +93,9 @@ def keep_from_ending_the_run(reporter: TrainerCallback) -> None:
 
 
 class SliceGuard(TrainerCallback):
-    """Skipped steps are counted; every so many steps norms per slice go into metrics.jsonl, and memory is checked.
+    """Ends runs that skip too many steps in a row; logs norms per slice and checks integrity every so many steps.
 
-    What makes going on senseless raises StopError on all ranks alike.
+    Raises StopError on all ranks where continuing makes no sense.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""What TrainingArguments and the DeepSpeed JSON say together: one config for `initialize`, before a weight is read."""
+"""Combines TrainingArguments and the DeepSpeed JSON into one config for `initialize`, before a weight is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hdpissa.engine.sharding.slicing import SlicePlan
 
 from .arguments import option
 
-LAUNCHED = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # where `accelerate launch` says which JSON it was given
+LAUNCHED = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # where `accelerate launch` puts the path of its JSON
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_targets(model: Any, run: RunConfig, model_init_kwargs: dict[str, Any])
     """Finds the weights that the section names, in the model or, given by name, in one of its class without weights.
 
     Raises:
-        ConfigError: there are none, or they are too small for so many slices.
+        ConfigError: nothing matches, or a weight is too small for so many slices.
     """
     if isinstance(model, str):
         model = _without_weights(model, model_init_kwargs)
@@ -111,10 +111,10 @@ def _with_adam(section: dict[str, Any], raw: dict[str, Any], args: TrainingArgum
 
 
 def _refuse(args: TrainingArguments) -> None:
-    """What would be ignored, or break the order or the count of a slice's rows."""
+    """Refuses arguments that would be ignored, or would change the order or number of a slice's rows."""
     accelerator: Any = args.accelerator_config  # an AcceleratorConfig once the arguments are made
     by_length = getattr(args, "train_sampling_strategy", "random") == "group_by_length"
-    said = {
+    off = {
         "fp16": (args.fp16, "slice gradients would carry its loss scale; use bf16"),
         "use_cpu": (args.use_cpu, "it switches DeepSpeed off; without a GPU the CPU is taken by itself"),
         "weight_decay": (args.weight_decay, "the method has no such term; leave it out"),
@@ -137,7 +137,7 @@ def _refuse(args: TrainingArguments) -> None:
         ),
         "train_sampling_strategy": (by_length and "group_by_length", "the order of a slice's rows is fixed"),
     }
-    found = [f"{name} is {value}: must be off, because {why}" for name, (value, why) in said.items() if value]
+    found = [f"{name} is {value}: must be off, because {why}" for name, (value, why) in off.items() if value]
     if not str(getattr(args.optim, "value", args.optim)).startswith("adamw"):
         found.append(f"optim is {args.optim}: must be adamw_torch, because slices have their own Adam")
     if args.push_to_hub and args.hub_strategy != "end":

@@ -1,8 +1,8 @@
 """One run per output folder at a time.
 
 A launcher that is killed leaves its ranks behind, and they go on training, and saving, where the next run begins. So
-rank 0 holds a lock on `.lock` in the folder for as long as its process lives; the kernel gives it back whatever the
-process dies of. Where a file system has no locks, none is held.
+rank 0 holds a lock on `.lock` in the folder for as long as its process lives; the kernel releases it however
+the process ends. On a file system without locks none is held.
 """
 
 from __future__ import annotations

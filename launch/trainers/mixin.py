@@ -59,7 +59,7 @@ from .run_record import RunRecord
 from .sampler import SliceOrder, SliceSampler, SliceStream
 from .watchdog import Watchdog
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # whatever Trainer it is put before
+_Base: Any = Trainer if TYPE_CHECKING else object  # the Trainer class that follows it in the bases
 logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 
@@ -123,7 +123,7 @@ class HDPissaMixin(_Base):
             self.add_callback(callback)
 
     def _check(self, args: TrainingArguments) -> None:
-        """What a class cannot train, before a weight is read; raises ConfigError."""
+        """Refuses what the class cannot train, before a weight is read; raises ConfigError."""
 
     def _check_rows(self, args: TrainingArguments, dataset: Any) -> None:
         """Raises ConfigError for fewer rows than a step takes; where they are packed their number shows later."""
@@ -138,7 +138,7 @@ class HDPissaMixin(_Base):
             yield
             return
         dtype = "bfloat16" if args.bf16 else "float32"
-        of_trl: Any = args  # whose configs alone have it, as its trainers alone take names
+        of_trl: Any = args  # only TRL's configs have this field, and only its trainers take a name
         of_trl.model_init_kwargs = {**(of_trl.model_init_kwargs or {}), "dtype": dtype}
         with reading_own_rows(self.new_modules):
             yield
@@ -146,7 +146,7 @@ class HDPissaMixin(_Base):
     # --- the engine ------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The slices' Adam, the engine around it; made at the first call."""
+        """Makes the engine at the first call and returns its optimizer."""
         if self.optimizer is None:
             self._make_engine(None)
         return self.optimizer
@@ -165,7 +165,7 @@ class HDPissaMixin(_Base):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
-        """Engine, optimizer and schedule, new or as a checkpoint has them."""
+        """Sets up engine, optimizer and schedule, new or from a checkpoint."""
         self.lr_scheduler, self._created_lr_scheduler = None, False
         reader = self._reader
         if reader is not None:
@@ -187,7 +187,7 @@ class HDPissaMixin(_Base):
         return self.engine.ds, train_dataloader
 
     def _create_schedule(self, max_steps: int, reader: Any) -> None:
-        """The schedule of the arguments as they are now, at the step that is resumed."""
+        """Creates the schedule of the current arguments, advanced to the resumed step."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("peak_lr", self.args.learning_rate)
             group.pop("initial_lr", None)
@@ -209,8 +209,8 @@ class HDPissaMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; `resume_from_checkpoint` may also be "auto": the newest sound checkpoint, if there is one.
 
-        A second call is another run on the weights as they are. A run that SIGTERM or SIGUSR1 has asked to stop returns
-        after saving; `self.preempted` tells.
+        A second call is another run on the current weights. A run that SIGTERM or SIGUSR1 stops returns after saving,
+        with `self.preempted` set.
         """
         self.preempted = False
         self.model_wrapped = self.model  # of an earlier run it is DeepSpeed's engine
@@ -385,7 +385,7 @@ class HDPissaMixin(_Base):
             self._make_engine(None)
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # a preempted run leaves an evaluation out; dropout goes on alike
+        with torch.random.fork_rng(devices):  # a preempted run skips an evaluation; its dropout must not differ
             output = super().evaluation_loop(*args, **kwargs)
         dist.all_reduce(self._evaluated)
         total, tokens = self._evaluated.tolist()
@@ -448,7 +448,7 @@ class HDPissaMixin(_Base):
         if option(self.args, "stop_on_save_error"):
             raise StopError(f"{message}; the run stops (stop_on_save_error)")
         if self.is_world_process_zero():
-            logger.warning("%s; training goes on", message)
+            logger.warning("%s; training continues", message)
 
     def _finish_saves(self) -> None:
         try:

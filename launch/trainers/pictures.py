@@ -20,10 +20,10 @@ MOST_WEIGHTS = 21  # three of each of Llama's seven kinds
 class RunPictures(TrainerCallback):
     """Draws a run when it ends. Give it to the trainer's constructor: the run is then recorded as finished after it.
 
-    What goes wrong is a warning. Spectra are collective; a run that was asked to stop has no time for them.
+    Failures are warnings. Spectra are collective; a run that is being stopped has no time for them.
 
     Args:
-        run: whose attribute `trainer` is set by the time training begins.
+        run: its attribute `trainer` must be set when training begins.
     """
 
     def __init__(self, run: Any) -> None:

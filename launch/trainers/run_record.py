@@ -1,9 +1,9 @@
-"""What a run leaves for people and programs: metrics.jsonl, run.json, run_state.json in the output folder.
+"""Writes metrics.jsonl, run.json and run_state.json into the output folder.
 
     metrics.jsonl    a JSON object for each logged step, each evaluation, each check; null for what is not finite
     run.json         what is needed to know, and to repeat, what was run
     run_state.json   "running", "finished", "preempted" or "failed", the step, and why. A launcher can return 0 for a
-                     run that was killed; such a run still says "running"
+                     run that was killed; its state is still "running"
 
 Nothing of an earlier run in the folder is touched before the engine is in place: until then a mistake costs nothing.
 Rank 0 writes; when a run fails it may be rank 0 that was lost, so then others write run_state.json, too.
@@ -46,12 +46,12 @@ class RunRecord(TrainerCallback):
         self._trainer = trainer
         self._folder, self._rank = Path(trainer.args.output_dir), trainer.args.process_index
         self.described: dict[str, Any] = {}
-        self.message = ""  # of run_state.json, beside the state
+        self.message = ""  # of run_state.json
         self._step, self._begun = 0, 0.0
         self._seconds, self._steps, self._tokens = 0.0, 0, 0  # since the last row
 
     def describe(self, **more: Any) -> None:
-        """Adds what only a script knows to run.json and, for exports from them, to checkpoints.
+        """Adds fields that only a script knows to run.json and, for later exports, to checkpoints.
 
         `arguments` join TrainingArguments.
         """

@@ -25,7 +25,7 @@ class Watchdog:
 
     Args:
         timeout_s: of a collective. hang_s: how long the run may stand still.
-        steps_done: optimizer steps so far. on_lost: is told why the run ends, before the process does.
+        steps_done: optimizer steps so far. on_lost: called with the reason before the process ends.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What can be wrong with a run of train.py beside its options: the output folder, the model, its targets.
+"""Checks a run of train.py before it starts: the output folder, the model, its targets.
 
-Nothing is written, and of the model only the configuration and the headers of its files are read.
+Nothing is written, and only the model's configuration and the headers of its files are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def trainer_class(kind: str) -> Any:
 
 
 def check(arguments: Arguments) -> Any:
-    """Refuses what can be told early, on every rank alike; returns the model with empty (meta) weights."""
+    """Runs all checks, alike on every rank; returns the model with empty (meta) weights."""
     from hdpissa.launch.trainers import config
 
     script, cls = arguments.script, trainer_class(arguments.kind)
@@ -120,13 +120,13 @@ def _without_zero_init(training: TrainingArguments) -> Iterator[None]:
 
 
 def choose_reference(arguments: Arguments, rows: Any) -> None:
-    """DPO precomputes its reference's log-probabilities where memory asks for it, and the user has said nothing."""
+    """Has DPO precompute its reference's log-probabilities where memory requires it, unless the user decided."""
     from hdpissa.launch.training import reference as plan_reference
 
     with _without_zero_init(arguments.training):
-        said = plan_reference.choose(arguments, rows, plan_reference.smallest_gpu())
-    if said and arguments.training.process_index == 0:
-        print(said, file=sys.stderr)
+        decision = plan_reference.choose(arguments, rows, plan_reference.smallest_gpu())
+    if decision and arguments.training.process_index == 0:
+        print(decision, file=sys.stderr)
 
 
 def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
@@ -143,7 +143,7 @@ def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
 def _read(name: str, read: Any) -> Any:
     try:
         return read()
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # damaged files raise errors of many types
         known = None if Path(name).exists() else explain(error)
-        said, remedy = known or (reason(error), "give the folder or the hub name of a causal language model")
-        raise ConfigError(f"--model_name_or_path {name}: cannot be used ({said}); {remedy}") from error
+        problem, remedy = known or (reason(error), "give the folder or the hub name of a causal language model")
+        raise ConfigError(f"--model_name_or_path {name}: cannot be used ({problem}); {remedy}") from error

@@ -1,7 +1,7 @@
-"""What a base model must be, as far as its files tell without their weights being read.
+"""Checks a base model by its files, without reading weights.
 
-`train_checks` asks; each of these ends in one line. A folder is looked into; of a hub name that is not on this machine
-yet only the configuration is known, and the rest is found when it is loaded.
+A folder is inspected; of a hub name that is not in the cache only the configuration is known, and the rest is checked
+when it is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from hdpissa.engine.errors import ConfigError
 
 ADAPTER, CHECKPOINT = "adapter_config.json", "checkpoint.json"
-# Of an export: what it says of itself when it is complete, and where it is while it is being written.
+# Of an export: its report, written last, and the folder in which it is assembled.
 EXPORT, UNFINISHED = "hdpissa_export.json", ".export.partial"
 # Of transformers' weight files, those that an index may name, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -54,11 +54,11 @@ def check_folder(name: str) -> None:
         )
 
 
-def check_export(folder: Path, asked: str, **others: str | Path | None) -> None:
+def check_export(folder: Path, option: str, **others: str | Path | None) -> None:
     """Refuses a folder in which an export would take the place of a model that no export wrote, or of a checkpoint.
 
     Args:
-        asked: the option with its value, for the message.
+        option: the option with its value, for the message.
         others: what the export is made from, by what it is: `base="Qwen/Qwen3-0.6B"` (or a folder), `checkpoint=…`.
 
     Raises:
@@ -67,15 +67,15 @@ def check_export(folder: Path, asked: str, **others: str | Path | None) -> None:
     for what, where in others.items():
         if where and folder.is_dir() and Path(where).is_dir() and folder.samefile(where):
             raise ConfigError(
-                f"{asked}: {folder} is the {what} itself, which the export would replace; give another folder"
+                f"{option}: {folder} is the {what} itself, which the export would replace; give another folder"
             )
     if (folder / CHECKPOINT).is_file():
-        raise ConfigError(f"{asked}: {folder} is a checkpoint, which the export would damage; give another folder")
+        raise ConfigError(f"{option}: {folder} is a checkpoint, which the export would damage; give another folder")
     weights = next((p for end in ("safetensors", "bin") for p in sorted(folder.glob(f"*model*.{end}"))), None)
     ours = (folder / EXPORT).exists() or (folder / UNFINISHED).exists()
     if weights and not ours:
         raise ConfigError(
-            f"{asked}: {folder} holds a model that no export wrote ({weights.name}), and that would be lost; give "
+            f"{option}: {folder} holds a model that no export wrote ({weights.name}), and that would be lost; give "
             f"another folder"
         )
 
@@ -121,8 +121,8 @@ def check_config(name: str, config: Any) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     if quantized:
-        said = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        method = said.get("quant_method", "unknown method")
+        settings = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        method = settings.get("quant_method", "unknown method")
         raise ConfigError(
             f"--model_name_or_path {name}: its weights are quantised ({method}), and W must be bf16, fp16 or fp32 to "
             f"be updated in its shards; give the model that it was made from"

@@ -1,7 +1,7 @@
-"""Whether DPO holds its reference model, where the user leaves that open: only if it fits beside the trained one.
+"""Decides whether DPO holds its reference model, unless the user has: only if it fits beside the trained one.
 
-Where it does not, `precompute_ref_log_probs` asks it before training, when the model to be trained still is the
-reference: one forward pass over the rows.
+If not, `precompute_ref_log_probs` computes its log-probabilities before training, when the model to be trained still is
+the reference: one forward pass over the rows.
 """
 
 from __future__ import annotations

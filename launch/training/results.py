@@ -109,8 +109,8 @@ class RunEnds(TrainerCallback):
             return self._rows.template.render(text)
         if not self._rows.chat:
             return text
-        asked = [{"role": "user", "content": text}]
-        return str(self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        messages = [{"role": "user", "content": text}]
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _export(self, step: int) -> None:
         """Writes what --export_format says, the tokenizer and a card beside it; collective."""
@@ -137,8 +137,8 @@ class RunEnds(TrainerCallback):
 
 def end_of_turn(tokenizer: Any) -> list[int]:
     """The special token with which the chat template ends an assistant's words; none where it has none."""
-    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-    rest = tokenizer.apply_chat_template(asked, tokenize=False).partition(SENTINEL)[2]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False).partition(SENTINEL)[2]
     found = [
         token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids
     ]

@@ -1,4 +1,4 @@
-"""The rows of a run: read by `datasets`, and columns of instructions and answers made what TRL's trainers take."""
+"""Reads the rows of a run by `datasets`, and encodes instruction columns as TRL's trainers take them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What a run learns from, and is evaluated on.
+    """The training and evaluation rows of a run.
 
     Attributes:
-        template: of an instruction, where the rows are such; else None. chat: whether they are conversations.
+        template: of instruction rows; None for others. chat: whether rows are conversations.
     """
 
     train: Any
@@ -85,11 +85,11 @@ def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
 def _tried(name: str, read: Any, file: Path | None = None) -> Any:
     try:
         return read()
-    except Exception as error:  # whatever a damaged file, or the hub, leads to
-        said, remedy = explain(error) or (reason(error.__cause__ or error), "give a file, a folder or a hub name")
+    except Exception as error:  # damaged files and the hub raise errors of many types
+        problem, remedy = explain(error) or (reason(error.__cause__ or error), "give a file, a folder or a hub name")
         if file is not None and file.suffix == ".jsonl" and file.is_file() and (line := _damaged_line(file)):
-            said, remedy = f"line {line} is not a JSON object", "mend that line"
-        raise ConfigError(f"dataset {name}: cannot be read ({said}); {remedy}") from error
+            problem, remedy = f"line {line} is not a JSON object", "fix that line"
+        raise ConfigError(f"dataset {name}: cannot be read ({problem}); {remedy}") from error
 
 
 def _damaged_line(file: Path) -> int | None:
@@ -144,7 +144,7 @@ def _text_column(arguments: Arguments) -> str:
 
 
 def _refuse_columns(rows: Any, arguments: Arguments) -> None:
-    """Raises ConfigError for rows that TRL's trainer would stumble over."""
+    """Raises ConfigError for columns that TRL's trainer cannot read."""
     columns, kind = _columns(rows), arguments.kind
     texts = ((_text_column(arguments),),) if kind == "sft" else ()
     choices = (*NEEDED[kind], *texts)

@@ -1,7 +1,7 @@
 """The command line of train.py: TRL's parser over TRL's argument classes, ours, and the keys of `hd_pissa`.
 
-Where the DeepSpeed JSON and the script's own defaults differ, the JSON wins; where it and a value that the user gave
-differ, the run ends before anything is read.
+The JSON overrides the script's defaults. Where it differs from an option that the user gave, the run ends before
+anything is read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ REQUIRED = ("deepspeed", "model_name_or_path", "output_dir")
 
 @dataclass
 class ScriptArguments(trl.ScriptArguments):
-    """What a run of train.py has beside its trainer's arguments."""
+    """Options of train.py that are not its trainer's."""
 
     trainer: Kind = field(default="sft", metadata={"help": "What trains."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hugging Face folder or hub name."})
@@ -166,7 +166,7 @@ def parse(argv: list[str]) -> Arguments:
     """The whole command line, and the YAML of `--config`; values agree with the DeepSpeed JSON.
 
     Raises:
-        ConfigError: anything unknown, missing, out of range, or said differently there and here.
+        ConfigError: an option that is unknown, missing, out of range, or differs from the JSON.
     """
     parser, values = read(argv)
     with _mistakes():
@@ -202,7 +202,7 @@ def parse_options(argv: list[str]) -> tuple[Parser, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _mistakes() -> Iterator[None]:
-    """What parsers and argument classes refuse is the user's mistake."""
+    """Turns what parsers and argument classes raise into ConfigErrors."""
     try:
         yield
     except ConfigError:
@@ -212,7 +212,7 @@ def _mistakes() -> Iterator[None]:
 
 
 def help_text(argv: list[str]) -> str:
-    """What --help says of the options of the trainer that a command line names."""
+    """The --help text for the trainer that a command line names."""
     return Parser(_kind(argv)).format_help()
 
 
@@ -248,17 +248,19 @@ def _kind(words: list[str]) -> str:
 
 
 def _agree(values: dict[str, Any], given: set[str]) -> None:
-    """Puts the flags of `hd_pissa` into the JSON, and what the JSON says in place of defaults."""
+    """Merges the flags of `hd_pissa` into the JSON, and the JSON's values into the defaults."""
     raw = shipped_configs.read(shipped_configs.locate(values["deepspeed"]))
     adam = {name: values[name] for name in ADAM if name in given}
     merged, differ = merge(raw, section_of(values), adam)
     rest, _ = ds_config.split_section(merged)
     ds_config.check_ds_config(rest)
-    said = {name: values[name] for name in ds_config.AGREED}
-    asked = ds_config.TrainValues(**said, world_size=read_launch(os.environ).world_size, given=frozenset(given))
-    _, agreed = ds_config.fill_auto(rest, asked, differ)
-    unsaid = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")  # zero.Init asks
-    values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": unsaid | merged}
+    shared = {name: values[name] for name in ds_config.AGREED}
+    wanted = ds_config.TrainValues(**shared, world_size=read_launch(os.environ).world_size, given=frozenset(given))
+    _, agreed = ds_config.fill_auto(rest, wanted, differ)
+    batch = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"
+    )  # zero.Init reads them
+    values |= {name: getattr(agreed, name) for name in ds_config.AGREED} | {"deepspeed": batch | merged}
 
 
 EVALUATING = {"eval_strategy", "eval_steps"}
