@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import checkpointing, consensus
 from .checkpoint import state
-from .checkpoint.format import CheckpointReader
+from .checkpoint.reader import CheckpointReader
 from .comm.buckets import make_buckets
 from .comm.exchange import FactorExchange, choose_kinds
 from .config.section import HDPissaConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import directory, state
-from .checkpoint.format import CheckpointReader, Kind
+from .checkpoint.manifest import Kind
+from .checkpoint.reader import CheckpointReader
 from .checkpoint.writer import Job, SaveError
 from .distributed import heartbeat
 from .export import peft_export

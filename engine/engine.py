@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpointing, trained_model
-from .checkpoint.format import Base
+from .checkpoint.manifest import Base
 from .checkpoint.writer import Saver
 from .directions.decompose import InitReport
 from .distributed import faults, heartbeat

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from hdpissa.benchmarks.common import ranks, timing
 from hdpissa.benchmarks.memory.load_memory import write_model
 from hdpissa.benchmarks.memory.peak import Peak, anonymous_bytes
-from hdpissa.engine.checkpoint.format import Kind
+from hdpissa.engine.checkpoint.manifest import Kind
 from hdpissa.engine.sharding.base_files import BaseFiles
 
 ALLOWANCE_BYTES = 300e6

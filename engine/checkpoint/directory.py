@@ -20,7 +20,7 @@ from pathlib import Path
 from ..distributed.faults import fault
 from ..errors import ConfigError
 from ..files import atomic, disk
-from .format import MANIFEST
+from .manifest import MANIFEST
 
 LATEST, BEST = "latest", "best"
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")

@@ -38,8 +38,23 @@ from ..optim.optimizer import SliceOptimizer
 from ..sharding import zero3
 from ..sharding.slicing import SlicePlan
 from . import directory
-from . import format as layout
-from .format import STATE, Base, CheckpointError, CheckpointReader, Manifest, StoredModules, TargetSpec
+from .manifest import (
+    MANIFEST,
+    REMEDY,
+    STATE,
+    Base,
+    CheckpointError,
+    Manifest,
+    StoredModules,
+    TargetSpec,
+    factors_file,
+    modules_file,
+    range_key,
+    rng_file,
+    slice_file,
+    weights_file,
+)
+from .reader import CheckpointReader
 from .writer import OwnFile, Part
 
 logger = logging.getLogger(__name__)
@@ -78,17 +93,17 @@ def own_files(kind: str, optimizer: SliceOptimizer, extra: Mapping[str, str]) ->
     """
     store, plan = optimizer.store, optimizer.store.plan
     states, text = generators()
-    files = [OwnFile(layout.rng_file(plan.rank), [_fixed(key, state) for key, state in states.items()], metadata=text)]
+    files = [OwnFile(rng_file(plan.rank), [_fixed(key, state) for key, state in states.items()], metadata=text)]
     if plan.rank == 0:
         files += [OwnFile(name, text=text) for name, text in extra.items()]
     if kind == "full":
-        files.append(OwnFile(layout.weights_file(plan.rank, plan.world_size), list(_weights(store))))
+        files.append(OwnFile(weights_file(plan.rank, plan.world_size), list(_weights(store))))
     if (modules := optimizer.modules_to_save) is not None:
-        files.append(OwnFile(layout.modules_file(plan.rank, plan.world_size), list(_modules(modules, plan))))
+        files.append(OwnFile(modules_file(plan.rank, plan.world_size), list(_modules(modules, plan))))
     if plan.replica == 0:
         for index, slice_id in enumerate(plan.owned):
-            files.append(OwnFile(layout.slice_file(slice_id), list(_slice_state(store, index))))
-            files.append(OwnFile(layout.factors_file(slice_id), list(_factors(store, index)), constant=True))
+            files.append(OwnFile(slice_file(slice_id), list(_slice_state(store, index))))
+            files.append(OwnFile(factors_file(slice_id), list(_factors(store, index)), constant=True))
     return files
 
 
@@ -97,7 +112,7 @@ def _weights(store: FactorStore) -> Iterator[Part]:
         owned = target.own_range(store.plan)
         if owned.numel:
             assert target.shard is not None
-            key = layout.range_key(target.name, owned.start, owned.stop)
+            key = range_key(target.name, owned.start, owned.stop)
             yield Part(key, (owned.numel,), torch.float32, _reader(target.shard.read, 0, owned.numel))
 
 
@@ -105,7 +120,7 @@ def _modules(modules: ModulesToSave, plan: SlicePlan) -> Iterator[Part]:
     for name, state, values in modules.views():
         owned = modules.own_range(name, plan.rank, plan.world_size)
         if owned.numel:
-            yield _fixed(layout.range_key(f"{name}.{state}", owned.start, owned.stop), values)
+            yield _fixed(range_key(f"{name}.{state}", owned.start, owned.stop), values)
 
 
 def _slice_state(store: FactorStore, index: int) -> Iterator[Part]:
@@ -225,7 +240,7 @@ def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointR
     path, rank, world_size = Path(path), dist.get_rank(), dist.get_world_size()
 
     def candidates() -> list[str]:
-        itself = (path / layout.MANIFEST).is_file()
+        itself = (path / MANIFEST).is_file()
         found = [path] if itself else directory.candidates(path) if path.is_dir() else []
         return [str(p) for p in (found if fall_back else found[:1])]
 
@@ -238,7 +253,7 @@ def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointR
         if rank == 0 and fall_back:
             logger.warning("%s", problem)
     if not problems:
-        raise CheckpointError(f"{path} holds no checkpoint (no {layout.MANIFEST}); give a folder checkpoint-N")
+        raise CheckpointError(f"{path} holds no checkpoint (no {MANIFEST}); give a folder checkpoint-N")
     raise CheckpointError(problems[0])
 
 
@@ -268,7 +283,7 @@ def refuse_others(
     )
     if found:
         raise CheckpointError(
-            f"{reader.folder} does not fit this run: {'; '.join(found)}; {layout.REMEDY}, or the same settings"
+            f"{reader.folder} does not fit this run: {'; '.join(found)}; {REMEDY}, or the same settings"
         )
 
 
@@ -369,7 +384,7 @@ def restore(reader: CheckpointReader, optimizer: SliceOptimizer) -> None:
             set_generators(*reader.rng(store.plan.rank))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"{reader.folder}: its generators cannot be used ({one_line(error)}); {layout.REMEDY}"
+                f"{reader.folder}: its generators cannot be used ({one_line(error)}); {REMEDY}"
             ) from None
     elif store.plan.rank == 0:
         logger.warning(

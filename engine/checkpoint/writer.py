@@ -35,7 +35,7 @@ from ..files import disk
 from ..files.disk import FileRecord
 from ..files.tensor_file import header
 from . import directory
-from .format import MANIFEST, Manifest, StoredFile
+from .manifest import MANIFEST, Manifest, StoredFile
 
 T = TypeVar("T")
 # A save waits for its slowest rank's disk. Peers that are gone are noticed by training itself.

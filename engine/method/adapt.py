@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..config import families
+from ..config import default_targets
 from ..config.section import HDPissaConfig
 from ..errors import ConfigError
 from ..sharding import zero3
@@ -44,7 +44,7 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
         else:
             found[id(module.weight)] = _describe(name, module, config, plan)
     if not found:
-        wanted = families.resolve(config.target_modules, _model_type(model))
+        wanted = default_targets.resolve(config.target_modules, _model_type(model))
         for key in [wanted] if isinstance(wanted, str) else wanted:
             _refuse_parameter(model, "target_modules", key, wanted if isinstance(wanted, str) else [key])
         raise ConfigError(
@@ -58,11 +58,11 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
 
 def remarks(model: nn.Module, targets: Sequence[Target], config: HDPissaConfig, plan: SlicePlan) -> list[str]:
     """What the default list means here, and what it leaves out; each a line for whoever starts the run."""
-    if not families.is_default(config.target_modules):
+    if not default_targets.is_default(config.target_modules):
         return []
     lines, kind = [], _model_type(model)
-    if kind in families.FAMILIES:
-        lines.append(f"hd_pissa.target_modules: the default of a {kind} model is {', '.join(families.FAMILIES[kind])}")
+    if names := default_targets.BY_MODEL_TYPE.get(kind or ""):
+        lines.append(f"hd_pissa.target_modules: the default of a {kind} model is {', '.join(names)}")
     trained = {id(t.param) for t in targets}
     head = _output_layer(model)
     idle = {
@@ -111,7 +111,7 @@ def _refuse_idle_entries(model: nn.Module, config: HDPissaConfig) -> None:
     entries += [("exclude_modules", key, [key]) for key in unwanted if isinstance(unwanted, list)]
     entries += [("exclude_modules", unwanted, unwanted)] if isinstance(unwanted, str) else []
     entries += [("rank_pattern", key, rf"(.*\.)?({key})") for key in config.rank_pattern]
-    if isinstance(config.target_modules, list) and not families.is_default(config.target_modules):
+    if isinstance(config.target_modules, list) and not default_targets.is_default(config.target_modules):
         entries += [("target_modules", key, [key]) for key in config.target_modules]
     for section, key, wanted in entries:
         if section == "exclude_modules":
@@ -151,12 +151,12 @@ def _matches(model: nn.Module, config: HDPissaConfig) -> list[tuple[str, nn.Modu
 
     The default list counts in the text decoder only: a vision tower gets no gradient from text.
     """
-    wanted, unwanted = families.resolve(config.target_modules, _model_type(model)), config.exclude_modules
+    wanted, unwanted = default_targets.resolve(config.target_modules, _model_type(model)), config.exclude_modules
     if wanted == ALL_LINEAR:
         head = _output_layer(model)
         named = [(n, m) for n, m in model.named_modules() if is_matrix_layer(m) and m is not head]
     else:
-        where = _decoder(model) if families.is_default(config.target_modules) else model.named_modules()
+        where = _decoder(model) if default_targets.is_default(config.target_modules) else model.named_modules()
         named = [(n, m) for n, m in where if _named(n, wanted)]
     return [(n, m) for n, m in named if not _named(n, unwanted)]
 

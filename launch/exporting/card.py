@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.checkpoint.format import Manifest
+from hdpissa.engine.checkpoint.manifest import Manifest
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.common.metrics import RunFiles
 from hdpissa.launch.common.prompts import resolve_template

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from hdpissa.engine.checkpoint import directory
-from hdpissa.engine.checkpoint.format import MANIFEST, CheckpointReader, TargetSpec
+from hdpissa.engine.checkpoint.manifest import MANIFEST, TargetSpec
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.export.adapter import Adapted, stack_A, stack_B
 from hdpissa.engine.export.hf_folder import plan_files, publish_hf

@@ -13,7 +13,8 @@ import datasets
 from hdpissa.engine import consensus
 from hdpissa.engine.checkpoint import directory
 from hdpissa.engine.checkpoint import state as checkpoint
-from hdpissa.engine.checkpoint.format import MANIFEST, CheckpointError, CheckpointReader
+from hdpissa.engine.checkpoint.manifest import MANIFEST, CheckpointError
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 from hdpissa.engine.errors import StopError
 
 SAMPLED = 64

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from hdpissa.engine.checkpoint import directory
-from hdpissa.engine.checkpoint import format as layout
-from hdpissa.engine.checkpoint.format import Base, CheckpointError, CheckpointReader, Manifest, TargetSpec
+from hdpissa.engine.checkpoint import manifest as manifests
+from hdpissa.engine.checkpoint.manifest import Base, CheckpointError, Manifest, TargetSpec
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 from hdpissa.engine.checkpoint.writer import Job, OwnFile, Part, Saver
 
 SLICES, WORLD = 2, 2
@@ -32,15 +33,15 @@ def _files(value: float) -> Iterator[OwnFile]:
     t = TARGET
     half = t.rows * t.cols // WORLD
     for rank in range(WORLD):
-        key = layout.range_key(t.name, rank * half, (rank + 1) * half)
-        yield OwnFile(layout.weights_file(rank, WORLD), [_part(key, (half,), value)])
-        yield OwnFile(layout.rng_file(rank), [_part("cpu", (16,), value + rank / 4)])
+        key = manifests.range_key(t.name, rank * half, (rank + 1) * half)
+        yield OwnFile(manifests.weights_file(rank, WORLD), [_part(key, (half,), value)])
+        yield OwnFile(manifests.rng_file(rank), [_part("cpu", (16,), value + rank / 4)])
     for i in range(SLICES):
-        names = [f"{t.name}.{state}" for state in layout.STATE]
+        names = [f"{t.name}.{state}" for state in manifests.STATE]
         parts = [_part(f"{n}_{side}", _shape(side), value + i / 4) for n in names for side in "AB"]
-        yield OwnFile(layout.slice_file(i), parts)
+        yield OwnFile(manifests.slice_file(i), parts)
         fixed = [_part(f"{t.name}.{side}", _shape(side), i / 4) for side in "AB"]
-        yield OwnFile(layout.factors_file(i), fixed, constant=True)
+        yield OwnFile(manifests.factors_file(i), fixed, constant=True)
 
 
 def _shape(side: str) -> tuple[int, int]:

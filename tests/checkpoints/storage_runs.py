@@ -80,7 +80,7 @@ def save_in_background(settings: dict, save_dir: str, *, action: str) -> dict[st
     Returns: what each step said of it, what is whole at the end, and the weights of a save while training went on.
     """
     from hdpissa.engine import initialize
-    from hdpissa.engine.checkpoint.format import CheckpointReader
+    from hdpissa.engine.checkpoint.reader import CheckpointReader
     from hdpissa.engine.distributed import faults
     from hdpissa.engine.files import disk
 

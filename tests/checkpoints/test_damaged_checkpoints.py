@@ -12,9 +12,10 @@ import pytest
 from ranks import run_ranks
 from save_runs import TARGET, job, read_all, start_alone
 
-from hdpissa.engine.checkpoint import format as layout
+from hdpissa.engine.checkpoint import manifest as manifests
 from hdpissa.engine.checkpoint.directory import candidates, check_tag, latest
-from hdpissa.engine.checkpoint.format import CheckpointError, CheckpointReader, Manifest
+from hdpissa.engine.checkpoint.manifest import CheckpointError, Manifest
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.files.disk import read_record
 
@@ -113,13 +114,13 @@ def test_what_is_damaged_is_noticed_before_anything_is_read(sound, tmp_path, kin
 
 def sign(folder: Path, name: str | None = None, **changes) -> None:
     """Writes a manifest that fits the files as they are now, with these changes in its content."""
-    content = json.loads((folder / layout.MANIFEST).read_text())["content"]
+    content = json.loads((folder / manifests.MANIFEST).read_text())["content"]
     if name:
         record = read_record(folder / name)
         content["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
     content |= changes
-    text = {"format": layout.FORMAT, "sha256": layout._digest(content), "content": content}
-    (folder / layout.MANIFEST).write_text(json.dumps(text, indent=1) + "\n")
+    text = {"format": manifests.FORMAT, "sha256": manifests._digest(content), "content": content}
+    (folder / manifests.MANIFEST).write_text(json.dumps(text, indent=1) + "\n")
 
 
 def safetensors_bytes(header: dict, data: bytes, length: int | None = None) -> bytes:
@@ -128,7 +129,7 @@ def safetensors_bytes(header: dict, data: bytes, length: int | None = None) -> b
 
 
 WHOLE = TARGET.rows * TARGET.cols // 2
-KEY = layout.range_key(TARGET.name, WHOLE, 2 * WHOLE)
+KEY = manifests.range_key(TARGET.name, WHOLE, 2 * WHOLE)
 TENSOR = {"dtype": "F32", "shape": [WHOLE], "data_offsets": [0, 4 * WHOLE]}
 FORGED_WEIGHTS = {
     "not safetensors": b"PK\x03\x04" + bytes(100),
@@ -185,11 +186,11 @@ FORGED_MANIFESTS: dict[str, Callable[[dict], dict]] = {
 @pytest.mark.parametrize("what", FORGED_MANIFESTS)
 def test_a_forged_manifest_is_refused(sound, tmp_path, what):
     folder = shutil.copytree(sound / "checkpoint-2", tmp_path / "checkpoint-2")
-    content = json.loads((folder / layout.MANIFEST).read_text())["content"]
+    content = json.loads((folder / manifests.MANIFEST).read_text())["content"]
     sign(folder, **FORGED_MANIFESTS[what](content))
     with pytest.raises(CheckpointError) as told:
         CheckpointReader(folder)
-    assert layout.MANIFEST in str(told.value)
+    assert manifests.MANIFEST in str(told.value)
     assert "\n" not in str(told.value)
 
 
@@ -208,14 +209,14 @@ TEXTS = {
 @pytest.mark.parametrize("what", TEXTS)
 def test_a_manifest_that_is_none_is_refused(tmp_path, what):
     text = TEXTS[what]
-    (tmp_path / layout.MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / manifests.MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError) as told:
         CheckpointReader(tmp_path)
     assert "\n" not in str(told.value)
 
 
 def test_manifests_survive_their_own_text(sound):
-    text = (sound / "checkpoint-2" / layout.MANIFEST).read_text()
+    text = (sound / "checkpoint-2" / manifests.MANIFEST).read_text()
     content = json.loads(text)["content"]
     assert Manifest.model_validate_json(json.dumps(content)).render() == text
 

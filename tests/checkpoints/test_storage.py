@@ -15,7 +15,7 @@ from save_runs import job, read_all, start_alone
 from storage_runs import POINTS, save_in_background, streams_of_reads, train_through_failures, train_without
 from tiny import ds_settings
 
-from hdpissa.engine.checkpoint.format import CheckpointReader
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 
 EVERY = 99
 

@@ -25,7 +25,7 @@ from ranks import run_ranks
 from tiny import SEVEN, tiny_batch
 from torch import nn
 
-from hdpissa.engine.config import families
+from hdpissa.engine.config import default_targets
 from hdpissa.engine.config.section import HDPissaConfig
 from hdpissa.engine.errors import ConfigError
 from hdpissa.engine.method import adapt
@@ -105,7 +105,7 @@ def test_the_export_loads_as_the_trained_model(runs, folder, name, one_thread):
 def test_what_is_said_at_the_start(runs, name):
     """A family with names of its own is told which; a mixture of experts, what is left out; others nothing."""
     remarks = [line for line in runs[name]["said"] if "target_modules" in line or "experts" in line]
-    if name in families.FAMILIES:
+    if name in default_targets.BY_MODEL_TYPE:
         (line,) = remarks
         assert line.endswith(", ".join(NAMES[name]))
     elif name in PACKED:
@@ -168,7 +168,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("model_type", families.FAMILIES)
+@pytest.mark.parametrize("model_type", default_targets.BY_MODEL_TYPE)
 def test_a_familys_names_are_all_linears_of_its_layers(model_type):
     """Nothing that "all-linear" would find in a decoder layer is left out, and every name of the table is right."""
     model = on_meta(model_type, **LAYERS | SMALL.get(model_type, {}))
@@ -176,11 +176,13 @@ def test_a_familys_names_are_all_linears_of_its_layers(model_type):
     everything, _ = find(model, target_modules="all-linear")
     assert {t.name for t in targets} == {t.name for t in everything} - {"model.decoder.project_in"}
     assert not [line for line in remarks if "leaves out" in line]
-    assert remarks[0].endswith(", ".join(families.FAMILIES[model_type]))
+    assert remarks[0].endswith(", ".join(default_targets.BY_MODEL_TYPE[model_type]))
 
 
 def test_the_table_holds_only_families_that_need_it():
-    assert not [kind for kind, names in families.FAMILIES.items() if tuple(names) == families.DEFAULT_TARGETS]
+    assert not [
+        kind for kind, names in default_targets.BY_MODEL_TYPE.items() if tuple(names) == default_targets.DEFAULT_TARGETS
+    ]
 
 
 def test_a_familys_names_stand_for_the_default_list_only():

@@ -1,4 +1,4 @@
-"""Which Linears are trained where nobody names any: the default list, and families whose modules have other names.
+"""The default of `target_modules`: one list, and the names of model types whose modules are called otherwise.
 
 The names are those of transformers' modelling code: every Linear of a decoder layer, attention and MLP alike, as the
 method has it for Llama. Knows no torch: a table, and the rules of when it counts.
@@ -13,7 +13,7 @@ from .section import DEFAULT_TARGETS
 _FUSED_ATTENTION = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 # model_type of config.json: what stands for the default list there. Names that a variant lacks do no harm.
-FAMILIES: dict[str, tuple[str, ...]] = {
+BY_MODEL_TYPE: dict[str, tuple[str, ...]] = {
     "bloom": _FUSED_ATTENTION,
     "codegen": ("qkv_proj", "out_proj", "fc_in", "fc_out"),
     "deepseek_v2": (*DEFAULT_TARGETS, "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -43,4 +43,4 @@ def is_default(targets: Sequence[str] | str) -> bool:
 
 def resolve(targets: Sequence[str] | str, model_type: str | None) -> Sequence[str] | str:
     """What `target_modules` means in a model of this type; the default list means the family's own names."""
-    return FAMILIES.get(model_type or "", DEFAULT_TARGETS) if is_default(targets) else targets
+    return BY_MODEL_TYPE.get(model_type or "", DEFAULT_TARGETS) if is_default(targets) else targets

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, and reading it: one process, no communication, no pickle.
+"""The files of a checkpoint and their manifest: one process, no communication, no pickle.
 
     checkpoint.json                       the manifest: what the run was, SHA-256 and size of every other file
     weights-00000-of-00002.safetensors    full kind: a saving rank's exact fp32 values, `<target>[start:stop]`
@@ -11,8 +11,8 @@
 
 State is named by slice and by range of a weight, never by rank, so any number of ranks can read it. Weights that are
 not trained are the base model's; the manifest holds their checksums. A file is believed only when the manifest lists
-it and its SHA-256 agrees; the manifest holds its own. Who wants to forge a checkpoint can: the sums are against
-accidents. What a forged one cannot do is run code, or name a file outside of its folder.
+it and its SHA-256 agrees; the manifest holds its own. The checksums protect against accidents, not against forgery;
+but a forged checkpoint cannot run code, or name a file outside its folder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..errors import ConfigError, one_line
 from ..files.disk import FileRecord, read_record
-from ..sharding.slicing import ShardRange
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -39,6 +34,7 @@ MAX_MANIFEST_BYTES = 2**28
 STATE = ("exp_avg", "exp_avg_sq", "delta_sum")  # names of flat buffers of `FactorStore`
 MODULE_STATE = ("weight", "exp_avg", "exp_avg_sq")  # of `modules_to_save`
 Kind = Literal["full", "small"]
+REMEDY = "give another checkpoint"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -62,7 +58,7 @@ class TargetSpec(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: Any) -> dict[str, Any]:
-        """Nothing is said of a Linear: such manifests, older ones among them, have no `transposed`."""
+        """Omits `transposed` where it is false."""
         return {key: value for key, value in serialize(self).items() if key != "transposed" or value}
 
 
@@ -204,9 +200,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-REMEDY = "give another checkpoint"
-
-
 def _check_files(folder: Path, manifest: Manifest) -> None:
     if manifest.slices + manifest.world_size > len(manifest.files):  # before a forged number makes a long list
         raise CheckpointError(f"{folder / MANIFEST} lists too few files: {REMEDY}")
@@ -229,134 +222,3 @@ def check_file(folder: Path, name: str, record: StoredFile) -> None:
         raise CheckpointError(f"{path} cannot be read ({one_line(error, 160)}): {REMEDY}") from None
     if found != FileRecord(record.bytes, record.sha256):
         raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's): {REMEDY}")
-
-
-class CheckpointReader:
-    """A checkpoint's tensors, by name; what is read is checked for shape and dtype. Files are mapped, not loaded.
-
-    Args:
-        folder: of the checkpoint. Call `check` first: only files that agree with their SHA-256 are worth reading.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        self.specs = {t.name: t for t in self.manifest.targets}
-        self._open_files: dict[str, Any] = {}  # a header of many thousand keys is parsed once
-
-    def check(self, names: list[str] | None = None) -> None:
-        """Compares files, default all, with the manifest; raises CheckpointError."""
-        for name in sorted(self.manifest.files) if names is None else names:
-            check_file(self.folder, name, self.manifest.files[name])
-
-    def check_headers(self, names: list[str]) -> None:
-        """Looks whether files hold the tensors they must, before anything is taken from any; raises CheckpointError."""
-        for name in set(names) - set(self.manifest.extra_files):
-            file, wanted = self._open(name), self._tensors_of(name)
-            if wanted is not None and set(file.keys()) != wanted.keys():
-                raise CheckpointError(f"{self.folder / name} does not hold the tensors it must: {REMEDY}")
-            for key, shape in (wanted or {}).items():
-                self._read(file, key, shape, slice(0, 0))
-
-    def _tensors_of(self, name: str) -> dict[str, tuple[int, ...]] | None:
-        """key → shape of a file's tensors; None for generators, which differ from device to device."""
-        kind, number = name.split("-")[0], int(name.split("-")[1].split(".")[0])
-        if kind == "rng":
-            return None
-        found: dict[str, tuple[int, ...]] = {}
-        if kind == "modules_to_save":
-            for param, part in self._module_ranges(number).items():
-                keys = (range_key(f"{param}.{state}", part.start, part.stop) for state in MODULE_STATE if part.numel)
-                found |= dict.fromkeys(keys, (part.numel,))
-            return found
-        for t in self.manifest.targets:
-            A, B = (t.r, t.cols), (t.rows, t.r)
-            if kind == "factors":
-                found |= {f"{t.name}.A": A, f"{t.name}.B": B}
-            elif kind == "slice":
-                found |= {f"{t.name}.{s}_{side}": shape for s in STATE for side, shape in (("A", A), ("B", B))}
-            else:
-                part = ShardRange.of(number, self.manifest.world_size, t.rows, t.cols)
-                found |= {range_key(t.name, part.start, part.stop): (part.numel,)} if part.numel else {}
-        return found
-
-    def close(self) -> None:
-        """Lets go of the files: one that is mapped keeps its room on the disk after it was removed."""
-        self._open_files.clear()
-
-    def slice_state(self, slice_id: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Yields (target, which of `STATE`, A part: R × I, B part: O × R), fp32."""
-        file = self._open(slice_file(slice_id))
-        for t in self.manifest.targets:
-            for state in STATE:
-                A = self._read(file, f"{t.name}.{state}_A", (t.r, t.cols))
-                yield t.name, state, A, self._read(file, f"{t.name}.{state}_B", (t.rows, t.r))
-
-    def delta_sum(self, slice_id: int, target: str) -> tuple[Tensor, Tensor]:
-        """Σ ΔA (R × I) and Σ ΔB (O × R) of one target."""
-        t = self.specs[target]
-        file = self._open(slice_file(slice_id))
-        A = self._read(file, f"{target}.delta_sum_A", (t.r, t.cols))
-        return A, self._read(file, f"{target}.delta_sum_B", (t.rows, t.r))
-
-    def factors(self, slice_id: int, target: str) -> tuple[Tensor, Tensor]:
-        """A (R × I) and B (O × R), fp32."""
-        t = self.specs[target]
-        file = self._open(factors_file(slice_id))
-        return self._read(file, f"{target}.A", (t.r, t.cols)), self._read(file, f"{target}.B", (t.rows, t.r))
-
-    def weights(self, target: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a weight, flat fp32, put together from the saving ranks' parts."""
-        t, world = self.specs[target], self.manifest.world_size
-        if self.manifest.kind != "full":
-            raise CheckpointError(f"{self.folder} is a small checkpoint: it holds no weights, only sums; {REMEDY}")
-        found = torch.empty(stop - start, dtype=torch.float32)
-        for rank in range(world):
-            part = ShardRange.of(rank, world, t.rows, t.cols)
-            first, last = max(start, part.start), min(stop, part.stop)
-            if first >= last:
-                continue
-            key, file = range_key(target, part.start, part.stop), self._open(weights_file(rank, world))
-            values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
-            found[first - start : last - start] = values
-        return found
-
-    def _module_ranges(self, rank: int) -> dict[str, ShardRange]:
-        """Parameter → the range that a saving rank had of it."""
-        numels = self.manifest.modules_to_save.numels if self.manifest.modules_to_save else {}
-        return {name: ShardRange.of(rank, self.manifest.world_size, numel, 1) for name, numel in numels.items()}
-
-    def modules_to_save(self, param: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a parameter of `modules_to_save`, or of a moment of it, flat fp32."""
-        found = torch.empty(stop - start, dtype=torch.float32)
-        for rank in range(self.manifest.world_size):
-            part = self._module_ranges(rank)[param]
-            first, last = max(start, part.start), min(stop, part.stop)
-            if first < last:
-                key = range_key(f"{param}.{state}", part.start, part.stop)
-                file = self._open(modules_file(rank, self.manifest.world_size))
-                values = self._read(file, key, (part.numel,), slice(first - part.start, last - part.start))
-                found[first - start : last - start] = values
-        return found
-
-    def rng(self, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """A saving rank's generators: (states by name, those that are text)."""
-        file = self._open(rng_file(rank))
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-    def _open(self, name: str) -> Any:
-        try:
-            if name not in self._open_files:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt")
-            return self._open_files[name]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / name} cannot be read ({one_line(error, 160)}): {REMEDY}") from None
-
-    def _read(self, file: Any, key: str, shape: tuple[int, ...], part: slice | None = None) -> Tensor:
-        try:
-            stored = file.get_slice(key)
-            if tuple(stored.get_shape()) != shape or stored.get_dtype() != "F32":
-                raise ValueError(f"is {stored.get_dtype()} {tuple(stored.get_shape())}, must be F32 {shape}")
-            return stored[part if part is not None else slice(None)]
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: {key} cannot be read ({one_line(error, 160)}): {REMEDY}") from None
