@@ -12,7 +12,7 @@ from .checkpoint.manifest import Kind
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.writer import Job, SaveError
 from .distributed import heartbeat
-from .export import peft_export
+from .export.from_engine import measure_sums
 from .sharding import zero3
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def save_checkpoint(
     folder = Path(save_dir) / directory.check_tag(tag or f"checkpoint-{engine.global_steps}")
     optimizer, residual = engine.optimizer, None
     if kind == "small" and not state.sums_are_exact(optimizer):
-        residual = peft_export.measure_sums(engine.module, optimizer.store, updates=optimizer.updates)[0]
+        residual = measure_sums(engine.module, optimizer.store, updates=optimizer.updates)[0]
     files = state.own_files(kind, optimizer, extra_files or {})
     manifest = state.make_manifest(
         kind,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .distributed import heartbeat
 from .errors import ConfigError
-from .export import hf, peft_export
+from .export.from_engine import export_hf, export_peft
+from .export.lora_adapter import refuse_modules_to_save
 from .export.report import ExportReport
 
 if TYPE_CHECKING:
@@ -38,12 +39,10 @@ def export(
     engine.check_weights()
     optimizer, step = engine.optimizer, engine.global_steps
     if format == "hf":
-        return hf.export_hf(engine.module, engine.targets, engine.plan, Path(folder), dtype=dtype, step=step)
-    peft_export.refuse_modules_to_save(optimizer.modules_to_save.params if optimizer.modules_to_save else ())
+        return export_hf(engine.module, engine.targets, engine.plan, Path(folder), dtype=dtype, step=step)
+    refuse_modules_to_save(optimizer.modules_to_save.params if optimizer.modules_to_save else ())
     store, updates = optimizer.store, optimizer.updates
-    return peft_export.export_peft(
-        engine.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates
-    )
+    return export_peft(engine.module, store, Path(folder), dtype=dtype, rank=rank, step=step, updates=updates)
 
 
 def generate(engine: HDPissaEngine, *args: Any, **kwargs: Any) -> Tensor:

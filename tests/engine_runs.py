@@ -333,14 +333,14 @@ def write_error(settings, folder, *, how=None, format="hf"):
     """Exports to a folder where that cannot work; every rank must come back with an error."""
     from hdpissa.engine import ConfigError, initialize
     from hdpissa.engine.distributed import faults
-    from hdpissa.engine.export import streams
+    from hdpissa.engine.export import writer
     from hdpissa.engine.files import disk
 
     engine = initialize(model=build({}), config=settings)
     if how == "disk full":
         faults._fault = faults.Fault.parse("save.write:0:*:ENOSPC:2")
     elif how == "flipped byte":
-        forget, streams._forget_pages = streams._forget_pages, lambda path: (flip_byte(path), forget(path))
+        drop, writer._drop_cache = writer._drop_cache, lambda path: (flip_byte(path), drop(path))
     elif how == "no room":
         disk.free_bytes = lambda folder: 1000
     elif how == "bad generation config":

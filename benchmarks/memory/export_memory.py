@@ -93,8 +93,8 @@ def from_the_run(folder: str) -> list[dict[str, Any]]:
 
 def from_checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Measures launch/export.py on both kinds; one process, one shard: the whole tensor."""
+    from hdpissa.engine.export import from_checkpoint  # noqa: F401  (what the command imports is no peak)
     from hdpissa.launch import export
-    from hdpissa.launch.exporting import checkpoint as export_checkpoint  # noqa: F401  (what the command imports is no peak)
 
     with BaseFiles(str(folder)) as base:
         largest = max(torch.Size(base.slice(name).get_shape()).numel() for name in base.source)

@@ -28,7 +28,7 @@ The points of a run, in order; "step.…" are beats of `heartbeat`, too, and eve
                                               corrupts what `integrity` checks, just before it does
     save saved                                around a checkpoint (`disk` and `directory` have points, too)
     export                                    per tensor
-    spectra pairs.prepare                     before the spectra; per weight, before ranks hand each other its pair
+    spectra pairs.own_part                    before the spectra; per weight, before ranks send their part of its pair
     single_rank.NAME                          rank 0 is about to write NAME: record (run.json), state (run_state.json),
                                               metrics, samples, card (and tokenizer), report (of reporters, too), folder
 """

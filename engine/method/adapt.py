@@ -32,7 +32,8 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
     """The weights that `target_modules` names, in model order; a tied weight once.
 
     Raises:
-        ConfigError: nothing matches, a match is not a Linear, or a matrix has too few singular vectors.
+        ConfigError: nothing matches, a match is not a Linear or shares its weight with something else (tied
+            embeddings), or a matrix has too few singular vectors.
     """
     found: dict[int, Target] = {}
     for name, module in _matches(model, config):
@@ -52,6 +53,7 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
             f'name some of its Linears ({_linear_suffixes(model)}), or say "{ALL_LINEAR}" for all of them'
         )
     _refuse_idle_entries(model, config)
+    _refuse_shared_with_others(model, found)
     _refuse_too_thin(found.values(), plan.slices)
     return list(found.values())
 
@@ -122,6 +124,18 @@ def _refuse_idle_entries(model: nn.Module, config: HDPissaConfig) -> None:
                 f'hd_pissa.{section}: "{key}" matches no module of {type(model).__name__}: correct or remove it '
                 f"(its Linears: {_linear_suffixes(model)})"
             )
+
+
+def _refuse_shared_with_others(model: nn.Module, targets: dict[int, Target]) -> None:
+    """A weight that is an embedding, too, has a gradient there, which no slice would get."""
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            if id(p) in targets and not is_matrix_layer(module):
+                raise ConfigError(
+                    f"hd_pissa.target_modules matches {targets[id(p)].name}, which shares its weight with {name}: a "
+                    f"{type(module).__name__} cannot be trained by slices; name it in hd_pissa.modules_to_save, or "
+                    f"leave it out"
+                )
 
 
 def _refuse_container(model: nn.Module, key: str) -> None:

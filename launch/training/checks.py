@@ -80,7 +80,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from hdpissa.engine.export import peft_export
+    from hdpissa.engine.export import lora_adapter
     from hdpissa.engine.method import adapt
     from hdpissa.engine.optim import modules_to_save
 
@@ -102,8 +102,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
     targets = adapt.find_targets(model, run.section, run.plan)
     modules_to_save.find(model, run.section.modules_to_save, targets)
     if script.export_format in ("peft", "both"):
-        peft_export.refuse_tied(model, targets)
-        peft_export.refuse_modules_to_save(run.section.modules_to_save)
+        lora_adapter.refuse_modules_to_save(run.section.modules_to_save)
     return model
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.engine.export.writer import foreign_weights
 
 ADAPTER, CHECKPOINT = "adapter_config.json", "checkpoint.json"
-# Of an export: its report, written last, and the folder in which it is assembled.
-EXPORT, UNFINISHED = "hdpissa_export.json", ".export.partial"
 # Of transformers' weight files, those that an index may name, too.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Heads that answer with something else than the next token. A base without any head may be tied, so it is let pass.
@@ -71,9 +70,7 @@ def check_export(folder: Path, option: str, **others: str | Path | None) -> None
             )
     if (folder / CHECKPOINT).is_file():
         raise ConfigError(f"{option}: {folder} is a checkpoint, which the export would damage; give another folder")
-    weights = next((p for end in ("safetensors", "bin") for p in sorted(folder.glob(f"*model*.{end}"))), None)
-    ours = (folder / EXPORT).exists() or (folder / UNFINISHED).exists()
-    if weights and not ours:
+    if weights := foreign_weights(folder):
         raise ConfigError(
             f"{option}: {folder} holds a model that no export wrote ({weights.name}), and that would be lost; give "
             f"another folder"

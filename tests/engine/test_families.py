@@ -126,7 +126,8 @@ def test_gpt2_as_an_adapter(runs, folder, one_thread):
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    from hdpissa.launch.exporting.checkpoint import export, open_checkpoint
+    from hdpissa.engine.export.from_checkpoint import export_checkpoint
+    from hdpissa.launch.export import open_checkpoint
 
     where = folder / "gpt2"
     config = json.loads((where / "adapter" / "adapter_config.json").read_text())
@@ -136,11 +137,11 @@ def test_gpt2_as_an_adapter(runs, folder, one_thread):
     adapted = PeftModel.from_pretrained(plain_model(where / "base"), where / "adapter").eval()
     assert torch.allclose(last_logits(adapted), runs["gpt2"]["logits"], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(last_logits(plain_model(where / "base")), runs["gpt2"]["logits"], rtol=1e-2, atol=1e-2)
-    export(open_checkpoint(str(where / "checkpoint-2")), where / "adapter2", format="peft")
+    export_checkpoint(open_checkpoint(str(where / "checkpoint-2")), where / "adapter2", format="peft")
     tensors, again = (load_file(where / f / "adapter_model.safetensors") for f in ("adapter", "adapter2"))
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
-    export(open_checkpoint(str(where / "small")), where / "model2", format="hf")
+    export_checkpoint(open_checkpoint(str(where / "small")), where / "model2", format="hf")
     assert torch.allclose(last_logits(plain_model(where / "model2")), runs["gpt2"]["logits"], rtol=1e-3, atol=1e-3)
 
 
@@ -177,6 +178,15 @@ def test_a_familys_names_are_all_linears_of_its_layers(model_type):
     assert {t.name for t in targets} == {t.name for t in everything} - {"model.decoder.project_in"}
     assert not [line for line in remarks if "leaves out" in line]
     assert remarks[0].endswith(", ".join(default_targets.BY_MODEL_TYPE[model_type]))
+
+
+def test_a_weight_that_is_an_embedding_too_is_refused():
+    """Its gradient there would be lost; untied, or as one of modules_to_save, it is trained."""
+    names = ["q_proj", "lm_head"]
+    with pytest.raises(ConfigError, match=r"lm_head.*embed_tokens"):
+        find(make_family("llama", tie_word_embeddings=True), target_modules=names)
+    targets, _ = find(make_family("llama", tie_word_embeddings=False), target_modules=names)
+    assert targets[-1].name == "lm_head"
 
 
 def test_the_table_holds_only_families_that_need_it():

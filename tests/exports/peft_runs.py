@@ -25,10 +25,10 @@ def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},
     Returns: the engine's logits, exact weights (rank 0), the reports, kinds of the updates, (A, ΣΔA, B, ΣΔB).
     """
     from hdpissa.engine import initialize, load_pretrained
-    from hdpissa.engine.export import peft_export, residual, stacks, streams
+    from hdpissa.engine.export import from_engine, residual, writer
 
     if pieces:
-        streams.PIECE_BYTES = stacks.PIECE_BYTES = pieces[0]
+        writer.PIECE_BYTES = pieces[0]
         residual.PIECE_ELEMENTS = pieces[1]
     net = load_pretrained(source, settings) if source else build(model)
     engine = initialize(model=net, config=settings)
@@ -38,7 +38,7 @@ def train_and_export(settings, source, folder, *, steps=4, lr=1e-3, exports=({},
     with torch.no_grad():
         logits = engine(**tiny_batch(999, 0, 0)).logits.float().clone()
     reports = [engine.export(f"{folder}/{i}", format="peft", **options) for i, options in enumerate(exports)]
-    sums = peft_export.measure_sums(engine.module, engine.optimizer.store, updates=steps)
+    sums = from_engine.measure_sums(engine.module, engine.optimizer.store, updates=steps)
     dist.barrier()
     return {
         "logits": logits,

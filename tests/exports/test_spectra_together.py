@@ -12,8 +12,8 @@ from tiny import ds_settings
 # Where it fails, on which rank, and after how many weights on rank 0.
 FAULTS = {
     "spectra:1:*:RAISE": ("rank 1: ", 0),
-    "pairs.prepare:1:*:EIO:3": ("rank 1: ", 2),
-    "pairs.prepare:0:*:RAISE:4": ("rank 0: ", 3),
+    "pairs.own_part:1:*:EIO:3": ("rank 1: ", 2),
+    "pairs.own_part:0:*:RAISE:4": ("rank 0: ", 3),
     "single_rank.spectra:0:*:EIO:2": ("rank 0: ", 1),
 }
 

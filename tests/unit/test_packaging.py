@@ -35,7 +35,7 @@ ROOMS = {
     "optim": "distributed sharding method comm",
     "directions": "distributed files sharding method comm optim",
     "checkpoint": "distributed files sharding method comm optim directions",
-    "export": "distributed files sharding method comm optim",
+    "export": "distributed files sharding method optim checkpoint",
     "health": "distributed files sharding method comm optim",
 }
 # The same of `launch/`: its commands put its rooms together; only the trainers know what is internal to TRL.
