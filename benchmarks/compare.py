@@ -25,7 +25,7 @@ from hdpissa.benchmarks.common import timing
 from hdpissa.benchmarks.gpu import gpu_rows
 from hdpissa.engine.errors import ConfigError
 
-COLUMNS = ("result", "row", "figure", "old", "new", "new / old", "95 % interval", "verdict")
+COLUMNS = ("result", "row", "figure", "old", "new", "new / old", "95 % interval", "outcome")
 QUIET = ("equal", "within noise")
 LOST = "lost in NEW"
 RESAMPLES, FEWEST = 4000, 4
@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def by_identity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What tells a row from the others → the row."""
+    """The values of the identity columns → the row."""
     return {", ".join(str(row.get(column, "")) for column in result["identity"]): row for row in result["rows"]}
 
 
@@ -77,9 +77,9 @@ def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
                 "new": after.get(figure),
             }
             if figure not in after or (math.isfinite(line["old"] or 0) and not math.isfinite(line["new"])):
-                yield {**line, "verdict": f"{LOST}: {why}" if why else LOST}
+                yield {**line, "outcome": f"{LOST}: {why}" if why else LOST}
             elif figure not in before:
-                yield {**line, "verdict": "only in NEW"}
+                yield {**line, "outcome": "only in NEW"}
             else:
                 yield {
                     **line,
@@ -88,25 +88,25 @@ def changes(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
 
 
 def rounds(result: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
-    """Rounds that the samples of a row are of; a method that failed part-way tells its own. None: no rounds."""
+    """Rounds that the samples of a row are of; a method that failed part-way has its own. None: no rounds."""
     return row.get("rounds", (result.get("configuration") or {}).get("rounds"))
 
 
 def judge(figure: str, old: Mapping[str, Any], new: Mapping[str, Any], counts: Sequence[int | None]) -> dict[str, Any]:
-    """Ratio, interval and verdict of a figure that both sides have."""
+    """Ratio, interval and outcome of a figure that both sides have."""
     before, after = old[figure], new[figure]
     if before == after:
-        return {"verdict": "equal"}
+        return {"outcome": "equal"}
     line: dict[str, Any] = {"new / old": after / before} if before else {}
     samples: list[list[float]] = [(row.get("samples") or {}).get(figure) or [] for row in (old, new)]
     if not all(samples) or min(value for side in samples for value in side) <= 0:
-        return {**line, "verdict": "differs; noise unknown"}
+        return {**line, "outcome": "differs; noise unknown"}
     units = [units_of(side, count) for side, count in zip(samples, counts, strict=True)]
     low, high = interval(*units)
     line["95 % interval"] = f"{low:.3f} … {high:.3f}"
     if low <= 1 <= high:
-        return {**line, "verdict": "within noise"}
-    return {**line, "verdict": "moved" if min(map(len, units)) >= FEWEST else "differs; too few rounds to tell"}
+        return {**line, "outcome": "within noise"}
+    return {**line, "outcome": "moved" if min(map(len, units)) >= FEWEST else "differs; too few rounds to tell"}
 
 
 def units_of(samples: Sequence[float], count: int | None) -> np.ndarray:
@@ -136,12 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     if not both:
         raise ConfigError(f"{args.old} and {args.new} have no result in common; compare results of the same benchmark")
     lines = [line for name in both for line in changes(name, old[name], new[name])]
-    lines += [{"result": name, "verdict": LOST} for name in old if name not in new]
-    shown = [line for line in lines if args.all or line["verdict"] not in QUIET]
+    lines += [{"result": name, "outcome": LOST} for name in old if name not in new]
+    shown = [line for line in lines if args.all or line["outcome"] not in QUIET]
     if shown:
         print(gpu_rows.table(shown, COLUMNS))
-    lost = sum(line["verdict"].startswith(LOST) for line in lines)
-    moved = sum(line["verdict"] == "moved" for line in lines)
+    lost = sum(line["outcome"].startswith(LOST) for line in lines)
+    moved = sum(line["outcome"] == "moved" for line in lines)
     print(f"{len(lines)} compared, {moved} moved beyond noise, {lost} lost in NEW, {len(lines) - len(shown)} not shown")
     for name in both:
         for key in ("device", "configuration"):

@@ -33,13 +33,13 @@ class Step:
 
     Attributes:
         result: name of its result file.
-        alone: whether it measures times by the clock, which another script beside it would disturb.
+        exclusive: whether it measures times by the clock, which another script at the same time would disturb.
     """
 
     result: str
     script: str
     arguments: tuple[str, ...] = ()
-    alone: bool = True
+    exclusive: bool = True
 
 
 STEPS = (
@@ -51,11 +51,11 @@ STEPS = (
         "step/throughput.py",
         ("--num_accelerators", "2", "--methods", "hd_pissa", "frozen", "reference"),
     ),
-    Step("slice_cache_start", "startup/slice_cache_start.py", ("--ranks", "1"), alone=False),
-    Step("load_memory", "memory/load_memory.py", ("--gigabytes", "0.2", "--ranks", "2"), alone=False),
-    Step("export_memory", "memory/export_memory.py", ("--gigabytes", "0.1"), alone=False),
-    Step("plan_counted", "step/plan_counted.py", ("--num_accelerators", "1", "2"), alone=False),
-    Step("aot", "kernel_timing/aot_table.py", alone=False),
+    Step("slice_cache_start", "startup/slice_cache_start.py", ("--ranks", "1"), exclusive=False),
+    Step("load_memory", "memory/load_memory.py", ("--gigabytes", "0.2", "--ranks", "2"), exclusive=False),
+    Step("export_memory", "memory/export_memory.py", ("--gigabytes", "0.1"), exclusive=False),
+    Step("plan_counted", "step/plan_counted.py", ("--num_accelerators", "1", "2"), exclusive=False),
+    Step("aot", "kernel_timing/aot_table.py", exclusive=False),
 )
 
 
@@ -65,7 +65,7 @@ def run(step: Step, folder: Path) -> tuple[str, float]:
     result, log, start = folder / f"{step.result}.json", folder / f"{step.result}.log", time.monotonic()
     result.unlink(missing_ok=True)  # of a script that fails now, nothing may seem measured
     environment = {**os.environ, "HDPISSA_RESULTS": str(folder.resolve())}
-    if not step.alone:
+    if not step.exclusive:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
     command = ["timeout", "--kill-after", "5", str(LIMIT), sys.executable, str(HERE / step.script), *step.arguments]
     with log.open("w") as output:  # `timeout` ends its ranks, too
@@ -92,15 +92,15 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     timing.demo_model()  # here, so that no benchmark's time contains it
     steps = [known[name] for name in args.names] or STEPS
-    found = {step: run(step, args.folder) for step in steps if step.alone}
+    found = {step: run(step, args.folder) for step in steps if step.exclusive}
     with ThreadPoolExecutor(2) as pool:
-        others = [step for step in steps if not step.alone]
+        others = [step for step in steps if not step.exclusive]
         found |= zip(others, pool.map(run, others, [args.folder] * len(others)), strict=True)
     table = Table("benchmark", "s", "found", title=f"Small forms; results in {args.folder}")
-    for step, (told, seconds) in found.items():
-        table.add_row(step.result, f"{seconds:.0f}", told)
+    for step, (outcome, seconds) in found.items():
+        table.add_row(step.result, f"{seconds:.0f}", outcome)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
-    return 1 if any(told.startswith("exit code") for told, _ in found.values()) else 0
+    return 1 if any(outcome.startswith("exit code") for outcome, _ in found.values()) else 0
 
 
 if __name__ == "__main__":

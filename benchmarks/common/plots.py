@@ -1,6 +1,6 @@
 """The look of all pictures.
 
-Every axis has a label with its unit; nobody has to tell two lines apart by colour alone.
+Every axis has a label with its unit; no two lines differ by colour only.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     found = ranks.launch(measure, 2, model=folder, slices=8)      # measure(model=…, slices=8) of each rank
 
-The function is found by its module's name, arguments and results are JSON. This file is what the launcher starts.
+The function is at the top of a file of `benchmarks/`; arguments and results are JSON. The launcher starts this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import re
@@ -45,13 +46,13 @@ def launch(function: Callable[..., Any], ranks: int, *, timeout: float = 1800, t
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja there
     launcher = shutil.which("deepspeed", path=path)
     if launcher is None:
-        raise ConfigError("deepspeed: no such command beside this Python or on PATH; install the package")
+        raise ConfigError("deepspeed: no such command next to this Python or on PATH; install the package")
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"PATH": path}
     with tempfile.TemporaryDirectory() as name:
         record, log = Path(name, "record.json"), Path(name, "log")
         Path(name, "job.json").write_text(json.dumps(job, default=str))
         command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), __file__]
-        command += ["--function", f"{function.__module__}:{function.__name__}", "--folder", name]
+        command += ["--function", f"{module_of(function)}:{function.__name__}", "--folder", name]
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             try:
@@ -65,6 +66,12 @@ def launch(function: Callable[..., Any], ranks: int, *, timeout: float = 1800, t
         text, failed = log.read_text(errors="replace"), Path(name, "failed")
         print(text, file=sys.stderr)
         raise FailedRunError(failed.read_text() if failed.exists() else reason(text, code))
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """By which ranks import a benchmark's function; in the script that is run its own name is `__main__`."""
+    file = Path(inspect.getfile(function)).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return ".".join(["hdpissa.benchmarks", *file.with_suffix("").parts])
 
 
 def end(process: subprocess.Popen) -> None:

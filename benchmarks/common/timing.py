@@ -1,7 +1,7 @@
 """What all benchmarks share: clocks, ceilings of a device, the command line's common options, and the result writer.
 
 `write` leaves <name>.json and <name>.md in `benchmarks/results/`, or in the folder that HDPISSA_RESULTS names. A result
-of the same name is replaced; --label TEXT writes beside it.
+of the same name is replaced; --label TEXT writes another one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from hdpissa.benchmarks.common.ranks import FailedRunError
 from hdpissa.benchmarks.gpu import gpu_rows
 from hdpissa.engine.errors import ConfigError, one_line
 from hdpissa.engine.files import atomic
@@ -135,7 +136,7 @@ def version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's name where the system tells it, else its architecture."""
+    """The CPU's name if the system knows it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -162,8 +163,7 @@ def _revision() -> str | None:
 
 # --- command lines and results --------------------------------------------------------------------------------------
 
-# Options that are no part of what is measured: where results go, and what a script passes to its own ranks.
-NOT_MEASURED = ("folder", "name", "label", "out", "local_rank", "cache", "path")
+NOT_MEASURED = ("folder", "label")  # options that say only where the results go
 
 
 class Parser(argparse.ArgumentParser):
@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(description=doc, **how)
         self.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
-        self.add_argument("--label", default="", help="end of the result's name, to stand beside others")
+        self.add_argument("--label", default="", help="end of the result's name, to keep it apart from others")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; see --help")
@@ -190,12 +190,15 @@ def demo_model() -> str:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """`main` with a user's mistakes as one line and exit code 2."""
+    """`main` with a user's mistakes as one line and exit code 2, a failed run as one and exit code 1."""
     try:
         return main() or 0
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except FailedRunError as error:
+        print(f"a run failed: {error}", file=sys.stderr)
+        return 1
 
 
 def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def write(
             `rounds`, they are round after round, equally many of each.
         columns: what the table shows, in this order. JSON keeps everything that the rows hold.
         note: one paragraph: what was measured, how to read it, which limit holds.
-        identity: the columns that tell one row from another, for compare.py.
+        identity: the columns that identify a row, for compare.py.
         headline: what was found, in one line; suite.py prints it.
         configuration: what else the figures are of.
     """

@@ -147,7 +147,7 @@ def kernels() -> None:
 
     def once(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
         for column, work in works.items():
-            if column not in ("torch ms", "linear alone ms"):
+            if column not in ("torch ms", "linear ms"):
                 work()
         return dict.fromkeys(works, 1.0)
 
@@ -202,7 +202,7 @@ def prune(folder: Path) -> None:
 
 
 def pack(folder: Path) -> Path:
-    """The archive beside the folder."""
+    """The folder as an archive next to it."""
     archive = folder.with_name(f"{folder.name}.tar.xz")
     with tarfile.open(archive, "w:xz") as files:
         files.add(folder, ".")

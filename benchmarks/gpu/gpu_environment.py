@@ -21,7 +21,7 @@ PACKAGES = ("numpy", "safetensors", "tokenizers", "datasets", "accelerate", "pyd
 
 
 def versions() -> dict[str, Any]:
-    """As every result tells them, and those of the packages that tests and smoke need beside."""
+    """Those in every result, and those of the packages that tests and smoke need."""
     found = {name: timing.version(name) for name in PACKAGES}
     cache = os.environ.get("TRITON_CACHE_DIR")
     kernels = len(list(Path(cache).glob("*/*.cubin"))) if cache else 0

@@ -66,8 +66,8 @@ def attempt(identity: Row, measure: Callable[[], Row]) -> Row:
 def failure(identity: Row, error: Exception) -> Row:
     """The row of what raised: out of memory, a compiler's refusal, a wrong number."""
     traceback.print_exception(error)
-    told = "".join(traceback.format_exception(error))
-    return {**identity, "failed": f"{type(error).__name__}: {error}"[:300], "traceback": told[-4000:]}
+    text = "".join(traceback.format_exception(error))
+    return {**identity, "failed": f"{type(error).__name__}: {error}"[:300], "traceback": text[-4000:]}
 
 
 def read(folder: Path) -> list[Row]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hdpissa.benchmarks.common import timing
+from hdpissa.benchmarks.common.ranks import free_port
 from hdpissa.benchmarks.gpu import gpu_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +78,8 @@ class Life:
     def must(self, name: str, codes: list[int], wanted: int = 0) -> None:
         """Raises RuntimeError, with the log's end, for other exit codes."""
         if set(codes) != {wanted}:
-            told = (self.folder / f"{name}.log").read_text(errors="replace")[-1500:]
-            raise RuntimeError(f"{name}: exit codes {codes}, wanted {wanted}: {told}")
+            text = (self.folder / f"{name}.log").read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{name}: exit codes {codes}, wanted {wanted}: {text}")
 
     def weights(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -108,12 +108,6 @@ class Life:
         return math.sqrt(off / moved)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def at_most(value: float, limit: float) -> dict[str, Any]:
     """A figure with its limit; a failure beyond it."""
     over = {} if value <= limit else {"failed": f"{value:.3g} is over {limit:g}"}
@@ -134,7 +128,7 @@ def whole(life: Life) -> dict[str, Any]:
 
 
 def exports(life: Life) -> dict[str, Any]:
-    """The exported model's logits beside those of base and adapter, on the device and in fp32."""
+    """The exported model's logits against those of base and adapter, on the device and in fp32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -167,9 +161,9 @@ def resumed(life: Life) -> dict[str, Any]:
 def same_bits(life: Life) -> dict[str, Any]:
     found, wanted = life.weights("resumed"), life.weights("whole")
     other = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-    told = f"{len(other)} of {len(wanted)} tensors differ, by {life.difference('resumed', 'whole'):.3g} of the change"
+    text = f"{len(other)} of {len(wanted)} tensors differ, by {life.difference('resumed', 'whole'):.3g} of the change"
     metrics = life.metrics("resumed") == life.metrics("whole")
-    failed = {"failed": f"{told}; metrics {'agree' if metrics else 'differ'}"} if other or not metrics else {}
+    failed = {"failed": f"{text}; metrics {'agree' if metrics else 'differ'}"} if other or not metrics else {}
     return {"what": "tensors that differ from the unbroken run's", "value": len(other), "limit": 0, **failed}
 
 

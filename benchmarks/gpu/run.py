@@ -5,21 +5,21 @@ Does it run, is it right, is it bound by the host? In this order, with the secon
     environment   30   versions, imports, the ceilings of a copy and of a product
     smoke         60   a tiny model's whole life through launch/train.py: save, kill, resume, offload, export, two ranks
     tests         90   every kernel against float64, and the layers and engine that use them
-    step         110   a whole optimizer step of a 7B model with the shipped config, beside frozen base and LoRA
+    step         110   a whole optimizer step of a 7B model with the shipped config, against frozen base and LoRA
     profile       20   of that step, the device's busy share, its kernels, and the host's time
-    kernels       80   every kernel beside torch and its floor
-    svd           35   the decomposition of three shapes, beside torch's
+    kernels       80   every kernel against torch and its floor
+    svd           35   the decomposition of three shapes, against torch's
     memcheck      60   compute-sanitizer over one launch of every kernel
 
 Only by name, each a call of its own: `throughput-MODEL` (all methods through the launcher, for each of four models) and
 `reference` (the published algorithm's step, in three layers of a 7B model).
 
 A phase has a time limit, and the next one goes on when it has failed; the exit code is 1 if one has. Its rows are in
-`benchmarks/results/gpu/rows.jsonl`, or in the folder that OUT names, as soon as they are measured (gpu_rows.py), beside
+`benchmarks/results/gpu/rows.jsonl`, or in the folder that OUT names, as soon as they are measured (gpu_rows.py), with
 `gpu.log` and, in the end, `gpu.md`. --dry runs the same phases on the CPU with toy sizes.
 
 Runs with the Python that starts it; the package is used from this checkout, it need not be installed. Wheels in `.whl/`
-are installed beside it for the time of the run, without network, and the Triton cache in `.triton-cache.tar.xz`
+are installed into a temporary folder, without network, and the Triton cache in `.triton-cache.tar.xz`
 (`make gpu-cache`) is used. benchmarks/README.md says how to carry them. Imports nothing but the standard library.
 """
 
@@ -74,7 +74,7 @@ class Phase:
 
     Attributes:
         limit: seconds after which it is ended, about one and a half times what it is expected to take.
-        env: beside what all phases have. dry_env: in the dry form instead.
+        env: in addition to that of all phases. dry_env: in the dry form instead.
         under: the tool that the script runs under, not in the dry form.
         dry: more arguments in the dry form.
     """
@@ -118,7 +118,7 @@ def prepare(folder: Path) -> dict[str, str]:
     (folder / "source").mkdir()
     (folder / "source" / "hdpissa").symlink_to(ROOT)
     paths = [folder / "source"]
-    # results of the scripts alone are written once, in the end, and not wanted beside the rows
+    # the rows are the result; those of the single scripts are not kept
     found = {"PYTHONWARNINGS": "ignore::FutureWarning", "HDPISSA_RESULTS": str(folder / "results")}
     wheels = sorted(map(str, (ROOT / ".whl").glob("*.whl")))
     if wheels:
@@ -145,15 +145,15 @@ def unpack_cache(archive: Path, target: Path) -> None:
 
 def missing(env: dict[str, str], dry: bool) -> str:
     """What keeps this machine from running, in one line; empty when nothing does."""
-    absent = _ask(f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])", env)
+    absent = _printed(f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])", env)
     parts = [f"no {', '.join(absent.split())} (install, or put wheels into .whl/)"] if absent else []
-    asked = not dry and "torch" not in absent.split()
-    if asked and _ask("import torch; print(torch.cuda.is_available())", env) != "True":
+    sees_gpu = "import torch; print(torch.cuda.is_available())"
+    if not dry and "torch" not in absent.split() and _printed(sees_gpu, env) != "True":
         parts.append("no GPU (torch.cuda.is_available() is False); --dry runs the phases without one")
     return "; ".join(parts)
 
 
-def _ask(program: str, env: dict[str, str]) -> str:
+def _printed(program: str, env: dict[str, str]) -> str:
     """The last line that a Python program prints."""
     printed = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True).stdout
     return (printed.splitlines() or [""])[-1]
@@ -184,7 +184,7 @@ class Runner:
     def _watched(self, command: list[str], limit: float, own: dict[str, str]) -> str:
         if shutil.which(command[0]) is None:
             return f"{command[0]} is not on this machine"
-        self.tell(f"\n$ {' '.join(command)}\n")
+        self.log_line(f"\n$ {' '.join(command)}\n")
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.env | own, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -193,7 +193,7 @@ class Runner:
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
-            self.tell(line)
+            self.log_line(line)
         code = process.wait()
         late = not timer.is_alive()
         timer.cancel()
@@ -201,7 +201,7 @@ class Runner:
             return f"stopped after {limit} s"
         return "passed" if code == 0 else f"exit code {code}"
 
-    def tell(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         print(text, end="", flush=True)
         with self.log.open("a") as file:
             file.write(text)
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = [runner.run(phase) for phase in phases]
         gpu_rows.write_markdown(folder)
         summary = [f"{phase.name}: {outcome}" for phase, outcome in zip(phases, outcomes, strict=True)]
-        runner.tell("\n" + "\n".join(summary) + f"\n{folder / 'gpu.md'}\n")
+        runner.log_line("\n" + "\n".join(summary) + f"\n{folder / 'gpu.md'}\n")
     return 0 if set(outcomes) == {"passed"} else 1
 
 

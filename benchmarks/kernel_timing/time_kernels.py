@@ -3,9 +3,9 @@
     python benchmarks/kernel_timing/time_kernels.py [KERNEL ...]
 
 The Linears of two Llamas; the thin products and the fused product at 8,192 tokens in bf16. A share of the copy
-bandwidth counts each operand once, as the operation has to move it at least. `fused_linear` asks instead what the thin
-product costs on top of cuBLAS's big one, beside it or inside it. This is phase `kernels` of `make gpu`, too: a row is
-written as soon as it is measured.
+bandwidth counts each operand once, as the operation has to move it at least. For `fused_linear`
+the question is what the thin product costs on top of cuBLAS's big one, launched separately or fused. This is phase
+`kernels` of `make gpu`, too: a row is written as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -144,15 +144,15 @@ def low_rank_grad_A(sizes: Sizes) -> Iterator[Case]:
 
 
 def fused_linear(sizes: Sizes) -> Iterator[Case]:
-    """The frozen product alone, with the thin kernel beside it, and with the thin product inside it."""
+    """The frozen product alone, followed by the thin kernel, and with the thin product fused into it."""
 
     def derive(times: Mapping[str, Any]) -> dict[str, Any]:
         faster = min(("separate", "fused"), key=lambda name: times[f"{name} ms"])
-        return {"faster": faster, "overhead %": 100 * (times[f"{faster} ms"] / times["linear alone ms"] - 1)}
+        return {"faster": faster, "overhead %": 100 * (times[f"{faster} ms"] / times["linear ms"] - 1)}
 
     def case(at: Layer, direction: str, wide: Tensor, W: Tensor, thin: Tensor) -> Case:
         works: Works = {
-            "linear alone ms": lambda: nn.functional.linear(wide, W),
+            "linear ms": lambda: nn.functional.linear(wide, W),
             "separate ms": lambda: (nn.functional.linear(wide, W), api.low_rank_forward(wide, thin, impl="triton")),
             "fused ms": lambda: api.fused_linear(wide, W, thin, impl="triton"),
         }
@@ -211,7 +211,7 @@ def dense_delta(sizes: Sizes) -> Iterator[Case]:
 
 
 def shard_subtract(sizes: Sizes) -> Iterator[Case]:
-    """W ← W − D of a dense D, each tensor once; the half beside a master is only written."""
+    """W ← W − D of a dense D, each tensor once; the bf16 half of a master is only written."""
     exact = sizes.random(sizes.shard)
     high, low = reference.split_fp32(exact)
     for form, parts in {"split": (high, low), "master and half": (exact, high), "fp32": (exact,)}.items():
@@ -240,7 +240,7 @@ KERNELS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
 }  # fmt: skip
 IDENTITY = ("kernel", "case", "r", "direction", "slices", "wire", "precision", "result", "delta")
 COLUMNS = (*IDENTITY, "triton ms", "torch ms", "torch / triton", "% of copy bandwidth", "relative error of D",
-           "linear alone ms", "separate ms", "fused ms", "overhead %", "failed")  # fmt: skip
+           "linear ms", "separate ms", "fused ms", "overhead %", "failed")  # fmt: skip
 
 
 def measured(kernel: str, case: Case, bandwidth: float) -> dict[str, Any]:
@@ -272,7 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     timing.need_gpu()
     torch.manual_seed(0)
     sizes = TINY if gpu_rows.is_dry() else Sizes()
-    found = [gpu_rows.record(row) for row in rows(sizes, tuple(args.kernels) or tuple(KERNELS))]
+    kernels = tuple(args.kernels) or tuple(KERNELS)
+    found = [gpu_rows.record({"table": row["kernel"], **row}) for row in rows(sizes, kernels)]
     note = f"Copy bandwidth {timing.copy_bandwidth() / 1e12:.2f} TB/s. Limit of delta_apply: 80 % up to 8 slices."
     size = {name: value for name, value in asdict(replace(sizes, layers=(), weights=())).items() if name != "draw"}
     timing.write("time_kernels", args, found, COLUMNS, note, identity=IDENTITY, **timing.ONE_RUN, **size)

@@ -4,7 +4,7 @@
 
 fp32 compute, one optimizer step on random tokens before, so that no moment is zero. In every round each kind is saved
 at once and in the background, the order rotating; a round before the first one is not counted, because it also writes
-the slices' fixed factors. Beside it the whole time of the save in the background, until it is on the disk. Times are
+the slices' fixed factors. Of a save in the background also the whole time, until it is on the disk. Times are
 medians over the rounds, of the slowest rank, and those of the disk that holds the temporary folder.
 """
 

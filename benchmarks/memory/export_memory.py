@@ -1,4 +1,4 @@
-"""How much memory does an export need beside what the run holds anyway, and how much the one from a checkpoint?
+"""How much memory does an export need on top of what the run holds, and how much the one from a checkpoint?
 
     python benchmarks/memory/export_memory.py [--gigabytes 3] [--ranks 2] [--model_folder KEPT]
 

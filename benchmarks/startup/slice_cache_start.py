@@ -1,4 +1,4 @@
-"""How long does a start take that finds its slices in the cache, beside the one that computed them?
+"""How long does a start take that finds its slices in the cache, compared with the one that computed them?
 
     python benchmarks/startup/slice_cache_start.py [--model M] [--ranks 1 2] [--slices 8] [--r 16]
 

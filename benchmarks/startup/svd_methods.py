@@ -5,11 +5,11 @@ engine/directions/svd.py predict it?
     python benchmarks/startup/svd_methods.py --model         the weights of SmolLM2-135M, or of a folder that is named
     python benchmarks/startup/svd_methods.py --rates         only the constants (`Rates`) of this device
 
-Beside ours a full float32 SVD, which is what the published code takes on every process, and as a control `svd_lowrank`
-as PEFT calls it. Without --model the matrices imitate trained weights: random singular vectors, and the quantiles of a
-small Llama's spectra, of its flattest (an up_proj) and of one that decays (a q_proj). Errors of σ are against the
-spectrum that was planted, or LAPACK's in float64. On a CPU the time is processor time of one thread, which other
-processes on the machine disturb least. Phase `svd` of `make gpu`.
+Measured, too: a full float32 SVD, which is what the published code takes on every process, and as a control
+`svd_lowrank` as PEFT calls it. Without --model the matrices imitate trained weights: random singular vectors, and the
+quantiles of a small Llama's spectra, of its flattest (an up_proj) and of one that decays (a q_proj). Errors of σ are
+against the spectrum that was planted, or LAPACK's in float64. On a CPU the time is processor time of one thread,
+which other processes on the machine disturb least. Phase `svd` of `make gpu`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def timed(fn: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def rates(device: torch.device, n: int = 512) -> svd.Rates:
-    """This device's constants, each the best of three. eigh of two sizes tells its cost per n³ from that per row."""
+    """This device's constants, each the best of three. two sizes of eigh separate its cost per n³ from that per row."""
 
     def best(fn: Callable[[], Any]) -> float:
         return min(timed(fn, device)[0] for _ in range(3))

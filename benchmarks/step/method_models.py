@@ -111,7 +111,7 @@ def random_model(
 
 
 def prepare(net: nn.Module, setting: Setting, *, input_grads: bool) -> nn.Module:
-    """No cache, training mode, and what the comparison asks of every method alike."""
+    """No cache, training mode, and what is the same for every method."""
     net.config.use_cache = False  # type: ignore[union-attr]
     if setting.checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

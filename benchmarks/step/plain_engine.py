@@ -1,4 +1,4 @@
-"""Our layers and optimizer on a plain model, without DeepSpeed: for timing them alone, on one device.
+"""Our layers and optimizer on a plain model, without DeepSpeed: to time them on one device.
 
 The same parts as `hdpissa.engine.initialize` puts together, with random slices: what a product costs does
 not depend on its numbers, and decomposing a 7B model takes minutes.

@@ -31,7 +31,7 @@ SETTING = Setting(
 )
 LENGTH = 32
 WARMUP = 3  # DeepSpeed records the order of modules in the first steps
-CHECKED = ("ranks", "what", "counted", "planned", "beside the plan", "agrees", "remark")
+CHECKED = ("ranks", "what", "counted", "planned", "outside the plan", "agrees", "remark")
 
 
 def planned_run(setting: Setting, count: int) -> Run:
@@ -54,11 +54,11 @@ def job_of(setting: Setting) -> dict[str, Any]:
 
 
 def compare(found: Mapping[str, Any], run: Run, setting: Setting) -> list[dict[str, Any]]:
-    """Rows of counted and planned numbers of one rank's step, and what is beside the plan, and why."""
-    names = ("what", "counted", "planned", "beside the plan", "remark")
+    """Rows of counted and planned numbers of one rank's step, and what is outside the plan, and why."""
+    names = ("what", "counted", "planned", "outside the plan", "remark")
     rows = [dict(zip(names, row, strict=True)) for row in (*_bytes(found, run), *_flops(found, run, setting))]
     for row in rows:
-        row["agrees"] = row["counted"] == row["planned"] + row["beside the plan"]
+        row["agrees"] = row["counted"] == row["planned"] + row["outside the plan"]
     return [{"ranks": run.plan.world_size, **row} for row in rows]
 
 
@@ -88,7 +88,7 @@ def _flops(found: Mapping[str, Any], run: Run, setting: Setting) -> list[tuple]:
     products = passes.get("aten.mm", 0) + passes.get("aten.addmm", 0)
     thin = round(run.work.low_rank_flops) * sum(lengths)
     why = "4 per weight and token, and 4 r (I + O) per target and token of the slices' thin products"
-    half = "planned: the half that the causal mask leaves; beside: the other one, which eager attention computes, too"
+    half = "planned: the half that the causal mask leaves; outside: the other one, which eager attention computes, too"
     applied = round(plan_step.apply_seconds(run, 1.0))  # at 1 FLOP/s nothing but products takes time
     return [
         ("FLOP of forward and backward, but for attention", products, weights + thin, 0, why),

@@ -1,5 +1,5 @@
-"""How fast is a whole training step, beside PEFT, full fine-tuning, a frozen base and the published algorithm, and how
-does it scale?
+"""How fast is a whole training step, compared with PEFT, full fine-tuning, a frozen base and the published algorithm,
+and how does it scale?
 
     python benchmarks/step/throughput.py [--num_accelerators 1 2 4 8] [--model FOLDER|HUB NAME|SHAPE]
         [--methods hd_pissa lora pissa full frozen reference] [--dtype fp32|bf16] [--rounds N] …

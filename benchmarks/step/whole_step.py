@@ -1,4 +1,4 @@
-"""How long does a whole optimizer step of a 7B model take on one GPU, beside a frozen base and PEFT's LoRA?
+"""How long does a whole optimizer step of a 7B model take on one GPU, compared with a frozen base and PEFT's LoRA?
 
     python benchmarks/step/whole_step.py [--tiny]
 
@@ -160,7 +160,7 @@ def wait(device: torch.device) -> None:
 
 
 class Memory:
-    """GB of the device beside what was allocated before: DeepSpeed's globals keep an engine that is no longer used."""
+    """GB of the device above what was allocated before: DeepSpeed's globals keep an engine that is no longer used."""
 
     def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 
 import pytest
 import torch
@@ -122,6 +123,24 @@ def test_times_of_many_calls_become_few():
     assert timing.blocks([3.0, 1.0]) == [3.0, 1.0]
     assert timing.blocks([float(n) for n in range(40)]) == [n + 0.5 for n in range(0, 40, 2)]
     assert len(timing.blocks([1.0] * 4999)) == timing.BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("script", "function"),
+    [
+        ("memory/checkpoint", "measure"),
+        ("memory/load_memory", "load"),
+        ("memory/export_memory", "from_the_run"),
+        ("startup/slice_cache_start", "start"),
+    ],
+)
+def test_ranks_find_the_function_of_a_script(script, function):
+    """A file that is started by its path is `__main__`, which is another file on the ranks."""
+    started = runpy.run_path(str(suite.HERE / f"{script}.py"), run_name="started")[function]
+    assert started.__module__ == "started"
+    module = ranks.module_of(started)
+    assert module == f"hdpissa.benchmarks.{script.replace('/', '.')}"
+    assert hasattr(importlib.import_module(module), function)
 
 
 @pytest.mark.parametrize(("log", "code", "killed"), [("return code = -9", 247, True), ("return code = -91", 1, False)])

@@ -21,9 +21,9 @@ def row(samples, case="a", **more):
     return {"case": case, "ms": float(np.median(samples)), "samples": {"ms": list(samples)}, **more}
 
 
-def verdicts(old, new):
+def outcomes(old, new):
     found, other = (next(iter(compare.read(folder).values())) for folder in (old, new))
-    return {(line["row"], line["figure"]): line["verdict"] for line in compare.changes("bench", found, other)}
+    return {(line["row"], line["figure"]): line["outcome"] for line in compare.changes("bench", found, other)}
 
 
 NOISE = np.random.default_rng(1).normal(1.0, 0.02, 40)
@@ -43,7 +43,7 @@ NOISE = np.random.default_rng(1).normal(1.0, 0.02, 40)
 def test_a_figure_moves_beyond_its_noise_alone(tmp_path, factor, rounds, expected):
     old = result(tmp_path / "old", [row(NOISE)], rounds=rounds)
     new = result(tmp_path / "new", [row(factor * NOISE)], rounds=rounds)
-    assert verdicts(old, new) == {("a", "ms"): expected}
+    assert outcomes(old, new) == {("a", "ms"): expected}
 
 
 def test_the_interval_holds_the_true_ratio_as_often_as_it_says():
@@ -67,7 +67,7 @@ def test_what_is_lost_is_the_exit_code(tmp_path, capsys):
     assert compare.main([str(old), str(old)]) == 0
     failed = result(tmp_path / "failed", [row(NOISE), {"case": "b", "remark": "out of memory"}])
     assert compare.main([str(old), str(failed)]) == 1
-    assert verdicts(old, failed)["b", "ms"] == f"{compare.LOST}: out of memory"
+    assert outcomes(old, failed)["b", "ms"] == f"{compare.LOST}: out of memory"
     assert compare.main([str(old), str(result(tmp_path / "gone", [row(NOISE)]))]) == 1
     assert compare.main([str(failed), str(old)]) == 0  # what is new is no loss
     not_finite = result(tmp_path / "nan", [{**row(NOISE), "ms": float("nan")}, row(NOISE, "b")])

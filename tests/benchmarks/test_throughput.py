@@ -203,7 +203,7 @@ def test_the_plan_is_what_is_counted(count, kept):
     rows = plan_counted.compare(found, plan_counted.planned_run(setting, count), setting)
     assert len(rows) == 6
     assert [row["what"] for row in rows if not row["agrees"]] == []
-    assert {row["what"] for row in rows if row["beside the plan"]} == {"FLOP of attention"}
+    assert {row["what"] for row in rows if row["outside the plan"]} == {"FLOP of attention"}
 
 
 @pytest.mark.slow
