@@ -56,7 +56,8 @@ def open_checkpoint(path: str) -> Any:
         ConfigError: there is none, or it is damaged.
     """
     from hdpissa.engine.checkpoint import directory
-    from hdpissa.engine.checkpoint.format import MANIFEST, CheckpointReader
+    from hdpissa.engine.checkpoint.manifest import MANIFEST
+    from hdpissa.engine.checkpoint.reader import CheckpointReader
 
     folder = Path(path)
     found = [folder] if (folder / MANIFEST).is_file() else directory.candidates(folder) if folder.is_dir() else []

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hdpissa.kernels.reference import split_fp32
 
-from ..checkpoint.format import CheckpointReader, TargetSpec
+from ..checkpoint.manifest import TargetSpec
+from ..checkpoint.reader import CheckpointReader
 from ..errors import ConfigError
 from ..files import checksum
 from ..sharding.base_files import BaseFiles, local_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hdpissa.engine.checkpoint.format import CheckpointReader
+from hdpissa.engine.checkpoint.reader import CheckpointReader
 from hdpissa.engine.files import atomic
 from hdpissa.engine.sharding.base_files import local_folder
 from hdpissa.launch.common.metrics import RunFiles, counted
