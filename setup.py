@@ -14,7 +14,7 @@ tests/unit/test_packaging.py holds this.
 from setuptools import setup
 
 ROOMS = {
-    "engine": "config distributed files sharding method comm optim directions checkpoint export health",
+    "engine": "config distributed files sharding method comm optim directions algorithms checkpoint export health",
     "launch": "common planning reporting exporting trainers training evaluation",
     "benchmarks": "common gpu kernel_timing memory quality startup step",
 }

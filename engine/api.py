@@ -7,7 +7,6 @@ wraps the model; the exact values are in place before anything is decomposed. Ow
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpointing, consensus
+from . import algorithms, checkpointing
 from .checkpoint import state
 from .checkpoint.reader import CheckpointReader
 from .comm.buckets import make_buckets
 from .comm.exchange import FactorExchange, choose_kinds
 from .config.section import HDPissaConfig
-from .directions import decompose
-from .directions.slice_cache import SliceCache, identity
 from .distributed import heartbeat
 from .engine import HDPissaEngine
 from .errors import ConfigError
@@ -33,8 +30,8 @@ from .optim import modules_to_save
 from .optim.factors import FactorStore
 from .optim.modules_to_save import ModulesToSave
 from .optim.optimizer import SliceOptimizer
-from .resolved_config import ResolvedConfig, make_rule, resolve_config
-from .sharding import base_files, sharded_load, zero3
+from .resolved_config import ResolvedConfig, resolve_config
+from .sharding import sharded_load, zero3
 from .sharding.shards import HostMemory, make_shard
 from .sharding.slicing import SlicePlan
 
@@ -79,12 +76,13 @@ def initialize(
     targets, full = _choose_weights(model, hd, plan)
     ds = _shard(model, resolved, targets)
     base = state.describe_base(model, targets, plan)
-    rule = make_rule(hd)
+    algorithm = algorithms.find(hd.method)
+    rule = algorithm.update_rule(hd)
     store, exchange = _make_store(targets, plan, hd, rule), FactorExchange(plan)
     if isinstance(resume_from, str | Path):
         resume_from = state.open_checkpoint(resume_from)
     if resume_from is None:
-        report = _decompose(model, hd, store, exchange, progress)
+        report = algorithm.fill_directions(model, hd, store, exchange, progress)
     else:
         numels = {name: zero3.full_numel(p) for name, p in full.items()}
         state.refuse_others(resume_from, store, rule, base, numels)
@@ -176,32 +174,3 @@ def _make_store(targets: list[Target], plan: SlicePlan, hd: HDPissaConfig, rule:
     choose_kinds(targets, plan, hd.delta.exchange)
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     return FactorStore(plan, buckets, zero3.device(), impl=hd.kernels.impl, linear=hd.kernels.linear)
-
-
-def _decompose(
-    model: nn.Module,
-    hd: HDPissaConfig,
-    store: FactorStore,
-    exchange: FactorExchange,
-    progress: Callable[[str, int, int], None],
-) -> decompose.InitReport:
-    """Fills the store from the weights, or from an earlier run's files."""
-    return decompose.compute_slices(
-        store,
-        exchange,
-        method=hd.init.method,
-        tol=hd.init.tol,
-        placement=hd.init.placement,
-        cache=_slice_cache(hd, model, store),
-        progress=progress,
-    )
-
-
-def _slice_cache(hd: HDPissaConfig, model: nn.Module, store: FactorStore) -> SliceCache | None:
-    if hd.init.cache_dir is None:
-        return None
-    # Rank 0's word counts: other hosts may have copies of the files, with times of their own.
-    files = base_files.checkpoint_files
-    origin = consensus.from_rank0(lambda: identity(files(getattr(model, "name_or_path", "") or "").values()))
-    how = {"slices": store.plan.slices, "method": hd.init.method, "tol": hd.init.tol}
-    return SliceCache(os.path.expanduser(hd.init.cache_dir), store.targets, origin=origin, how=how)

@@ -17,13 +17,11 @@ from hdpissa.kernels.available import obstacle
 from .config import ds_config
 from .config.section import HDPissaConfig
 from .errors import ConfigError
-from .method.delta import DeltaRule
 from .method.layer import FUSED_MOST_R
 from .sharding import zero3
 from .sharding.slicing import SlicePlan
 
 REDUCED_AT_ONCE = 50_000_000  # gradient elements; no buffer is kept for them
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,3 @@ def check_kernels(hd: HDPissaConfig) -> None:
     if problem:
         key, value = ("impl", "triton") if impl == "triton" else ("linear", "fused")
         raise ConfigError(f'hd_pissa.kernels.{key} is "{value}": {problem}; or set it to "auto"')
-
-
-def make_rule(hd: HDPissaConfig) -> DeltaRule:
-    """The hyper-parameters of the update."""
-    return DeltaRule(
-        betas=hd.adam.betas,
-        eps=hd.adam.eps,
-        second_order=hd.delta.second_order,
-        dtype=DTYPES[hd.delta.dtype],
-        precision=hd.delta.precision,
-        impl=hd.kernels.impl,
-    )

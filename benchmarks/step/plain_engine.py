@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from hdpissa.engine import resolved_config
+from hdpissa.engine import algorithms
 from hdpissa.engine.comm.buckets import make_buckets
 from hdpissa.engine.comm.exchange import FactorExchange, choose_kinds
 from hdpissa.engine.config.section import HDPissaConfig
@@ -54,7 +54,7 @@ def attach(model: nn.Module, *, r: int, slices: int = 1, **section: Any) -> Slic
         flat = target.param.data.view(-1)
         target.shard = make_shard(partial(flat.view, -1), flat.float(), format="split", device="auto")
     choose_kinds(targets, plan, hd.delta.exchange)
-    rule = resolved_config.make_rule(hd)
+    rule = algorithms.find(hd.method).update_rule(hd)
     buckets = make_buckets(targets, plan, hd.delta.bucket_bytes, rule.dtype.itemsize)
     store = FactorStore(plan, buckets, flat.device, impl=hd.kernels.impl, linear=hd.kernels.linear)
     exchange = FactorExchange(plan)

@@ -32,6 +32,7 @@ from pydantic import (
 
 from ..errors import ConfigError
 
+ALGORITHMS = Path(__file__).parents[1] / "algorithms"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -126,6 +127,13 @@ def _refuse_other_splits(document: dict[str, Any]) -> None:
             fail([f"{key} is {show(size)}: must be 1, because all ranks together hold each W in one group; set it"])
 
 
+def _check_method(value: Any) -> str:
+    names = sorted(path.stem for path in ALGORITHMS.glob("[!_]*.py"))
+    if value not in names:
+        raise ValueError(f"must be one of {', '.join(map(show, names))}")
+    return value
+
+
 def _check_slices(value: Any) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
@@ -207,6 +215,7 @@ class KernelsConfig(_Section):
 class HDPissaConfig(_Section):
     """The whole section. Build it with `from_dict`, which words the errors."""
 
+    method: Annotated[str, PlainValidator(_check_method)] = "hd_pissa"  # a file of engine/algorithms/
     r: PositiveInt = 16
     # None means alpha = r, the method itself. Zero is refused: the delta is scaled by alpha / r,
     # so it would train nothing for the whole run.

@@ -19,6 +19,8 @@ from hdpissa.kernels import api as kernels
 from ..sharding.shards import Shard, on_device
 from ..sharding.slicing import ShardRange
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the config names them
+
 
 @dataclass(frozen=True)
 class DeltaRule:

@@ -204,10 +204,9 @@ def _optimizer(case: StepCase):
     """A `SliceOptimizer` with W = 0, its factors and gradients in place, nothing counted yet."""
     from hdpissa.engine.comm.buckets import make_buckets
     from hdpissa.engine.comm.exchange import FactorExchange, choose_kinds
-    from hdpissa.engine.method.delta import DeltaRule
+    from hdpissa.engine.method.delta import DTYPES, DeltaRule
     from hdpissa.engine.optim.factors import FactorStore
     from hdpissa.engine.optim.optimizer import SliceOptimizer
-    from hdpissa.engine.resolved_config import DTYPES
     from hdpissa.engine.sharding.shards import DirectShard
     from hdpissa.engine.sharding.slicing import SlicePlan
 

@@ -114,7 +114,8 @@ def test_the_config_is_frozen_and_owns_its_lists():
         config.r = 8
 
 
-BAD_SECTIONS = [  # section, the key that is blamed
+BAD_SECTIONS = [  # section, the key that is named
+    ({"method": "lora"}, "method"),
     ({"target_module": []}, "target_module"),
     ({"slice": "auto"}, "slice"),
     ({"alpha": 16}, "alpha"),

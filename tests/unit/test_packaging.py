@@ -34,6 +34,7 @@ ROOMS = {
     "comm": "sharding method",
     "optim": "distributed sharding method comm",
     "directions": "distributed files sharding method comm optim",
+    "algorithms": "config sharding method comm optim directions",
     "checkpoint": "distributed files sharding method comm optim directions",
     "export": "distributed files sharding method optim checkpoint",
     "health": "distributed files sharding method comm optim",
