@@ -24,8 +24,9 @@ from typing import Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch.common import command_line
+from hdpissa.launch.common.hub import check_model, reading
 from hdpissa.launch.evaluation import rows as evaluate_rows
-from hdpissa.launch.evaluation.rows import Question, tried
+from hdpissa.launch.evaluation.rows import Question
 from hdpissa.launch.training.alpaca import IGNORE
 
 TASKS = ("num_fewshot", "limit")  # options that only --tasks reads
@@ -123,13 +124,13 @@ def locate(name: str) -> Located:
             )
         folder = str(found[0])
         file = (path.parent if found[0] == path else path) / "run.json"
-        run = tried("--model", name, lambda: json.loads(file.read_text())) if file.is_file() else {}
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"--model {name}: no such folder; give a run's folder, a model's, or a hub name")
-    adapter = tried("--model", name, lambda: find_adapter_config_file(folder))
+        run = reading("--model", name, lambda: json.loads(file.read_text())) if file.is_file() else {}
+    else:
+        check_model("--model", name)
+    adapter = reading("--model", name, lambda: find_adapter_config_file(folder))
     base = None
     if adapter:
-        base = tried("--model", name, lambda: json.loads(Path(adapter).read_text())["base_model_name_or_path"])
+        base = reading("--model", name, lambda: json.loads(Path(adapter).read_text())["base_model_name_or_path"])
     if base and importlib.util.find_spec("peft") is None:
         raise ConfigError(f"--model {name}: an adapter needs peft, which is not installed: pip install peft")
     return Located(folder, base, run)
@@ -146,7 +147,7 @@ def evaluate(args: argparse.Namespace, found: Located, scratch: str) -> tuple[di
 
     asked = evaluate_rows.arguments(args, found.run, scratch)
     trust = {"trust_remote_code": args.trust_remote_code}
-    config = tried("--model", args.model, lambda: AutoConfig.from_pretrained(found.base or found.folder, **trust))
+    config = reading("--model", args.model, lambda: AutoConfig.from_pretrained(found.base or found.folder, **trust))
     tokenizer = read_tokenizer(args, found)
     rows = read_rows(asked, tokenizer)
     tokens, collate, positions = evaluate_rows.prepare(asked, rows.train, tokenizer, config)
@@ -155,7 +156,7 @@ def evaluate(args: argparse.Namespace, found: Located, scratch: str) -> tuple[di
     if "eval_exact_match" in args:  # the last token of an answer needs no position
         longest = math.inf if positions is None else positions + 1 - limits["max_new_tokens"]
         questions = evaluate_rows.questions(asked, rows, tokenizer, vars(args).get("eval_max_samples"), longest)
-    model = tried(
+    model = reading(
         "--model", args.model, lambda: load(AutoModelForCausalLM, found.folder, args.device, dtype="auto", **trust)
     )
     dtype, dataset = str(model.dtype).removeprefix("torch."), asked.script.dataset_name
@@ -182,7 +183,7 @@ def read_tokenizer(args: argparse.Namespace, found: Located) -> Any:
     bare = found.base and Path(found.folder).is_dir() and not any(Path(found.folder).glob("tokenizer*"))
     name = found.base if bare else found.folder
     read = functools.partial(AutoTokenizer.from_pretrained, name, trust_remote_code=args.trust_remote_code)
-    tokenizer = tried("--model", args.model, read)
+    tokenizer = reading("--model", args.model, read)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -287,10 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.device:
         import torch
 
-        tried("--device", args.device, lambda: torch.zeros(1, device=args.device).tolist())
+        reading("--device", args.device, lambda: torch.zeros(1, device=args.device).tolist())
     output = args.output_path and Path(args.output_path).expanduser()
     if output:
-        tried("--output_path", str(output), lambda: output.mkdir(parents=True, exist_ok=True))
+        reading("--output_path", str(output), lambda: output.mkdir(parents=True, exist_ok=True))
     with tempfile.TemporaryDirectory(prefix="hdpissa-") as scratch:
         figures, graded = evaluate(args, found, scratch)
     if output:

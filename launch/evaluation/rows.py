@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
+from hdpissa.launch.common.hub import reading
 from hdpissa.launch.training.alpaca import prompt_ids
 
 COLUMNS = ("prompt_field", "response_field", "prompt_template")  # of ScriptArguments, as the run had them
@@ -43,12 +42,12 @@ def arguments(args: argparse.Namespace, run: dict[str, Any], scratch: str) -> An
         raise ConfigError(
             f"--model {args.model}: no run.json names its evaluation rows; give --dataset_name, or --tasks"
         )
-    reading = {"max_length": SFT_DEFAULTS["max_length"]}
-    reading |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
-    reading |= {name: given[name] for name in READING if name in given}
+    cut = {"max_length": SFT_DEFAULTS["max_length"]}
+    cut |= {name: of_run[name] for name in READING if of_run.get(name) is not None}
+    cut |= {name: given[name] for name in READING if name in given}
     fixed: dict[str, Any] = {"output_dir": scratch, "report_to": "none", "use_cpu": True, "bf16": False}
     fixed |= {"trust_remote_code": args.trust_remote_code}
-    training = tried("--model", args.model, lambda: Config(**fixed, **reading))
+    training: Any = reading("--model", args.model, lambda: Config(**fixed, **cut))
     return Arguments(ScriptArguments(**named), training, trl.DatasetMixtureConfig(), frozenset(given))
 
 
@@ -82,12 +81,12 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
 
     name, trust = str(asked.script.dataset_name), asked.training.trust_remote_code
     with torch.device("meta"):
-        model = tried(
+        model = reading(
             "--model",
             config.name_or_path,
             lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust),
         )
-    trainer = tried(
+    trainer: Any = reading(
         "--dataset_name",
         name,
         lambda: trl.SFTTrainer(model=model, args=asked.training, train_dataset=rows, processing_class=tokenizer),
@@ -158,17 +157,3 @@ def _question(row: dict[str, Any], tokenizer: Any, template: Any, columns: dict[
     text = trl.apply_chat_template(row, tokenizer)["prompt"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Question(ids, text, str(answer["content"]).strip())
-
-
-def tried(option: str, name: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever goes wrong is a ConfigError."""
-    from hdpissa.launch.common.hub_errors import explain, reason
-
-    try:
-        return read()
-    except Exception as error:  # whatever a damaged file, the hub, or a library leads to
-        said, remedy = (None if Path(name).exists() else explain(error)) or (
-            f"{type(error).__name__}: {reason(error)}",
-            "give another one",
-        )
-        raise ConfigError(f"{option} {name}: cannot be used ({said}); {remedy}") from error

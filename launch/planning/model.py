@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.common.hub_errors import explain, reason
+from hdpissa.launch.common import hub
 from hdpissa.launch.planning.model_work import products, size
 
 ATTENTION = "hdpissa_plan"  # see plan_trace
@@ -53,17 +53,12 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(os.path.expanduser(name))
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ConfigError(
-            f"--model_name_or_path {name}: no such folder or file; give a folder, a config.json or a name"
-        )
-    try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged file leads to
-        known = None if path.exists() else explain(error)
-        said, remedy = known or (reason(error), "give a Hugging Face folder, config.json or name")
-        raise ConfigError(f"--model_name_or_path {name}: no usable config.json there ({said}); {remedy}") from None
+    option, path = "--model_name_or_path", Path(os.path.expanduser(name))
+    hub.check_model(option, name)
+    source, remedy = str(path) if path.exists() else name, "give a Hugging Face folder, config.json or name"
+    return hub.reading(
+        option, name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), remedy
+    )
 
 
 def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool, reward: bool = False) -> Model:
@@ -90,7 +85,7 @@ def build(config: Any, name: str, *, trust_remote_code: bool, bf16: bool, reward
                 module = kind.from_config(copy.deepcopy(config), **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
-            f"--model_name_or_path {name}: cannot be built ({reason(error)}); give a causal language model"
+            f"--model_name_or_path {name}: cannot be built ({hub.reason(error)}); give a causal language model"
         ) from None
     module.config.use_cache = False
     return _describe(module)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import trainers
-from hdpissa.launch.common.hub_errors import explain, reason
+from hdpissa.launch.common import hub
 from hdpissa.launch.training import model_checks
 from hdpissa.launch.training.results import wanted_exports
 from hdpissa.launch.training.script_arguments import Arguments
@@ -86,8 +86,7 @@ def check_targets(arguments: Arguments, run: Any) -> Any:
 
     script, trust = arguments.script, arguments.training.trust_remote_code
     name, more = str(script.model_name_or_path), dict[str, Any](trust_remote_code=trust)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"--model_name_or_path {name}: no such folder; give a Hugging Face folder or hub name")
+    hub.check_model("--model_name_or_path", name)
     model_checks.check_folder(name)
     reward = {"num_labels": 1} if arguments.kind == "reward" else {}
     config = _read(name, lambda: AutoConfig.from_pretrained(name, revision=script.model_revision, **more, **reward))
@@ -140,9 +139,4 @@ def read_tokenizer(name: str, revision: str, trust_remote_code: bool) -> Any:
 
 
 def _read(name: str, read: Any) -> Any:
-    try:
-        return read()
-    except Exception as error:  # damaged files raise errors of many types
-        known = None if Path(name).exists() else explain(error)
-        problem, remedy = known or (reason(error), "give the folder or the hub name of a causal language model")
-        raise ConfigError(f"--model_name_or_path {name}: cannot be used ({problem}); {remedy}") from error
+    return hub.reading("--model_name_or_path", name, read, "give a causal language model")

@@ -11,7 +11,7 @@ import datasets
 import trl
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.common.hub_errors import explain, reason
+from hdpissa.launch.common.hub import check_path, explain, reason
 from hdpissa.launch.common.prompts import PromptTemplate, resolve_template
 from hdpissa.launch.training.alpaca import AlpacaEncoder
 from hdpissa.launch.training.script_arguments import Arguments
@@ -68,6 +68,7 @@ def read_rows(arguments: Arguments, tokenizer: Any) -> Rows:
 
 def load(arguments: Arguments, name: str, split: str, streaming: bool) -> Any:
     """A dataset by the name of a file, a folder, or on the hub; `split` in the syntax of `datasets`."""
+    check_path("--dataset_name", name)
     script, path = arguments.script, Path(name).expanduser()
     more: dict[str, Any] = {"split": split, "streaming": streaming}
     if path.suffix in FILES:

@@ -162,8 +162,8 @@ def test_own_gpu(capsys, folder, tmp_path):
 
 BAD = {
     "no model": ([], "missing --model_name_or_path"),
-    "no such file": (["--model", "/nowhere/config.json"], "no such folder or file"),
-    "not a config": (["--model", "EMPTY"], "no usable config.json"),
+    "no such file": (["--model", "/nowhere/config.json"], "no such file or folder"),
+    "not a config": (["--model", "EMPTY"], "config.json"),
     "too long": (["--model", "x" * 300], "the name is too long"),
     "GPU too long": (["--gpu", "x" * 300], "give a shorter one"),
     "GPU": (["--gpu", "H10"], "did you mean H100?"),
