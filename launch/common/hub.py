@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 from hdpissa.engine.errors import ConfigError
@@ -19,12 +18,12 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 def is_path(name: str) -> bool:
     """Whether a name stands for a file or folder, existing or not, and not for a repository on the hub (OWNER/NAME)."""
     like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".json", ".jsonl"))
-    return like_a_path or Path(name).expanduser().exists()
+    return like_a_path or os.path.exists(os.path.expanduser(name))
 
 
 def check_path(option: str, name: str) -> None:
     """Raises ConfigError for a path at which there is nothing; a name that is none passes."""
-    if is_path(name) and not Path(name).expanduser().exists():
+    if is_path(name) and not os.path.exists(os.path.expanduser(name)):
         raise ConfigError(f"{option} {name}: no such file or folder; give one that exists, or a hub name OWNER/NAME")
 
 
@@ -48,7 +47,10 @@ def reading(option: str, name: str, read: Callable[[], T], remedy: str = "give a
     try:
         return read()
     except Exception as error:
-        problem, remedy = (None if Path(name).expanduser().exists() else explain(error)) or (reason(error), remedy)
+        problem, remedy = (None if os.path.exists(os.path.expanduser(name)) else explain(error)) or (
+            reason(error),
+            remedy,
+        )
         raise ConfigError(f"{option} {name}: cannot be used ({problem}); {remedy}") from error
 
 
