@@ -79,7 +79,7 @@ def any_rank(condition: bool, group: Any = None) -> bool:
 def _attempt(work: Callable[[], T]) -> tuple[Any, str | None]:
     try:
         return work(), None
-    except Exception as error:  # whatever it is: the other ranks wait for this one's word
+    except Exception as error:  # of any type: the other ranks wait for this one's outcome
         return None, one_line(error)
 
 

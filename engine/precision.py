@@ -1,4 +1,4 @@
-"""Matrix products that mean fp32, whatever the process allows elsewhere."""
+"""Matrix products in full fp32, whatever the process allows elsewhere."""
 
 from __future__ import annotations
 

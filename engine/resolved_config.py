@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from hdpissa.kernels.available import obstacle
+from hdpissa.kernels.available import FUSED_MAX_R, obstacle
 
 from .config import ds_config
 from .config.section import HDPissaConfig
 from .errors import ConfigError
-from .method.layer import FUSED_MOST_R
 from .sharding import zero3
 from .sharding.slicing import SlicePlan
 
@@ -112,9 +111,9 @@ def check_kernels(hd: HDPissaConfig) -> None:
             'hd_pissa.kernels.linear is "fused" and impl "torch": fused is a Triton kernel; set one to "auto"'
         )
     widest = max(hd.r, *hd.rank_pattern.values()) if hd.rank_pattern else hd.r
-    if fused and widest > FUSED_MOST_R:
+    if fused and widest > FUSED_MAX_R:
         raise ConfigError(
-            f'hd_pissa.kernels.linear is "fused" and r is {widest}: must be at most {FUSED_MOST_R}; set it to "auto"'
+            f'hd_pissa.kernels.linear is "fused" and r is {widest}: must be at most {FUSED_MAX_R}; set it to "auto"'
         )
     if not (fused or impl == "triton"):
         return

@@ -1,4 +1,4 @@
-"""What the engine tells of a step and of its exchange: plain records, nothing is computed here."""
+"""What the engine reports of a step and of its exchange: plain records."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Every function takes `impl`:
     "triton"   `kernels/<name>.py`, or a ValueError that says what is missing. On the CPU it runs
                only under TRITON_INTERPRET=1, which is how its numbers are tested without a GPU.
 
-A named implementation is used or refused in words, never replaced in silence.
+A named implementation is used, or refused with the reason; it is never replaced silently.
 """
 
 from __future__ import annotations

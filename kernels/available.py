@@ -9,6 +9,9 @@ import os
 import torch
 from torch import Tensor
 
+# Widest slice that `fused_linear` takes: wider ones leave no registers for the large product.
+FUSED_MAX_R = 64
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -28,5 +31,5 @@ def obstacle(tensor: Tensor) -> str | None:
 
 
 def uses_triton(tensor: Tensor, impl: str) -> bool:
-    """Which way "auto" and the named implementations go for this tensor."""
+    """Whether `impl` means Triton for this tensor."""
     return impl == "triton" or (impl == "auto" and tensor.device.type == "cuda" and obstacle(tensor) is None)

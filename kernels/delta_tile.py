@@ -94,7 +94,7 @@ def _split_block(
     stride_xo, stride_xq, stride_mo, stride_mq, stride_lo, stride_lq, SHIFT: tl.constexpr,
     MINUS: tl.constexpr, ENTER: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Splits BLOCK rows of B (or columns of A: the strides tell) of x, or of x − minus; padding becomes zero."""
+    """Splits BLOCK rows of B (or columns of A: see the strides) of x, or of x − minus; padding becomes zero."""
     o = (first + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     q = tl.arange(0, BLOCK_Q).to(tl.int64)[None, :]
     peak = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -236,7 +236,7 @@ def delta_tile(
     D = _add_term(
         D, limbs_C, limbs_I, C_limb, I_limb, I_padded, Q_padded, DELTA_LIMBS, FACTOR_LIMBS, LOW_LOW, BK,
     )  # fmt: skip
-    # one running sum for both terms: a second would not fit the registers beside it
+    # one running sum for both terms: a second would not fit into the registers
     D = _rescale(D, scales_C, scales_I)
     D = _rescale(D, scales_C + C_padded, scales_I + I_padded)
     D = _add_term(

@@ -3,7 +3,7 @@
     D = ΔB (A − ΔA) + B ΔA        ΔA, A (Q × I)     ΔB, B (C × Q)     D (numel) fp32 or bf16
 
 The product is `delta_tile`'s, the same that `delta_apply` subtracts, bit for bit. Each element is written once;
-no C × I matrix exists beside the result.
+no C × I matrix exists besides the result.
 
 Example: A = [[1, 2]], B = [[3]], ΔA = [[0.5, 0]], ΔB = [[1]], start 0, numel 2
 → D = [2, 2] (first order [2.5, 2]); start 1, numel 1 → [2].

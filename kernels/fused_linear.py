@@ -5,8 +5,8 @@
 
 A blocked matrix product whose first column of programs carries the thin product along: the x tile is in shared
 memory anyway. What it saves is one reading of x; what it costs is cuBLAS's lead over Triton on the big product.
-Which of the two wins depends on shape and chip, so it is used only where it is asked for by name.
-Measured in place, ranks and restarts could decide differently, and the two do not agree in every bit.
+Off by default (`kernels.linear`): no row measured on a GPU shows yet that it wins. It is never chosen by timing at
+run time: ranks and restarts could decide differently, and the two variants differ in the last bits.
 
 Example: x = [[1, 2]], W = [[1, 0]], A = [[3, 4]], b = [5] → y = [[6]], p = [[11]].
 """
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .available import FUSED_MAX_R
 from .common import FP32_DOT, POINTER, AotCase, block, dot, narrow, require, require_dtype, require_same_device
 
-MOST_R = 64
 LARGE_SHARED = 200 * 1024  # bytes of shared memory that the widest tiles need
 GROUP_T = 8  # blocks of tokens that share the same W tiles in the L2 cache
 
@@ -75,7 +75,7 @@ def product_and_thin(
 
 def _blocks(R: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
     """Tiles that fit the chip's shared memory and registers: "sm_90", "sm_80" or "gfx942"."""
-    block_r = block(R, most=MOST_R)
+    block_r = block(R, most=FUSED_MAX_R)
     if dtype == torch.float32:
         how = {"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 8, "num_stages": 2}
     elif chip == "sm_90":
@@ -104,7 +104,7 @@ def fused_linear(x_TI: Tensor, W_OI: Tensor, A_RI: Tensor, bias_O: Tensor | None
         W_OI.shape[1] == A_RI.shape[1] == features,
         f"fused_linear: x has {features} features, W {W_OI.shape[1]}, A {A_RI.shape[1]}",
     )
-    require(R <= MOST_R, f"fused_linear: r is {R}, at most {MOST_R}; use the separate products")
+    require(R <= FUSED_MAX_R, f"fused_linear: r is {R}, at most {FUSED_MAX_R}; use the separate products")
     require(bias_O is None or bias_O.is_contiguous(), "fused_linear: bias must be contiguous")
     require_dtype("fused_linear", x=x_TI, W=W_OI, bias=bias_O)
     require_dtype("fused_linear", A=A_RI)

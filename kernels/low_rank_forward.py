@@ -1,4 +1,4 @@
-"""p = x Aᵀ, all that the forward pass owes a slice: one reading of x beside the layer's own product.
+"""p = x Aᵀ, what a slice needs of the forward pass: one reading of x besides the layer's own product.
 
     x (T × I) bf16 or fp32     A (R × I) fp32, rounded to x's dtype in registers     p (T × R) in x's dtype
 

@@ -1,4 +1,4 @@
-"""q = dy B and grad B += dyᵀ p, what dy owes the slice: both from one reading of dy.
+"""q = dy B and grad B += dyᵀ p  (what the slice needs of dy), both from one reading of dy.
 
     dy (T × O)     p (T × R)     B (O × R) fp32, rounded to dy's dtype in registers
     q (T × R) in dy's dtype      grad B (O × R) fp32, added to

@@ -1,4 +1,4 @@
-"""The torch version of every kernel: plain, differentiable by nobody, any float dtype.
+"""The torch version of every kernel: plain, without autograd, any float dtype.
 
 Shape letters, the same in every file of the project:
 
@@ -65,7 +65,7 @@ def _thin(a: Tensor, b: Tensor) -> Tensor:
 
 
 def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
-    """p = x Aᵀ (T × R) in x's dtype: all that the forward pass owes the slice.
+    """p = x Aᵀ (T × R) in x's dtype: what the slice needs of the forward pass.
 
     Example: x = [[1, 2]], A = [[3, 4]] → p = [[11]].
     """
@@ -75,7 +75,7 @@ def low_rank_forward(x_TI: Tensor, A_RI: Tensor) -> Tensor:
 def low_rank_grad_B_(
     grad_B_OR: Tensor, dy_TO: Tensor, p_TR: Tensor, B_OR: Tensor, q_TR: Tensor | None = None
 ) -> Tensor:
-    """What dy owes the slice: adds to grad B, and returns q for `low_rank_grad_A_`.
+    """What the slice needs of dy: adds to grad B, and returns q for `low_rank_grad_A_`.
 
         q = dy B (T × R)         grad B += dyᵀ p (O × R)
 

@@ -1,4 +1,4 @@
-"""The checkpoints of an output folder: which there are, which is the latest, in what order one takes another's place.
+"""The checkpoint directories of an output folder: which is complete, which is the latest, how one replaces another.
 
     checkpoint-10/ checkpoint-20/       complete: a folder gets such a name only when all in it is on the disk
     latest                              the name of the one to resume from, as DeepSpeed has it
@@ -28,7 +28,7 @@ _HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")
 
 
 def check_tag(tag: str) -> str:
-    """Raises ConfigError for what is no plain folder name."""
+    """The tag; raises ConfigError unless it is a plain folder name."""
     if not _TAG.fullmatch(tag) or tag in (LATEST, BEST):
         raise ConfigError(
             f"checkpoint tag {tag[:80]!r}: must be letters, digits, '_', '-' and '.', as in checkpoint-100"
@@ -72,8 +72,8 @@ def publish(written: Path, folder: Path, *, best: bool = False) -> None:
 def retire(newest: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep` that came before a numbered one, but never the best one.
 
-    Those with a higher number are of a run that went on from further back; they are left alone. What cannot be removed
-    is no reason to call a save failed.
+    Those with a higher number are of a run that went on from further back; they are left alone. A folder that
+    cannot be removed does not fail the save.
     """
     step = number(newest)
     if keep is None or step is None:
@@ -134,22 +134,22 @@ def candidates(parent: Path) -> list[Path]:
 
 
 def _whole(folder: Path) -> Path | None:
-    """The folder, or what stands in for it while it is being replaced."""
+    """The folder, or its predecessor while it is being replaced."""
     return next((p for p in (folder, _replaced(folder)) if (p / MANIFEST).is_file()), None)
 
 
 def latest(parent: Path) -> str | None:
-    """The name in `latest`; None where there is none, or it is no name."""
+    """The name in `latest`; None where there is no such file, or no valid name in it."""
     return _named(parent / LATEST)
 
 
 def best(parent: Path) -> str | None:
-    """The name in `best`; None where there is none, or it is no name."""
+    """The name in `best`; None where there is no such file, or no valid name in it."""
     return _named(parent / BEST)
 
 
 def point_to_best(parent: Path, tag: str | None) -> None:
-    """Makes `best` name a checkpoint, or none."""
+    """Points `best` to a checkpoint; None removes it."""
     if tag is None:
         (parent / BEST).unlink(missing_ok=True)
     else:

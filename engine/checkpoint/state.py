@@ -1,13 +1,13 @@
-"""What of a run goes into a checkpoint, and back: state by slice id and by range of a weight, at any number of ranks.
+"""The state of a run as files of a checkpoint, and back: by slice and by range of a weight, at any number of ranks.
 
 full     every target's exact fp32 values, moments, running sums, factors. Resumes bit for bit at the same world size.
          Both kinds: exact fp32 weights and moments of `modules_to_save`, if any.
-small    all that but the weights, which first-order training needs no more of: A_i and B_i never change, so
+small    without the weights, which follow in first-order training, because A_i and B_i never change:
          W = W_0 − scale · Σ_i (ΣΔB_i A_i + B_i ΣΔA_i). With the second-order term it leaves Σ_t ΔB_i ΔA_i out; the
          manifest says how much of ΔW that is, where it was measured.
 
 Weights that are no targets are the base model's and are not stored; their checksums are, and a run refuses a
-checkpoint of another base. `saver.py` writes, `checkpoint_format.py` reads, this module knows what the numbers mean.
+checkpoint of another base. `writer.py` writes, `reader.py` reads, this module knows what the numbers mean.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def describe_base(model: nn.Module, targets: Sequence[Target], plan: SlicePlan) 
     return Base(name_or_path=str(getattr(model, "name_or_path", "") or ""), dtype=dtype, checksums=found)
 
 
-# --- what is written -------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------
 
 
 def own_files(kind: str, optimizer: SliceOptimizer, extra: Mapping[str, str]) -> list[OwnFile]:
-    """What this rank contributes.
+    """The files that this rank writes.
 
     Args:
         extra: name → text of the caller's files; rank 0 writes them.
@@ -224,7 +224,7 @@ def _spec(t: Target) -> TargetSpec:
     return TargetSpec(name=t.name, rows=t.rows, cols=t.cols, r=t.r, scale=t.scale, transposed=t.transposed)
 
 
-# --- what is found ---------------------------------------------------------------------------------
+# --- opening and comparing ---------------------------------------------------------------------------------
 
 
 def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointReader:
@@ -258,7 +258,7 @@ def open_checkpoint(path: str | Path, *, fall_back: bool = False) -> CheckpointR
 
 
 def _verified(folder: Path, rank: int, world_size: int) -> tuple[CheckpointReader | None, str | None]:
-    """(reader, None), or what the lowest rank that found something found."""
+    """(reader, None), or the problem of the lowest rank that has one."""
     reader, problem = None, None
     try:
         reader = CheckpointReader(folder)
@@ -322,7 +322,7 @@ def _other_base(there: Base, here: Base, targets: Sequence[Target]) -> list[str]
     ]
 
 
-# --- what is restored ------------------------------------------------------------------------------
+# --- restoring ------------------------------------------------------------------------------
 
 
 def fill_factors(reader: CheckpointReader, store: FactorStore, exchange: FactorExchange) -> InitReport:
@@ -418,7 +418,7 @@ def generators() -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def set_generators(states: dict[str, Tensor], text: dict[str, str]) -> None:
-    """Takes what `generators` has returned."""
+    """Restores what `generators` has returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own files, all ranks of one mind, at once or in the background.
+"""Writing a checkpoint: every rank its own files, all or nothing, at once or in the background.
 
 Phases, each ended by an agreement of all ranks (one small gather over gloo):
 
@@ -7,10 +7,10 @@ Phases, each ended by an agreement of all ranks (one small gather over gloo):
 3. rank 0 writes the manifest, gives the folder its name, points `latest` to it, removes what is too old.
 
 A failure of any rank in any phase is every rank's failure: the partial folder is removed, what was there before stays,
-and `SaveError` says the same on all ranks. In the background the phases run in a thread, over a process group
+and `SaveError` has the same message on all ranks. In the background the phases run in a thread, over a process group
 of their own, on copies in host memory; training goes on.
 
-Knows tensors and names; what they mean is `checkpoint.py`'s business.
+Knows tensors and names; `state.py` knows what they mean.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from . import directory
 from .manifest import MANIFEST, Manifest, StoredFile
 
 T = TypeVar("T")
-# A save waits for its slowest rank's disk. Peers that are gone are noticed by training itself.
+# A save waits for its slowest rank's disk; training itself detects ranks that are lost.
 PATIENCE = datetime.timedelta(hours=2)
 SPARE_BYTES = 2**24  # manifest, folder entries, rounding to blocks
 WRITE_BYTES = 2**24  # at a time
@@ -72,7 +72,7 @@ class OwnFile:
 
     Attributes:
         constant: it is the same in every checkpoint of the run: linked where the last one's is still there.
-        metadata: text beside the tensors.
+        metadata: text in the header.
         text: the whole file where it holds no tensors.
     """
 
@@ -121,7 +121,7 @@ class Saver:
     def save(self, job: Job, *, background: bool) -> None:
         """Writes a checkpoint, after the one under way; in the background it returns when all is copied.
 
-        That the one under way has failed is no reason not to write this one; `wait` tells of it later.
+        If the one under way has failed, this one is written all the same, and `wait` raises later.
 
         Raises:
             SaveError: on all ranks: it failed before it returned.
@@ -140,14 +140,14 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is under way; raises SaveError when what was under way, or one before it, has failed."""
+        """Waits until nothing is under way; raises SaveError when what was under way, or one before it, has failed."""
         self._join()
         if self._failures:
             failure, self._failures = self._failures[0], []
             raise failure
 
     def _join(self) -> None:
-        """Tells the watch that waiting is no hang as long as something is being written."""
+        """Waits for the thread; counts as progress as long as something is being written."""
         before = self._written
         while self._thread is not None:
             self._thread.join(5.0)

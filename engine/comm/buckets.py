@@ -73,7 +73,7 @@ class Bucket:
 
     @property
     def collectives(self) -> int:
-        """Collective calls per step, where there is somebody to exchange with."""
+        """Collective calls per step, where there are other ranks to exchange with."""
         return len(self.rounds or ()) if self.kind == "dense" else 2
 
     def views_A(self, flat: Tensor) -> list[Tensor]:
@@ -200,7 +200,7 @@ def _rounds(targets: list[Target], plan: SlicePlan, bucket_bytes: int, itemsize:
     (target,) = targets
     own = plan.slices_per_rank
     width = 8 * own * target.r if own > 1 else 0  # bytes of a row of B and ΔB, put side by side
-    # a piece of n elements meets at most n / cols + 2 rows, and needs group_size + 1 times its bytes
+    # a piece of n elements touches at most n / cols + 2 rows, and needs group_size + 1 times its bytes
     room = bucket_bytes - 4 * target.factor_numel(own) - 2 * width
     size = max(target.cols, int(room / (itemsize * (plan.group_size + 1) + width / target.cols)))
     cuts = range(0, target.shard_size, size)

@@ -97,7 +97,7 @@ class Received:
     """All slices' factors of a bucket as they came; `A` and `B` put one target's together when it is needed.
 
     Attributes:
-        gathered: A's part, (G × numel_A), laid out as `Bucket` says.
+        gathered: A's part, (G × numel_A), in the layout of `Bucket`.
         rows: B's part, per target (G × own × C × R) with C the rows that this rank's shard touches, maybe 0.
     """
 
@@ -169,7 +169,7 @@ class FactorExchange:
         """Every slice's factors of a bucket, of B only the rows that this rank's shard touches.
 
         Args:
-            own: flat (numel_A + numel_B) of the own slices, laid out as `Bucket` says.
+            own: flat (numel_A + numel_B) of the own slices, in the layout of `Bucket`.
         """
         return self.fetch(bucket, *own.split([bucket.numel_A, bucket.numel_B]))
 

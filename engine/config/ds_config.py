@@ -27,7 +27,7 @@ from .section import read_ds_config as read_ds_config  # the first of the steps 
 
 @dataclasses.dataclass(frozen=True)
 class TrainValues:
-    """What the command line says about things that the JSON says too."""
+    """The settings that both the command line and the JSON have."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -126,14 +126,14 @@ _MUST_BE_ONE = {
     "tensor_parallel.tp.tp_size": _ONE_GROUP,
 }
 # DeepSpeed 0.19.8 raises if one of these is so much as present. Switched on it is refused; switched
-# off (older configs carry `"amp": {"enabled": false}`) it says nothing, and `engine_ds_config` drops it.
+# off (older configs carry `"amp": {"enabled": false}`) it has no effect, and `engine_ds_config` drops it.
 _REMOVED_SECTIONS: tuple[str, ...] = ("amp", "elasticity", "sparse_gradients", "sparse_attention", "nebula")
 _REMOVED_SECTIONS += ("eigenvalue", "compression_training", "quantize_training", "graph_harvesting")
 _REMOVED_SECTIONS += ("curriculum_learning", "progressive_layer_drop")
 
 
 def check_ds_config(ds: dict[str, Any]) -> None:
-    """Refuses what would fail later, give wrong weights, or be ignored although it was asked for.
+    """Refuses what would fail later, give wrong weights, or be ignored silently.
 
     Raises ConfigError: one line that names every such key with the reason and the remedy.
     """
@@ -182,9 +182,9 @@ def _malformed(ds: dict[str, Any]) -> list[str]:
 def _zero_problems(ds: dict[str, Any]) -> list[str]:
     zero, problems = _object_at(ds, "zero_optimization"), []
     if zero.get("stage") != 3:
-        said = f"is {show(zero['stage'])}" if "stage" in zero else "is missing"
+        found = f"is {show(zero['stage'])}" if "stage" in zero else "is missing"
         reason = "because W is updated in the shards of ZeRO-3; set it"
-        problems.append(f"zero_optimization.stage {said}: must be 3, {reason}")
+        problems.append(f"zero_optimization.stage {found}: must be 3, {reason}")
     if _at(zero, "offload_param.device") == "nvme":
         reason = "because a shard on NVMe cannot be updated in place"
         problems.append(f'zero_optimization.offload_param.device is "nvme": must be "cpu", {reason}; set it')
@@ -213,13 +213,13 @@ def _optimizer_problems(ds: dict[str, Any]) -> list[str]:
 
 
 def _scheduler_problems(ds: dict[str, Any]) -> list[str]:
-    """A section that only the Trainer would fill in says nothing; it is dropped later on."""
+    """A section with nothing but "auto" and defaults has no effect; it is dropped later on."""
     params = _object_at(ds, "scheduler.params")
     idle = {"warmup_min_lr": 0, "last_batch_iteration": -1}  # DeepSpeed's own defaults
-    said = [key for key, value in params.items() if value not in (None, "auto", idle.get(key))]
+    given = [key for key, value in params.items() if value not in (None, "auto", idle.get(key))]
     remedy = "use --lr_scheduler_type, --warmup_ratio and --learning_rate"
     reason = f"must be left out, because the schedule is ours and it would be ignored; {remedy}"
-    return [f"scheduler sets {', '.join(said)}: {reason}"] if said else []
+    return [f"scheduler sets {', '.join(given)}: {reason}"] if given else []
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -230,7 +230,7 @@ def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-# JSON path: the field of TrainValues, what makes a value valid, and that in words.
+# JSON path: the field of TrainValues, what makes a value valid, and the rule for messages.
 _FILLED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", _is_count, "an integer of at least 1"),
     "gradient_accumulation_steps": ("gradient_accumulation_steps", _is_count, "an integer of at least 1"),
@@ -245,8 +245,8 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
 
     A concrete value in the JSON wins over a default of ours. If `train_batch_size` is concrete and
     nobody fixed the accumulation, the accumulation follows from it. Sizes that depend on the model stay
-    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ`: what the caller has found that
-    JSON and command line say differently, to be told with the rest.
+    "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ`: further
+    disagreements of JSON and command line that the caller has found, reported with the rest.
 
     Raises ConfigError: one line with all values that are invalid, and all that the JSON and an
     argument given by the user set differently.
@@ -267,7 +267,7 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
 def _fill(
     ds: dict[str, Any], args: TrainValues, differ: Sequence[str]
 ) -> tuple[dict[str, Any], TrainValues, set[str], list[str], list[str]]:
-    """(config, values both agree on, those that the config fixes, invalid ones, those said differently)."""
+    """(config, values both agree on, those that the config fixes, invalid ones, disagreements)."""
     if problems := _malformed(ds):
         fail(problems)
     out, values, differ = copy.deepcopy(ds), args, list(differ)
@@ -276,14 +276,14 @@ def _fill(
         out["bf16"] = old if out.get("bf16") is None else out["bf16"]
     fixed = {field for path, (field, *_) in _FILLED.items() if _at(out, path) not in (None, "auto")}
     for path, (field, is_valid, rule) in _FILLED.items():
-        said, ours = _at(out, path), getattr(args, field)
-        if isinstance(said, str):
-            said = {"true": True, "false": False}.get(said.lower(), said)
-        value, name = (said, path) if field in fixed else (ours, f"--{field}")
+        theirs, ours = _at(out, path), getattr(args, field)
+        if isinstance(theirs, str):
+            theirs = {"true": True, "false": False}.get(theirs.lower(), theirs)
+        value, name = (theirs, path) if field in fixed else (ours, f"--{field}")
         if not is_valid(value):
             problems.append(f"{name} is {show(value)}: must be {rule}; correct it")
-        elif field in fixed & args.given and said != ours:
-            differ.append(f"{path} is {show(said)} but --{field} is {show(ours)}")
+        elif field in fixed & args.given and theirs != ours:
+            differ.append(f"{path} is {show(theirs)} but --{field} is {show(ours)}")
         _put(out, path, value)
         values = dataclasses.replace(values, **{field: value})
     return out, values, fixed, problems, differ

@@ -1,8 +1,8 @@
 """Reading the config file, and its `hd_pissa` section: its keys, their defaults, their limits.
 
 pydantic checks types and ranges; this module turns what it finds into one `ConfigError`
-line in our own words, with every problem of the section in it, so that a person mends the
-file once instead of once per key. Types are strict: `true` is no number and `"16"` is no
+line that names every problem of the section, so that a user fixes the file once and not
+once per key. Types are strict: `true` is no number and `"16"` is no
 integer, because a config that means something else than it says is worse than a refusal.
 
 It knows nothing of models or of the world size. What the rest of the JSON may say is
@@ -76,11 +76,11 @@ def read_ds_config(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
             return _from_accelerate(yaml.safe_load(text), path)
         ds = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        fail([f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); mend it"])
+        fail([f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); fix it"])
     except RecursionError:
         fail([f"{path}: nested too deeply for a config; give the path of a DeepSpeed JSON file"])
     except yaml.YAMLError as error:
-        fail([f"{path}: not valid YAML ({error}); mend it"])
+        fail([f"{path}: not valid YAML ({error}); fix it"])
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         fail([f"DeepSpeed config {path}: cannot be read ({reason}); give the path of a DeepSpeed JSON file"])
@@ -206,14 +206,15 @@ class MasterConfig(_Section):
 
 
 class KernelsConfig(_Section):
-    """Which implementation computes. "auto" is Triton where it runs, and the layer's own product apart from A x."""
+    """Which implementation computes; "auto" is Triton where it runs."""
 
     impl: Literal["auto", "triton", "torch"] = "auto"
-    linear: Literal["auto", "separate", "fused"] = "auto"  # whether A x is a part of the layer's own product; auto: no
+    # "fused": A x is part of the layer's own product. "auto" is separate until a measured row shows that fused wins.
+    linear: Literal["auto", "separate", "fused"] = "auto"
 
 
 class HDPissaConfig(_Section):
-    """The whole section. Build it with `from_dict`, which words the errors."""
+    """The whole section; `from_dict` builds it and words the errors."""
 
     method: Annotated[str, PlainValidator(_check_method)] = "hd_pissa"  # a file of engine/algorithms/
     r: PositiveInt = 16
@@ -227,7 +228,7 @@ class HDPissaConfig(_Section):
     exclude_modules: Annotated[list[str] | str, PlainValidator(_check_exclusions)] = Field(default_factory=list)
     # PEFT's meaning: a module-name suffix or regex, and the r of the modules that it matches.
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
-    # PEFT's name: parameters that DeepSpeed's AdamW trains beside the slices.
+    # PEFT's name: parameters that DeepSpeed's AdamW trains in full.
     modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     modules_to_save_learning_rate: PositiveFloat | None = None  # None: the slices'
     init: InitConfig = Field(default_factory=InitConfig)
@@ -252,15 +253,15 @@ class HDPissaConfig(_Section):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> HDPissaConfig:
-        """Checks a section read from JSON; "auto", where nobody has filled it in, stands for the default.
+        """Checks a section read from JSON; an unfilled "auto" stands for the default.
 
         Raises ConfigError: one line with every unknown key and every bad value of the section.
         """
         if not isinstance(section, dict):
             fail([f'hd_pissa is {show(section)}: must be an object such as {{"r": 16}}'])
         try:
-            said = {k: v for k, v in section.items() if v != "auto" or k not in cls.model_fields}
-            return cls.model_validate(said)
+            given = {k: v for k, v in section.items() if v != "auto" or k not in cls.model_fields}
+            return cls.model_validate(given)
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors(include_url=False)]
         fail(problems)
@@ -271,18 +272,18 @@ class HDPissaConfig(_Section):
         Raises ConfigError where both speak and disagree, and for values that are no betas or eps.
         """
         theirs = {key: params.get(key) for key in ("betas", "eps") if params.get(key) not in (None, "auto")}
-        said = self.adam.model_dump(mode="json", exclude_unset=True)
+        ours = self.adam.model_dump(mode="json", exclude_unset=True)
         problems = [
-            f"optimizer.params.{key} is {show(value)}: must equal hd_pissa.adam.{key} {show(said[key])}; "
+            f"optimizer.params.{key} is {show(value)}: must equal hd_pissa.adam.{key} {show(ours[key])}; "
             'set it to "auto"'
             for key, value in theirs.items()
-            if key in said and value != said[key]
+            if key in ours and value != ours[key]
         ]
         if problems:
             fail(problems)
         try:
-            adam = AdamConfig.model_validate(said | theirs)
-        except ValidationError as error:  # `said` was valid, so the optimizer section is to blame
+            adam = AdamConfig.model_validate(ours | theirs)
+        except ValidationError as error:  # `ours` was valid, so the optimizer section is not
             items = error.errors(include_url=False)
             fail(_problem(item, ("adam",)).replace("hd_pissa.adam", "optimizer.params") for item in items)
         return self.model_copy(update={"adam": adam})
@@ -348,7 +349,7 @@ _TYPE_RULES = {
 
 
 def _rule(item: Any) -> str:
-    """The rule that a pydantic error stands for, in our words."""
+    """The rule that a pydantic error stands for."""
     context = item.get("ctx", {})
     match item["type"]:
         case "greater_than_equal":

@@ -3,7 +3,7 @@
 Every rank holds slices of the *same* decomposition, and none but the one that works on a matrix ever sees it whole.
 "rank0" lets rank 0 do all matrices; "round_robin" deals them out, K at a time, and gives the same slices. Either way
 it is a pipeline: while a matrix is decomposed, the shards of the next are on their way in and the slices of the one
-before on their way out. What a rank needs for it beside the factors is two matrices (one at work, one arriving),
+before on their way out. A rank needs for it, besides the factors, two matrices (one at work, one arriving),
 the workspace of `svd`, and one matrix's slices.
 """
 
@@ -123,7 +123,7 @@ def _fill(
 
 
 def _from_cache(cache: SliceCache, store: FactorStore) -> list[_Own] | None:
-    """The own slices where every rank could read its own and they are the weights' own; else None, and why is told."""
+    """The own slices, if every rank could read its own and they fit the weights; else None, with a line in the log."""
     problem, own = cache.problem(), []
     for bucket in store.buckets if problem is None else []:
         own.append(_Own(bucket))
@@ -147,7 +147,7 @@ def _misfit(own: Sequence[tuple[Target, Tensor, Tensor]], plan: SlicePlan) -> fl
     """Largest ‖W Aᵀ z − B (σ ∘ z)‖ / ‖B (σ ∘ z)‖ over the targets, for one random z each; collective.
 
     With A = √σ Vᵀ and B = U √σ the two agree for all z exactly when W v = σ u for every triplet, so one product
-    with each shard tells slices of other weights, and damaged ones, to the tolerance they were accepted with.
+    with each shard detects slices of other weights, and damaged ones, to the tolerance they were accepted with.
     """
     generator = torch.Generator().manual_seed(0)
     device = zero3.device()
@@ -277,7 +277,7 @@ class _Pipeline:
         return arriving.whole.view(-1)[: rows * cols].view(rows, cols)
 
     def _decompose(self, wave: int, matrices: list[Tensor | None]) -> tuple[list[Tensor] | None, float, str | None]:
-        """Of the own matrix of the wave, if any: parts for every rank, residual, problem in words."""
+        """(parts for every rank, residual, problem) of this rank's matrix of the wave, if it has one."""
         for target, W_OI in zip(self.waves[wave], matrices, strict=True):
             if W_OI is None:
                 continue
@@ -292,7 +292,7 @@ class _Pipeline:
             except OSError as error:
                 return None, 0.0, f"hd_pissa.init.cache_dir: {one_line(error)}; give a folder with room, or null"
             except (ValueError, torch.linalg.LinAlgError) as error:  # not finite, or LAPACK did not converge
-                advice = "leave it out with hd_pissa.exclude_modules or mend the weights"
+                advice = "leave it out with hd_pissa.exclude_modules or fix the weights"
                 return None, 0.0, f"{target.name}: {error}; {advice}"
         return None, 0.0, None
 

@@ -67,7 +67,7 @@ def _refined(G: Tensor, k: int, m: int) -> Tensor | None:
         image = X @ G
         theta, V = torch.linalg.eigh(X @ image.t())
         X, image = V.t() @ X, V.t() @ image
-        # Residuals tell eigenvectors, not that they are the largest: what is left out must not reach the k-th. Where
+        # Small residuals mean eigenvectors, but not the largest ones: what is left out must not reach the k-th. Where
         # values are tied there, float32's order is its rounding's.
         if theta[-k] <= values[-m - 1] + EDGE:
             return None

@@ -1,4 +1,4 @@
-"""The one way to replace a file that others read: they see the old content or the new, also after a crash."""
+"""Atomic replacement of files: readers see the old content or the new, also after a crash."""
 
 from __future__ import annotations
 

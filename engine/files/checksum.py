@@ -1,7 +1,6 @@
 """An order-independent 64-bit checksum of a tensor's bits.
 
-Own file because two sides need the same number: the check of what ranks hold in memory (`integrity.py`) and
-checkpoints. A tensor's checksum is
+The check of what ranks hold in memory (`integrity`) and checkpoints use the same number. A tensor's checksum is
 
     Σ  word[j] · f[j mod BLOCK] · g[j div BLOCK]   mod 2⁶⁴      j: position of the word in the whole tensor
 
@@ -11,9 +10,9 @@ its part starts, add up to the whole's. Nothing is rounded, so device and order 
 
 What it catches: a flipped bit always (2ᵏ times an odd number is not 0 modulo 2⁶⁴), likewise any change of a single
 word. Elements that are swapped or moved, and several changes together, go unnoticed with a chance of 2⁻³² at the
-worst (only sign bits differ) and 2⁻⁶⁴ mostly. It is against accidents: whoever wants a collision can make one.
+worst (only sign bits differ) and 2⁻⁶⁴ mostly. It protects against accidents, not against forgery.
 
-What it does not do: it says nothing of dtype, shape or length (zeros add nothing); compare those beside it.
+It does not cover dtype, shape or length (zeros add nothing); compare those separately.
 """
 
 from __future__ import annotations

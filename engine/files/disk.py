@@ -113,7 +113,7 @@ def make_folder(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Removes a folder with all it holds, as far as that is possible.
 
-    A folder with a visible name gets a hidden one first: nobody may take what is left of it for a whole one.
+    A folder with a visible name gets a hidden one first, so that a partly removed one is never taken for complete.
     """
     if not folder.exists():
         return

@@ -37,7 +37,7 @@ from ..optim.optimizer import SliceOptimizer
 from ..sharding import zero3
 from .slice_figures import SliceNorms
 
-MOST_TOLD = 3  # findings in a message
+MAX_FINDINGS = 3  # findings in a message
 FEWEST_SLICES = 4  # of fewer no robust statistic can say which one is odd
 # An outlier is more than 2 times off the median, and more than 8 robust standard deviations of the logarithms. The
 # first keeps healthy runs quiet: Adam's updates are nearly alike in size (SmolLM2-135M, 8 slices, r = 16: equal to four
@@ -49,7 +49,7 @@ MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check that found nothing wrong says.
+    """The result of a check that found nothing wrong.
 
     Attributes:
         tensors: looked at on this rank. norms: per slice ‖ΔA_i, ΔB_i‖ of the last update; empty before the first.
@@ -118,27 +118,27 @@ class IntegrityCheck:
             heartbeat.progress()
         changed = [name for name, value in fixed.items() if value != self._first[name]]
         mine = (changed, self._agreed(fixed), self._shared(), self._slice_norms.updates())
-        told = consensus.gather(mine)
-        findings = self._findings(told)
+        reports = consensus.gather(mine)
+        findings = self._findings(reports)
         if findings:
-            more = f" and {len(findings) - MOST_TOLD} more" if len(findings) > MOST_TOLD else ""
+            more = f" and {len(findings) - MAX_FINDINGS} more" if len(findings) > MAX_FINDINGS else ""
             raise StopError(
-                f"silent corruption, found after step {step}: {'; '.join(findings[:MOST_TOLD])}{more}. Go on from a "
+                f"silent corruption, found after step {step}: {'; '.join(findings[:MAX_FINDINGS])}{more}. Go on from a "
                 f"checkpoint, without that device"
             )
         plan = self._store.plan
-        norms = [norm for rank in range(0, plan.world_size, plan.ranks_per_slice) for norm in told[rank][3]]
+        norms = [norm for rank in range(0, plan.world_size, plan.ranks_per_slice) for norm in reports[rank][3]]
         return Checked(len(fixed) + len(mine[1]) + len(mine[2]), norms, outliers(norms))
 
-    def _findings(self, told: Sequence[tuple]) -> list[str]:
+    def _findings(self, reports: Sequence[tuple]) -> list[str]:
         plan = self._store.plan
-        found = [f"rank {rank}: {name} has changed" for rank, (changed, *_) in enumerate(told) for name in changed]
+        found = [f"rank {rank}: {name} has changed" for rank, (changed, *_) in enumerate(reports) for name in changed]
         groups = [(1, list(range(plan.world_size))), *((2, group) for group in plan.slice_groups())]
         for kind, group in groups:
-            for name in told[group[0]][kind]:
-                if any(name in told[rank][0] for rank in group):  # said already
+            for name in reports[group[0]][kind]:
+                if any(name in reports[rank][0] for rank in group):  # reported already
                     continue
-                odd = _odd_ones({rank: told[rank][kind][name] for rank in group})
+                odd = _odd_ones({rank: reports[rank][kind][name] for rank in group})
                 if odd:
                     found.append(f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {name} differs between ranks")
         return found
@@ -150,7 +150,7 @@ def outliers(norms: Sequence[float]) -> list[int]:
         return []
     logs = [math.log(n) if 0 < n < math.inf else -math.inf if n == 0 else math.inf for n in norms]
     median = statistics.median(logs)
-    if not math.isfinite(median):  # the learning rate is 0: nobody has changed anything
+    if not math.isfinite(median):  # the learning rate is 0: nothing has changed
         return []
     spread = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in logs)
     return [i for i, x in enumerate(logs) if abs(x - median) > max(math.log(FACTOR), DEVIATIONS * spread)]

@@ -102,7 +102,7 @@ class SliceFigures:
 
     def __init__(self, optimizer: SliceOptimizer, *, every: int, patience: int, start: int) -> None:
         self._optimizer, self._plan, self._every = optimizer, optimizer.store.plan, every
-        self._silence = Silence(self._plan, every, patience)
+        self._silent = SilentSlices(self._plan, every, patience)
         self._observing: tuple[SliceNorms, MovedWeights] | None = None
         self._prepare(start + 1)
 
@@ -123,7 +123,7 @@ class SliceFigures:
             grads, updates, share = self._collect(*self._observing)
             row = {"step": result.step, "slice_grad_norms": grads, "slice_delta_norms": updates, "bf16_moved": share}
             recorder.figures(row | {"seconds": round(time.perf_counter() - begun, 4)})
-            for line in self._silence.see(result.step, grads, updates, result.learning_rate):
+            for line in self._silent.see(result.step, grads, updates, result.learning_rate):
                 recorder.say(line)
             for observer in self._observing:
                 self._optimizer.observers.remove(observer)
@@ -146,7 +146,7 @@ class SliceFigures:
         return per_slice[: plan.slices], per_slice[plan.slices :], changed / max(compared, 1.0)
 
 
-class Silence:
+class SilentSlices:
     """Which slices have been silent for long: a slice that gets no gradient, or gives no update, is not trained.
 
     Args:
@@ -155,8 +155,8 @@ class Silence:
 
     def __init__(self, plan: SlicePlan, every: int, patience: int) -> None:
         self._plan, self._every, self._patience = plan, every, patience
-        self._since: dict[int, int] = {}  # slice → first step of its silence
-        self._told: set[int] = set()
+        self._since: dict[int, int] = {}  # slice → first step without gradient or update
+        self._warned: set[int] = set()
 
     def see(self, step: int, grads: Sequence[float], updates: Sequence[float], lr: float) -> list[str]:
         """Warnings, one per slice and silence.
@@ -169,14 +169,14 @@ class Silence:
             what = "gradient" if grad == 0 else "update" if update == 0 and lr > 0 else ""
             if not what:
                 self._since.pop(slice_id, None)
-                self._told.discard(slice_id)
+                self._warned.discard(slice_id)
                 continue
             since = self._since.setdefault(slice_id, step)
-            if step - since + self._every >= self._patience and slice_id not in self._told:
-                self._told.add(slice_id)
+            if step - since + self._every >= self._patience and slice_id not in self._warned:
+                self._warned.add(slice_id)
                 rank = slice_id * self._plan.ranks_per_slice // self._plan.slices_per_rank
                 warnings.append(
-                    f"warning: step {step}: slice {slice_id} (rank {rank}) is silent, its {what} was 0 at every look "
+                    f"warning: step {step}: slice {slice_id} (rank {rank}) is silent, its {what} was 0 at every check "
                     f"since step {since}: its part of W is not trained; look at its rows and their loss"
                 )
         return warnings

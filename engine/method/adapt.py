@@ -59,7 +59,7 @@ def find_targets(model: nn.Module, config: HDPissaConfig, plan: SlicePlan) -> li
 
 
 def remarks(model: nn.Module, targets: Sequence[Target], config: HDPissaConfig, plan: SlicePlan) -> list[str]:
-    """What the default list means here, and what it leaves out; each a line for whoever starts the run."""
+    """What the default list means here, and what it leaves out; a line each, for the log."""
     if not default_targets.is_default(config.target_modules):
         return []
     lines, kind = [], _model_type(model)

@@ -1,7 +1,7 @@
 """`SliceLinear`: a frozen Linear that also collects the gradients of its slice.
 
 The forward output is exactly the base layer's: adapters contribute nothing to it
-(method.md, step 1). Beside it, p = x Aᵀ is kept; backward turns dy, x and p into the
+(method.md, step 1). In addition, p = x Aᵀ is kept; backward turns dy, x and p into the
 two thin gradients, which go straight into the fp32 buffers. Issues no collectives: ZeRO-3
 gathers W around forward and backward, and a collective from an autograd hook would
 interleave with its own in a rank-dependent order.
@@ -26,9 +26,6 @@ from .shared_input import SharedInputs
 # the gathered weight even when it is frozen; this is the operator underneath it.
 linear = torch._C._nn.linear  # type: ignore[attr-defined]
 
-# Wider slices leave the fused kernel no registers for the big product.
-FUSED_MOST_R = 64
-
 
 @dataclass
 class ActiveSlice:
@@ -46,8 +43,8 @@ class LayerFactors:
         B: per own slice an fp32 leaf (O × R), likewise.
         active: the engine's choice of slice.
         impl: of the kernels, see `kernels.api`.
-        linear: "separate", which is "auto" (the library's product of W and thin kernels beside it), or "fused" (one
-            kernel for both).
+        linear: "separate", which "auto" means (the library's product of W, and thin kernels), or "fused" (one kernel
+            for both; off until a row measured on a GPU shows that it wins).
         inputs: finds Linears that share their input; None where grouping does not pay (CPU).
         reached: whether any backward pass has delivered gradients here.
     """

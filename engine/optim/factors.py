@@ -29,7 +29,7 @@ class FactorStore:
     """All factors of one rank.
 
     Attributes:
-        grads, exp_avg, exp_avg_sq, delta_sum: flat fp32, own slices of all targets, laid out as `Bucket` says;
+        grads, exp_avg, exp_avg_sq, delta_sum: flat fp32, own slices of all targets, in the layout of `Bucket`;
             `delta_sum` is the sum of every ΔA and ΔB so far, which small checkpoints and PEFT adapters are made of.
         own_B: per target (own × O × R), the fixed B of the own slices.
         A: per target the fixed A, of all slices (Q × I) or, for a dense one, of the own ones (own · R × I).

@@ -220,7 +220,7 @@ class SliceOptimizer(torch.optim.Optimizer):
             self._apply_dense(bucket, delta, rule)
 
     def _adam(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """Δ of the own slices, flat, laid out as `Bucket` says; moments and running sums in place."""
+        """Δ of the own slices, flat, in the layout of `Bucket`; moments and running sums in place."""
         store, here = self.store, slice(bucket.start, bucket.stop)
         delta = self.rule.adam_(
             store.exp_avg[here],
@@ -377,7 +377,7 @@ def _refuse_lost(count: float) -> None:
     if count:
         raise RuntimeError(
             f"{count:.0f} weights were not updated in an earlier step because their new values were not finite: W is "
-            f"no longer what the method says; start again from a checkpoint before that"
+            f"no longer what the method gives; restart from a checkpoint before that"
         )
 
 

@@ -1,1 +1,1 @@
-"""ZeRO-3 and the exact fp32 shards of W. `zero3` is the only door to DeepSpeed."""
+"""ZeRO-3 and the exact fp32 shards of W. `zero3` alone imports DeepSpeed."""

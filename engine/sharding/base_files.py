@@ -2,7 +2,7 @@
 
 What needs the values that training began with (the exact start under bf16 compute, the residual of an adapter, an
 export without a process group) looks them up here, a range at a time: files are mapped, nothing is held. Knows
-neither ranks nor DeepSpeed. Names come from files that others wrote, so none may lead out of the folder.
+neither ranks nor DeepSpeed. Names come from files of others, so none may point outside the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def checkpoint_files(folder_or_name: str) -> dict[str, str]:
     """Tensor name → safetensors file that holds it; empty when there are none on this machine.
 
     Raises:
-        ConfigError: an index that is none, or that names a file outside the folder; a damaged file.
+        ConfigError: a malformed index, or one that names a file outside the folder; a corrupt file.
     """
     folder = local_folder(folder_or_name)
     if folder is None:
@@ -55,7 +55,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def local_folder(folder_or_name: str) -> Path | None:
-    """The folder itself, or where the hub's cache has that model; None when it is on this machine in no way."""
+    """The folder itself, or where the hub's cache has that model; None when this machine does not have it."""
     if not folder_or_name:
         return None
     if Path(folder_or_name).is_dir():
@@ -70,7 +70,7 @@ def local_folder(folder_or_name: str) -> Path | None:
 
 
 def open_tensors(path: str | Path) -> Any:
-    """`safe_open`, which checks header and length; ConfigError for a file that is damaged or not there."""
+    """`safe_open`, which checks header and length; ConfigError for a file that is corrupt or missing."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

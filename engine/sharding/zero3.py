@@ -1,4 +1,4 @@
-"""The only door to DeepSpeed: nothing else imports it or touches a `ds_*` attribute.
+"""The only file that imports DeepSpeed: nothing else imports it or touches a `ds_*` attribute.
 
 What ZeRO-3 does to frozen weights that change, and what is done about it here:
 
@@ -10,7 +10,7 @@ What ZeRO-3 does to frozen weights that change, and what is done about it here:
 * Gathers run on a private stream that never waits for the compute stream: `fence` after the update.
 * Padding of the last shards is uninitialised memory: `shard_view` cuts it off.
 * Under hpZ each host keeps a second copy, of which it gathers, and which for frozen weights is never renewed:
-  whoever is given a shard may write it, so `shard_view` drops that copy. The next gather is of the shards.
+  who gets a shard may write it, so `shard_view` drops that copy. The next gather is of the shards.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..distributed import heartbeat, rank_status
 from ..distributed.launcher import Launch, read_launch
 from ..errors import ConfigError
 
-# DeepSpeed 0.19 still calls torch.distributed's older names; nobody who reads the warning can mend it.
+# DeepSpeed 0.19 still calls torch.distributed's older names; users who read the warning cannot fix it.
 warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
 # DeepSpeed prints its whole config and more at INFO; a run's own lines would drown in it.
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
@@ -81,7 +81,7 @@ def init_distributed(timeout_s: float | None = None) -> None:
         timeout_s: of every collective in every group; None is DeepSpeed's default (10 minutes, DEEPSPEED_TIMEOUT).
     """
     prepare_environment()
-    if dist.is_initialized() and timeout_s is None:  # whoever started it has said how long to wait
+    if dist.is_initialized() and timeout_s is None:  # its creator has set the time-out
         deepspeed.init_distributed(verbose=False)
         return
     timeout = default_pg_timeout if timeout_s is None else datetime.timedelta(seconds=timeout_s)
@@ -91,7 +91,7 @@ def init_distributed(timeout_s: float | None = None) -> None:
 
 
 def prepare_environment() -> None:
-    """What the process group needs to be there, whoever starts it and whoever launched this process."""
+    """Sets what the process group needs, whoever creates it and whatever launched this process."""
     if not dist.is_initialized():
         launch = read_launch(os.environ)
         _set_environment(launch)
@@ -104,7 +104,7 @@ def prepare_environment() -> None:
 
 
 def _set_environment(launch: Launch) -> None:
-    """What torch, DeepSpeed and transformers look up, whoever launched this process."""
+    """Sets the variables that torch, DeepSpeed and transformers read, whatever launched this process."""
     port = launch.master_port or rank_status.free_port()
     where = {"MASTER_ADDR": launch.master_addr or "127.0.0.1", "MASTER_PORT": str(port)}
     local = {"LOCAL_RANK": str(_device_index(launch)), "LOCAL_WORLD_SIZE": str(launch.local_world_size)}
@@ -160,7 +160,7 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def accelerator_name() -> str:
-    """What the run is on, in words, for `run.json`."""
+    """The name of the device, for `run.json`."""
     accelerator = get_accelerator()
     return torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name()
 
