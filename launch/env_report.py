@@ -1,9 +1,9 @@
-"""What is installed and found on this machine, for a bug report.
+"""Versions, devices and variables of this machine, for a bug report.
 
     hdpissa env [--json]
 
-Every part is looked at by itself: a package that cannot be imported, or a GPU that does not answer, is an entry of
-the report and not its end. Of the environment only variables that steer a run are shown, and no secrets.
+A part that cannot be read (a package that fails to import, a GPU that does not answer) is an entry with its error. Only
+those environment variables that steer a run are shown, and of a secret only that it is set.
 """
 
 from __future__ import annotations
@@ -23,36 +23,55 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGES: tuple[str, ...] = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
-PACKAGES += ("safetensors", "triton", "pydantic", "numpy", "pyarrow", "rich", "matplotlib", "wandb", "tensorboard")
-PACKAGES += ("peft", "lm-eval", "flash-attn", "liger-kernel", "kernels", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+PACKAGES: tuple[str, ...] = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "peft",
+)
+PACKAGES += (
+    "peft",
+    "safetensors",
+    "triton",
+    "pydantic",
+    "numpy",
+    "pyarrow",
+    "matplotlib",
+    "wandb",
+    "tensorboard",
+    "lm-eval",
+)
+PACKAGES += ("flash-attn", "liger-kernel", "kernels", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 # of torch's and DeepSpeed's launchers, Slurm, Open MPI; of NCCL, gloo, the devices, the caches
 SHOWN = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
     r"|(SLURM|OMPI_COMM|PMI|TORCH|TORCHELASTIC|NCCL|GLOO|CUDA|HIP|ROCR|DS|DEEPSPEED|TRITON|PYTORCH|OMP|HDPISSA"
     r"|WANDB|TOKENIZERS|TRANSFORMERS)_\w+|HF_(HOME|HUB_OFFLINE|HUB_CACHE|DATASETS_CACHE|DATASETS_OFFLINE|ENDPOINT))"
 )
-NONE = {"variables": "none of those that steer a run is set"}
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
-def collect(given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """The report: part → what was found; of this process's environment, or of another."""
+def collect(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Part → its entries; for this process's environment or another."""
     # a copy: torch and DeepSpeed add variables of their own when they are imported
-    environment = dict(os.environ if given is None else given)
-    return {
-        "hdpissa": _found(_ourselves),
-        "system": _found(_system),
-        "packages": _found(_packages),
-        "torch": _found(_torch),
-        "devices": _found(_devices),
-        "launcher": _found(lambda: _launcher(environment)),
-        "variables": variables(environment),
+    environment = dict(os.environ if environment is None else environment)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "hdpissa": _package,
+        "system": _system,
+        "packages": _versions,
+        "torch": lambda: _torch(),
+        "devices": _devices,
+        "launcher": lambda: _launcher(environment),
     }
+    return {name: _guarded(part) for name, part in parts.items()} | {"variables": variables(environment)}
 
 
-def _found(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A part of the report; whatever ends it is told instead. What libraries print on the way is not part of it."""
+def _guarded(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part, or its error; what libraries print meanwhile is dropped."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return part()
@@ -60,9 +79,9 @@ def _found(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def _ourselves() -> dict[str, Any]:
+def _package() -> dict[str, Any]:
     folder = Path(__file__).resolve().parents[1]
-    revision = _said("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*")
+    revision = _output("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*")
     return {
         "version": importlib.metadata.version("hdpissa"),
         "revision": revision or "not a git checkout",
@@ -73,49 +92,39 @@ def _ourselves() -> dict[str, Any]:
 
 def _system() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flags, model = _cpu()
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache").expanduser()
+    disks = {"shared memory": "/dev/shm", "disk here": ".", "disk of the home": "~"}
     return {
-        "os": f"{platform.platform()}",
-        "cpu": f"{model}, {usable} of {os.cpu_count()} cores usable",
-        "cpu instructions": ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags),
+        "os": platform.platform(),
+        "cpu": f"{cpu}, {usable} of {os.cpu_count()} cores usable",
         "memory": f"{memory / 2**30:.1f} GiB",
-        "shared memory": _free(Path("/dev/shm")),
-        "disk here": _free(Path.cwd()),
-        "disk of the cache": _free(cache),
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi",
+        **{name: _free(Path(folder).expanduser()) for name, folder in disks.items()},
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi",
     }
 
 
-def _cpu() -> tuple[set[str], str]:
-    """(flags, model name) as Linux tells them."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        lines = dict(re.findall(r"^(flags|Features|model name)\s*: (.*)$", text, re.MULTILINE))
-        return set(" ".join((lines.get("flags", ""), lines.get("Features", ""))).split()), lines.get("model name", "")
-    return set(), platform.processor()
-
-
 def _free(folder: Path) -> str:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    if not folder.exists():
+        return f"no {folder}"
     usage = shutil.disk_usage(folder)
-    return f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free in {folder}"
+    return f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free in {folder.resolve()}"
 
 
-def _said(*command: str) -> str:
-    """The first line of a command's output; nothing where there is no such command, or it fails."""
+def _output(*command: str) -> str:
+    """The first line of a command's output; empty where there is no such command, or it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if lines and done.returncode == 0 else ""
+    return done.stdout.strip().partition("\n")[0]
 
 
-def _packages() -> dict[str, Any]:
-    """Versions of what is installed; nothing is imported."""
+def _versions() -> dict[str, Any]:
+    """Of what is installed; nothing is imported."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -128,13 +137,12 @@ def _torch() -> dict[str, Any]:
     import torch.distributed as dist
 
     backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available, "mpi": dist.is_mpi_available}
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "not looked at without GPU"
     return {
         "cuda": torch.version.cuda or "not built with it",
         "rocm": getattr(torch.version, "hip", None) or "not built with it",
         "cudnn": torch.backends.cudnn.version() or "none",
-        "communication": ", ".join(name for name, has in backends.items() if has()),
-        "nccl": nccl,
+        "communication": ", ".join(name for name, available in backends.items() if available()),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "unknown without GPU",
         "threads": torch.get_num_threads(),
     }
 
@@ -156,33 +164,30 @@ def _devices() -> dict[str, Any]:
 
 
 def _launcher(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Where the engine believes to be, and which launchers there are."""
+    """The rank that the engine would take, and the launchers that are installed."""
     from hdpissa.engine.distributed.launcher import read_launch
 
-    beside = {name: Path(sys.executable).with_name(name) for name in ("deepspeed", "torchrun")}
-    launchers = {n: str(path) if path.exists() else shutil.which(n) or "not found" for n, path in beside.items()}
-    launchers |= {name: shutil.which(name) or "not found" for name in ("srun", "mpirun", "pdsh")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    names = ("deepspeed", "torchrun", "srun", "mpirun", "pdsh")
     launch = read_launch(environment)
     place = f"rank {launch.rank} of {launch.world_size}, {launch.local_rank} of {launch.local_world_size} on this host"
+    launchers = {name: shutil.which(name, path=path) or "not found" for name in names}
     return {"started by": launch.launcher, "place": place, **launchers}
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What steers a run; of a secret only that it is set."""
+    """Those that steer a run; of a secret only that it is set."""
     names = sorted(name for name in environment if SHOWN.fullmatch(name))
     return {name: "(set)" if SECRET.search(name) else environment[name] for name in names}
 
 
 def text(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report as lines that an issue can hold."""
+    """The report as lines for an issue."""
     lines = []
-    for part, found in report.items():
-        shown = {name: value for name, value in found.items() if value != ""}
-        width = max(map(len, shown), default=0)
-        lines += [part, *(f"  {name:<{width}}  {value}" for name, value in shown.items()), ""]
-        if not shown:  # a heading with nothing below looks like something that was cut off
-            lines[-1:] = [f"  {NONE.get(part, 'none')}", ""]
-    return "\n".join(lines).rstrip()
+    for part, entries in report.items():
+        width = max(map(len, entries), default=0)
+        lines += [part, *(f"  {name:<{width}}  {value}" for name, value in entries.items() or [("none", "")]), ""]
+    return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Draws the page of a run from the files in its output folder: needs no GPU and reads no model.
 
-`report.html` has what only HD-PiSSA has to show, and the loss: norms per slice, and spectra of what was learned beside
-the rank that LoRA has and that one step has. Its pictures are within it, it has no script, and its policy forbids the
-browser to fetch anything. `training_loss.png` is the first of them. Also for a run that goes on, was killed or failed.
+`report.html` has the loss and what only HD-PiSSA has to show: norms per slice, and spectra of what was learned, with
+the rank of LoRA and that of one step. Its pictures are embedded, it has no script, and its policy forbids the browser
+to fetch anything. `training_loss.png` is the first of them. Also for a run that is going on, was killed or failed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import base64
 import io
 import itertools
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hdpissa.engine.files import atomic
-from hdpissa.launch.common.metrics import RunFiles, counted, read_json
+from hdpissa.launch.common.metrics import RunFiles, read_json
 
 PAGE, LOSS, SPECTRA = "report.html", "training_loss.png", "spectra.json"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -50,74 +49,31 @@ class Picture:
         return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def write_report(folder: Path, state: Mapping[str, Any] | None = None) -> list[str]:
+def write_report(folder: Path, state: str | None = None) -> list[str]:
     """Writes the page and the picture of the loss; returns the names of the files.
 
     Args:
-        state: in place of run_state.json, which says "running" until all is written.
+        state: in place of run_state.json's, which is "running" until everything is written.
     """
+    from jinja2 import Environment, StrictUndefined
+
     record, weights = RunFiles.read(folder), read_json(folder / SPECTRA).get("weights", [])
     spectra = [spectrum(weight) for weight in weights if weight["values"][0] > 0]
     with _style():
-        drawn = draw_loss(record), draw_slices(record), draw_spectra(spectra)
-        if loss := drawn[0]:
+        loss = draw_loss(record)
+        drawn = [loss, draw_slices(record), draw_spectra(spectra)]
+        if loss is not None:
             with atomic.replacing(folder / LOSS) as draft:
                 loss.figure.savefig(draft, format="png", dpi=130)
-    page = render(record, state or record.state, [picture for picture in drawn if picture], spectra)
-    atomic.write_text(folder / PAGE, page)
-    return [PAGE, LOSS] if loss else [PAGE]
-
-
-def render(record: RunFiles, state: Mapping[str, Any], pictures: list[Picture], spectra: list[dict[str, Any]]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text()).render(
-        title=record.folder.resolve().name,
-        state=state.get("state", "unknown"),
-        summary=" · ".join(summary(record)),
-        figures=dict(figures(record)),
-        warnings=list(warnings(record, state)),
-        pictures=pictures,
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        title=folder.resolve().name,
+        state=state or record.state.get("state", "unknown"),
+        pictures=[picture for picture in drawn if picture is not None],
         spectra=spectra,
     )
-
-
-def summary(record: RunFiles) -> Iterator[str]:
-    """Model, data, method, devices."""
-    run, arguments = record.run, record.arguments
-    for name in ("model_name_or_path", "dataset_name"):
-        if arguments.get(name):
-            yield os.path.basename(str(arguments[name]).rstrip("/"))
-    section = (run.get("ds_config") or {}).get("hd_pissa", {})
-    if "r" in section and "slices" in run:
-        yield f"{counted(run['slices'], 'slice')} of rank {section['r']}"
-    if "device" in run:
-        yield f"{run.get('world_size', 1)} × {run['device']}"
-
-
-def figures(record: RunFiles) -> Iterator[tuple[str, str]]:
-    """(what, value) of what is looked for first."""
-    _, evaluated = column(record, "eval_loss")
-    if len(evaluated):
-        yield "evaluation loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((evaluated[0], evaluated[-1])))
-    steps, losses = column(record, "loss")
-    if known := [v for v in losses if math.isfinite(v)]:
-        last = known[-max(1, len(known) // 20) :]
-        yield f"training loss, mean of the last {counted(len(last), 'row')}", f"{sum(last) / len(last):.4f}"
-    if len(steps):
-        yield "optimizer steps", f"{steps[-1]:,.0f} of {record.run.get('total_steps', '?')}"
-
-
-def warnings(record: RunFiles, state: Mapping[str, Any]) -> Iterator[str]:
-    if state.get("message"):
-        yield state["message"]
-    if skipped := skipped_steps(record):
-        yield f"{counted(len(skipped), 'step')} skipped, the last is {skipped[-1]['step']}: {skipped[-1]['refusal']}"
-
-
-def skipped_steps(record: RunFiles) -> list[dict[str, Any]]:
-    return [row for row in record.having("loss") if row.get("applied") is False]
+    atomic.write_text(folder / PAGE, page)
+    return [PAGE, LOSS] if loss is not None else [PAGE]
 
 
 def column(record: RunFiles, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +98,7 @@ def draw_loss(record: RunFiles) -> Picture | None:
         axes.plot(steps, moving_mean(losses), color=BLUE, linewidth=1.8, label="training, moving mean")
     if len(evaluated):
         axes.plot(evaluated_at, evaluated, color=RED, linestyle="--", marker="o", markersize=4, label="evaluation")
-    if skipped := [row["step"] for row in skipped_steps(record)]:
+    if skipped := [row["step"] for row in record.having("loss") if row.get("applied") is False]:
         bottom = axes.get_xaxis_transform()
         axes.plot(skipped, [0.02] * len(skipped), "kx", transform=bottom, label="skipped step")
     axes.set(xlabel="optimizer step", ylabel="loss")

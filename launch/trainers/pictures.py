@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hdpissa.engine.distributed import heartbeat
+from hdpissa.engine.errors import one_line
 from hdpissa.engine.export import spectra
 from hdpissa.engine.files import atomic
 from hdpissa.launch.reporting import page as report
@@ -35,24 +36,23 @@ class RunPictures(TrainerCallback):
                 (Path(args.output_dir) / name).unlink(missing_ok=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, found = self._run.trainer, None
+        trainer, folder, found = self._run.trainer, Path(args.output_dir), None
         if not trainer.preempted:
-            engine = trainer.engine
-            found = spectra.measure(engine.module, engine.optimizer.store, most=MOST_WEIGHTS)
-        if args.process_index == 0:
-            ended = {"state": "preempted" if trainer.preempted else "finished"}
-            try:
-                with heartbeat.single_rank("report"):
-                    _write(Path(args.output_dir), found, ended)
-            except Exception as error:
-                logger.warning("no report: %s: %s; the run is complete", type(error).__name__, error)
+            found = spectra.measure(trainer.engine.module, trainer.engine.optimizer.store, most=MOST_WEIGHTS)
+        if args.process_index:
+            return
+        try:
+            with heartbeat.single_rank("report"):
+                if found is not None:
+                    _warn(found)
+                    atomic.write_json(folder / report.SPECTRA, found)
+                report.write_report(folder, "preempted" if trainer.preempted else "finished")
+        except Exception as error:
+            logger.warning("no report: %s; the run is complete", one_line(error))
 
 
-def _write(folder: Path, found: dict[str, Any] | None, ended: dict[str, str]) -> None:
-    if found is not None:
-        if found["problem"]:
-            logger.warning("spectra of %d weights, then %s", len(found["weights"]), found["problem"])
-        if found["left_out"]:
-            logger.warning("no spectra of %s: no time or memory for them", ", ".join(found["left_out"]))
-        atomic.write_json(folder / report.SPECTRA, found)
-    report.write_report(folder, ended)
+def _warn(found: dict[str, Any]) -> None:
+    if found["problem"]:
+        logger.warning("spectra of %d weights, then %s", len(found["weights"]), found["problem"])
+    if found["left_out"]:
+        logger.warning("no spectra of %s: no time or memory for them", ", ".join(found["left_out"]))
