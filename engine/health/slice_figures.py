@@ -1,6 +1,6 @@
 """Figures of every slice: how large its gradient and its update are, and how much of W the update moves.
 
-Two observers of the optimizer's step, present only in the steps that are looked at:
+Two observers of the optimizer's step, present only in the steps that are observed:
 
 * `SliceNorms`: the norms of ΔA_i, ΔB_i and of their gradients, one reading of each bucket's buffers;
 * `MovedWeights`: the share of the weights whose bf16 half changed, which is what the next forward pass sees: of one
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from ..optim.optimizer import SliceOptimizer, StepObserver
 from ..sharding import zero3
 from ..sharding.shards import Shard
 from ..sharding.slicing import SlicePlan
+
+if TYPE_CHECKING:
+    from ..results import StepResult
 
 
 class SliceNorms(StepObserver):
@@ -92,10 +95,10 @@ def _half(shard: Shard, begin: int, end: int) -> Tensor:
 
 
 class SliceFigures:
-    """Looks at every N-th optimizer step; `after` is collective, and the same on all ranks.
+    """Observes every N-th optimizer step; `after` is collective, and returns the same on all ranks.
 
     Args:
-        every: optimizer steps between two looks.
+        every: optimizer steps between two observed ones.
         patience: steps with a gradient or update of 0 after which a slice is warned of.
         start: steps done.
     """
@@ -107,28 +110,26 @@ class SliceFigures:
         self._prepare(start + 1)
 
     def _prepare(self, step: int) -> None:
-        """Has the step looked at, if it is its turn; one that was skipped is made up for by the next."""
+        """Observes the step, if it is its turn; where one was skipped, the next takes its place."""
         if self._observing is None and step % self._every == 0:
             self._observing = SliceNorms(self._optimizer, gradients=True), MovedWeights()
             self._optimizer.observers += self._observing
 
-    def after(self, result: Any, recorder: Any) -> None:
-        """Writes the row of a step that was looked at.
-
-        Args:
-            result: of the step.
-        """
-        if self._observing is not None and result.applied:
-            begun = time.perf_counter()
-            grads, updates, share = self._collect(*self._observing)
-            row = {"step": result.step, "slice_grad_norms": grads, "slice_delta_norms": updates, "bf16_moved": share}
-            recorder.figures(row | {"seconds": round(time.perf_counter() - begun, 4)})
-            for line in self._silent.see(result.step, grads, updates, result.learning_rate):
-                recorder.say(line)
-            for observer in self._observing:
-                self._optimizer.observers.remove(observer)
-            self._observing = None
+    def after(self, result: StepResult) -> tuple[dict[str, Any], list[str]] | None:
+        """(row of figures, warnings) of a step that was observed; None for any other step."""
+        found = self._figures(result, *self._observing) if self._observing is not None and result.applied else None
         self._prepare(result.step + 1)
+        return found
+
+    def _figures(self, result: StepResult, norms: SliceNorms, moved: MovedWeights) -> tuple[dict[str, Any], list[str]]:
+        begun = time.perf_counter()
+        grads, updates, share = self._collect(norms, moved)
+        for observer in (norms, moved):
+            self._optimizer.observers.remove(observer)
+        self._observing = None
+        row = {"step": result.step, "slice_grad_norms": grads, "slice_delta_norms": updates, "bf16_moved": share}
+        row["seconds"] = round(time.perf_counter() - begun, 4)
+        return row, self._silent.see(result.step, grads, updates, result.learning_rate)
 
     def _collect(self, norms: SliceNorms, moved: MovedWeights) -> tuple[list[float], list[float], float]:
         """(gradient norm of every slice, norm of its update, share of all weights that moved); collective."""

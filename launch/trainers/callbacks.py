@@ -122,7 +122,10 @@ class SliceGuard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, record = self._trainer.engine.last_step, self._trainer.run_record
-        if self._figures is not None:
-            self._figures.after(step, record)
+        if self._figures is not None and (found := self._figures.after(step)) is not None:
+            row, warnings = found
+            record.figures(row)
+            for line in warnings:
+                record.say(line)
         if self._integrity is not None and step.step % self._every == 0:
             record.integrity(self._integrity.check(step.step), step.step)

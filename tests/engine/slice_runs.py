@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from tiny import build, tiny_batch
 
@@ -38,7 +36,6 @@ def look(settings, *, steps=4, lr=1e-3, silent=1):
     engine = initialize(model=build({}), config=settings)
     optimizer, rows, lines, expected = engine.optimizer, [], [], []
     figures = SliceFigures(optimizer, every=2, patience=4, start=0)
-    recorder = SimpleNamespace(figures=rows.append, say=lines.append, resume_clock=lambda: None)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = lr
         before, sums = halves(engine), optimizer.store.delta_sum.clone()
@@ -50,7 +47,9 @@ def look(settings, *, steps=4, lr=1e-3, silent=1):
             result = engine.step()
         optimizer.reduce = reduce
         assert bool(optimizer.observers) == (step % 2 == 0)  # every other step is observed
-        figures.after(result, recorder)
+        if (found := figures.after(result)) is not None:
+            rows.append(found[0])
+            lines += found[1]
         if step % 2 == 0:
             now = optimizer.store.delta_sum.clone()
             optimizer.store.delta_sum.sub_(sums)
