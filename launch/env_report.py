@@ -1,27 +1,26 @@
-"""Versions, devices and variables of this machine, for a bug report.
+"""Prints what is installed and found on this machine, for a bug report.
 
-    hdpissa env [--json]
+    hdpissa env
 
-A part that cannot be read (a package that fails to import, a GPU that does not answer) is an entry with its error. Only
-those environment variables that steer a run are shown, and of a secret only that it is set.
+Versions, launchers, free disk space and the environment variables that affect a run are ours; system, CPU, GPUs and
+drivers are `torch.utils.collect_env`'s. A part that fails is reported as its error. Of tokens and keys only that they
+are set is shown.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
-import io
-import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from hdpissa.engine.distributed.launcher import read_launch
+from hdpissa.engine.errors import one_line
 
 PACKAGES: tuple[str, ...] = (
     "torch",
@@ -33,18 +32,7 @@ PACKAGES: tuple[str, ...] = (
     "tokenizers",
     "peft",
 )
-PACKAGES += (
-    "peft",
-    "safetensors",
-    "triton",
-    "pydantic",
-    "numpy",
-    "pyarrow",
-    "matplotlib",
-    "wandb",
-    "tensorboard",
-    "lm-eval",
-)
+PACKAGES += ("safetensors", "triton", "pydantic", "numpy", "pyarrow", "matplotlib", "wandb", "tensorboard", "lm-eval")
 PACKAGES += ("flash-attn", "liger-kernel", "kernels", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 # of torch's and DeepSpeed's launchers, Slurm, Open MPI; of NCCL, gloo, the devices, the caches
 SHOWN = re.compile(
@@ -55,150 +43,85 @@ SHOWN = re.compile(
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
-def collect(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Part → its entries; for this process's environment or another."""
-    # a copy: torch and DeepSpeed add variables of their own when they are imported
-    environment = dict(os.environ if environment is None else environment)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "hdpissa": _package,
-        "system": _system,
-        "packages": _versions,
-        "torch": lambda: _torch(),
-        "devices": _devices,
-        "launcher": lambda: _launcher(environment),
-    }
-    return {name: _guarded(part) for name, part in parts.items()} | {"variables": variables(environment)}
-
-
-def _guarded(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A part, or its error; what libraries print meanwhile is dropped."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return part()
-    except BaseException as error:  # a broken CUDA installation raises anything, and is what the report is for
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-
-
-def _package() -> dict[str, Any]:
+def hdpissa() -> str:
     folder = Path(__file__).resolve().parents[1]
-    revision = _output("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*")
-    return {
-        "version": importlib.metadata.version("hdpissa"),
-        "revision": revision or "not a git checkout",
-        "folder": str(folder),
-        "python": f"{platform.python_version()} {sys.executable}",
-    }
-
-
-def _system() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = platform.processor()
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
     with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    disks = {"shared memory": "/dev/shm", "disk here": ".", "disk of the home": "~"}
-    return {
-        "os": platform.platform(),
-        "cpu": f"{cpu}, {usable} of {os.cpu_count()} cores usable",
-        "memory": f"{memory / 2**30:.1f} GiB",
-        **{name: _free(Path(folder).expanduser()) for name, folder in disks.items()},
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi",
-    }
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return f"{importlib.metadata.version('hdpissa')}, revision {revision or 'unknown'}, in {folder}"
+    return f"{importlib.metadata.version('hdpissa')}, in {folder}"
 
 
-def _free(folder: Path) -> str:
-    if not folder.exists():
-        return f"no {folder}"
-    usage = shutil.disk_usage(folder)
-    return f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free in {folder.resolve()}"
-
-
-def _output(*command: str) -> str:
-    """The first line of a command's output; empty where there is no such command, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0]
-
-
-def _versions() -> dict[str, Any]:
-    """Of what is installed; nothing is imported."""
-    versions = {}
+def packages() -> str:
+    """Versions of what is installed; nothing is imported."""
+    versions = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(versions)
 
 
-def _torch() -> dict[str, Any]:
-    import torch
-    import torch.distributed as dist
-
-    backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available, "mpi": dist.is_mpi_available}
-    return {
-        "cuda": torch.version.cuda or "not built with it",
-        "rocm": getattr(torch.version, "hip", None) or "not built with it",
-        "cudnn": torch.backends.cudnn.version() or "none",
-        "communication": ", ".join(name for name, available in backends.items() if available()),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "unknown without GPU",
-        "threads": torch.get_num_threads(),
-    }
+def disk() -> str:
+    """Free space of shared memory, this folder and the hub's cache."""
+    parts = []
+    for folder in (Path("/dev/shm"), Path.cwd(), Path(os.environ.get("HF_HOME") or "~/.cache").expanduser()):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        parts.append(f"{shutil.disk_usage(there).free / 2**30:.1f} GiB in {there}")
+    return ", ".join(parts)
 
 
-def _devices() -> dict[str, Any]:
-    import torch
-
-    from hdpissa.engine.sharding import zero3
-
-    found: dict[str, Any] = {"deepspeed takes": zero3.accelerator_name()}
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        free, _ = torch.cuda.mem_get_info(index)
-        found[f"gpu {index}"] = (
-            f"{device.name}, capability {device.major}.{device.minor}, {device.multi_processor_count} multiprocessors, "
-            f"{free / 2**30:.1f} of {device.total_memory / 2**30:.1f} GiB free"
-        )
-    return found
-
-
-def _launcher(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The rank that the engine would take, and the launchers that are installed."""
-    from hdpissa.engine.distributed.launcher import read_launch
-
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    names = ("deepspeed", "torchrun", "srun", "mpirun", "pdsh")
+def launcher(environment: Mapping[str, str]) -> str:
+    """What started this process, and which launchers are installed."""
     launch = read_launch(environment)
+    beside = Path(sys.executable).parent
+    installed = [name for name in ("deepspeed", "torchrun", "srun", "mpirun", "pdsh")
+                 if shutil.which(name) or (beside / name).exists()]  # fmt: skip
     place = f"rank {launch.rank} of {launch.world_size}, {launch.local_rank} of {launch.local_world_size} on this host"
-    launchers = {name: shutil.which(name, path=path) or "not found" for name in names}
-    return {"started by": launch.launcher, "place": place, **launchers}
+    return f"{launch.launcher}, {place}; installed: {', '.join(installed) or 'none'}"
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those that steer a run; of a secret only that it is set."""
+    """The environment variables that affect a run; of a secret only that it is set."""
     names = sorted(name for name in environment if SHOWN.fullmatch(name))
     return {name: "(set)" if SECRET.search(name) else environment[name] for name in names}
 
 
-def text(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report as lines for an issue."""
-    lines = []
-    for part, entries in report.items():
-        width = max(map(len, entries), default=0)
-        lines += [part, *(f"  {name:<{width}}  {value}" for name, value in entries.items() or [("none", "")]), ""]
-    return "\n".join(line.rstrip() for line in lines).rstrip()
+def machine() -> str:
+    """torch's report: system, CPU, GPUs, drivers."""
+    from torch.utils.collect_env import get_pretty_env_info
+
+    return "\n" + get_pretty_env_info()
 
 
-def main(argv: list[str] | None = None) -> int:
+def report(environment: Mapping[str, str]) -> str:
+    """All parts, as lines that an issue can hold."""
+    set_here = [f"  {name}={value}" for name, value in variables(environment).items()]
+    parts: dict[str, Callable[[], str]] = {
+        "hdpissa": hdpissa,
+        "packages": packages,
+        "free disk": disk,
+        "launcher": lambda: launcher(environment),
+        "variables": lambda: "\n" + "\n".join(set_here) if set_here else "none",
+        "torch.utils.collect_env": machine,
+    }
+    return "\n".join(f"{name}: {_tried(part)}" for name, part in parts.items())
+
+
+def _tried(part: Callable[[], str]) -> str:
+    try:
+        return part()
+    except Exception as error:  # a broken CUDA installation raises anything, and is what the report is for
+        return one_line(error)
+
+
+def main(argv: list[str] | None = None) -> None:
     """Prints the report."""
-    parser = argparse.ArgumentParser(description="Versions, devices and variables, for a bug report.")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    args = parser.parse_args(argv)
-    report = collect()
-    print(json.dumps(report, indent=2) if args.json else text(report))
-    return 0
+    from hdpissa.launch.common import command_line
+
+    parser = command_line.PlainParser(prog="hdpissa env", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    print(report(dict(os.environ)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

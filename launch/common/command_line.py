@@ -26,21 +26,17 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-def make_parser(arguments: type | Mapping[str, type]) -> argparse.ArgumentParser:
-    """A parser for a dataclass of options, or for several, each a section of --help under its name."""
+def make_parser(sections: Mapping[str, type], *, prog: str) -> argparse.ArgumentParser:
+    """A parser for dataclasses of options, each a section of --help under its name."""
     from transformers import HfArgumentParser
     from transformers.hf_argparser import string_to_bool
 
-    sections = dict(arguments) if isinstance(arguments, Mapping) else {}
     for name, section in sections.items():
         section._argument_group_name = name  # type: ignore[attr-defined]  # what HfArgumentParser looks for
-    types = list(sections.values()) if isinstance(arguments, Mapping) else [arguments]
-    parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(list(sections.values()), prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     for action in parser._actions:
-        if (
-            action.type is string_to_bool and action.nargs is None
-        ):  # of `bool | None`: --name alone means yes there, too
+        if action.type is string_to_bool and action.nargs is None:  # of `bool | None`: --name alone means yes, too
             action.nargs, action.const = "?", True
         if action.default in ("", None):  # required, or off: "(default: )" says nothing, and this prints as nothing
             action.help = f"{action.help}%(default).0s"

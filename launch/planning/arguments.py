@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from hdpissa.engine.errors import ConfigError
-from hdpissa.launch.common import command_line, help_pages, shipped_configs
+from hdpissa.launch.common import command_line, shipped_configs
 from hdpissa.launch.common.command_line import option
 from hdpissa.launch.common.section_flags import SectionArguments, merge, section_of
 from hdpissa.launch.planning.objective import TRAINERS, Objective
@@ -60,16 +60,6 @@ class PlanArguments:
     json: bool = option(False, "print one JSON object instead of tables")
 
 
-HELP = help_pages.Page(
-    "Shows before a run whether it fits and how fast it will be. Needs no GPU and no weights.",
-    (
-        "hdpissa plan --model_name_or_path M --gpu H100 --gpus 8 --gradient_checkpointing",
-        "hdpissa plan --model_name_or_path M --gpu H100 --table",
-    ),
-    ("model_name_or_path",),
-)
-
-
 def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any], frozenset[str]]:
     """(arguments, what flags say of the section, names of those that the user set). --help ends the process.
 
@@ -77,10 +67,7 @@ def parse(argv: list[str] | None = None) -> tuple[PlanArguments, dict[str, Any],
         ConfigError: unknown or missing arguments, values out of range.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    pages = {"plan": PlanArguments, "section": SectionArguments}
-    if help_pages.answered(words, pages, HELP):
-        raise SystemExit(0)
-    parser = command_line.make_parser(pages)
+    parser = command_line.make_parser({"plan": PlanArguments, "hd_pissa": SectionArguments}, prog="hdpissa plan")
     values, given = command_line.read(parser, words, {"num_accelerators": "use --gpus", "num_gpus": "use --gpus"})
     args = PlanArguments(**{f.name: values[f.name] for f in fields(PlanArguments)})
     args.ds_config = shipped_configs.locate(args.ds_config)

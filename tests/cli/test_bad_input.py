@@ -73,7 +73,6 @@ COMMANDS = {
     "plan: no such model": ["plan", "--model", "DIR/none"],
     "plan: no such GPU": ["plan", "--model", "DIR/model", "--gpu", "H900"],
     "plan: half a node": ["plan", "--model", "DIR/model", "--gpus", "12"],
-    "plan: no such section": ["plan", "--help", "frobnicate"],
     "export: unknown option": ["export", "--checkpoint", "DIR/used", "--output_dir", "DIR/new", "--rnk", "3"],
     "export: no checkpoint": ["export", "--checkpoint", "DIR/used", "--output_dir", "DIR/new"],
     "export: a rank without an adapter": ["export", "--checkpoint", "DIR", "--output_dir", "DIR/new", "--rank", "4"],

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from hdpissa.engine.errors import ConfigError
 from hdpissa.launch import cli, env_report, train_launcher
-from hdpissa.launch.common import help_pages, shipped_configs
-from hdpissa.launch.common.command_line import option
+from hdpissa.launch.common import shipped_configs
 from hdpissa.launch.planning import arguments as plan_arguments
 from hdpissa.launch.training import script_arguments
 
@@ -58,17 +55,17 @@ def test_unknown_word_and_version(capsys):
     assert call(capsys, "--version")[1] == f"hdpissa {version}\n"
 
 
-def test_help_imports_neither_torch_nor_transformers():
-    """A person who asks for help waits for nothing; but train's options are TRL's own."""
+def test_help_imports_no_torch():
+    """Help comes at once; but train's options are TRL's own."""
     code = """
 import sys
 from hdpissa.launch import cli
-for words in (["--help"], ["plan", "--help"], ["plan", "--help", "all"], ["export", "--help"], ["evaluate", "--help"]):
+for words in (["--help"], ["plan", "--help"], ["export", "--help"], ["evaluate", "--help"]):
     try:
         assert cli.main(words) == 0
     except SystemExit as ended:
         assert not ended.code, words
-print("heavy:", {"torch", "transformers", "deepspeed", "datasets"} & sys.modules.keys())
+print("heavy:", {"torch", "deepspeed", "datasets"} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -196,71 +193,33 @@ def test_help_has_every_option_of_a_trainer(kind, capsys):
     assert ("--num_generations" in out) is (kind == "grpo")
 
 
-def test_only_one_rank_answers(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert call(capsys, "plan", "--help", "section") == (0, "", "")
-
-
-@dataclass
-class Some:
-    """Options of all kinds."""
-
-    name: str = option("", "a name", aliases=["--title"])
-    rows: int = option(3, "[bold] is no markup here")
-    fast: bool = option(False, "a switch")
-    limit: int | None = option(None, "nothing is the default")
-
-
-def test_a_page_of_one_section(capsys):
-    assert help_pages.answered(["--help"], {"some": Some}, help_pages.Page("Does it.", ["do --name N"], ["name"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["Does it.", "", "do --name N"]
-    rows = [" ".join(line.split()) for line in lines[4:]]
-    assert rows == [
-        "option default meaning",
-        "--name required a name (also --title)",
-        "--rows 3 [bold] is no markup here",
-        "--fast off a switch",
-        "--limit nothing is the default",
-    ]
-    assert not help_pages.answered(["--name", "x"], {"some": Some}, help_pages.Page("", []))
-
-
 # --- env -------------------------------------------------------------------------------------------
 
 
 def test_env(capsys, monkeypatch):
+    import torch
+
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    code, out, _ = call(capsys, "env", "--json")
-    report = json.loads(out)
+    code, out, _ = call(capsys, "env")
     assert code == 0
-    assert set(report) == {"hdpissa", "system", "packages", "torch", "devices", "launcher", "variables"}
-    assert [part for part, found in report.items() if "error" in found] == []
-    import torch
-
-    assert report["packages"]["torch"] == torch.__version__
-    assert report["packages"].keys() >= {"deepspeed", "transformers", "triton", "datasets", "accelerate"}
-    assert "gloo" in report["torch"]["communication"]
-    assert report["devices"]["deepspeed takes"]
-    assert report["launcher"]["place"] == "rank 0 of 1, 0 of 1 on this host"
-    shown = report["variables"]
-    assert (shown["NCCL_DEBUG"], shown["TOKENIZERS_PARALLELISM"]) == ("INFO", "false")
-    assert shown["WANDB_API_KEY"] == "(set)"
+    for found in (
+        f"torch {torch.__version__}",
+        "deepspeed 0.",
+        "NCCL_DEBUG=INFO",
+        "WANDB_API_KEY=(set)",
+        "rank 0 of 1",
+    ):
+        assert found in out
     assert "0123456789" not in out
     assert "hf_secret" not in out
-    text = env_report.text(report)
-    for words in ("version ", "cpu ", "NCCL_DEBUG", torch.__version__, "deepspeed takes"):
-        assert words in text
 
 
-def test_env_tells_what_is_broken_and_goes_on(monkeypatch):
-    """An environment that contradicts itself, a package that cannot be imported: an entry each, not the end."""
-    monkeypatch.setattr(env_report, "_torch", lambda: (_ for _ in ()).throw(OSError("libcuda.so is gone")))
-    report = env_report.collect({"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
-    assert report["torch"] == {"error": "OSError: libcuda.so is gone"}
-    assert report["launcher"]["error"].startswith("ConfigError: environment: RANK and WORLD_SIZE says rank 3 of 2")
-    assert report["variables"] == {"LOCAL_RANK": "0", "RANK": "3", "WORLD_SIZE": "2"}
-    assert report["packages"]["torch"]
+def test_env_reports_a_broken_part_and_goes_on(monkeypatch):
+    """An environment that contradicts itself, a torch that cannot look at its devices: an error each, not the end."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: 1 / 0)
+    out = env_report.report({"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert "ZeroDivisionError" in out
+    assert "rank 3 of 2" in out
+    assert "WORLD_SIZE=2" in out
