@@ -92,7 +92,7 @@ def test_table(capsys, folder):
     assert [row["slices"] for row in rows] == [1, 2, 4, *[8] * 8]
     fixed = json.loads(call(capsys, *words, "--json", "--slices", "6")[1])["rows"]
     assert [row.get("gradient_accumulation_steps") for row in fixed[:3]] == [6, 3, None]
-    assert "must be a multiple" in fixed[2]["note"]
+    assert fixed[2]["note"]
 
 
 def test_ds_config(capsys, folder, tmp_path):
@@ -118,8 +118,8 @@ def test_ds_config(capsys, folder, tmp_path):
     words += ["--slices", "8", "--master_format", "split", "--offload_param", "false"]
     code, _, err = call(capsys, *words)
     assert code == 2
-    for said in ("hd_pissa.slices is 4 but --slices is 8", "hd_pissa.master.format", "zero_optimization.offload_param"):
-        assert said in err
+    for named in ("hd_pissa.slices", "--slices", "hd_pissa.master.format", "zero_optimization.offload_param"):
+        assert named in err
 
 
 @pytest.mark.parametrize(
@@ -153,49 +153,49 @@ def test_own_gpu(capsys, folder, tmp_path):
     found = json.loads(call(capsys, *words, "--json")[1])
     assert found["gpu"] == {"name": "mine", **numbers, "host_gb_s": 25, "peak_tflops": 50}
     file.write_text(json.dumps({**numbers, "hbm_gb_s": 3}))
-    assert "unknown key hbm_gb_s; did you mean" in call(capsys, *words)[2]
+    assert "hbm_gb_s" in call(capsys, *words)[2]
     file.write_text(json.dumps({**numbers, "memory_gib": True}))
-    assert "must be a number greater than 0" in call(capsys, *words)[2]
+    assert "memory_gib" in call(capsys, *words)[2]
     file.write_text("{")
-    assert "not valid JSON" in call(capsys, *words)[2]
+    assert "line 1" in call(capsys, *words)[2]
 
 
-BAD = {
-    "no model": ([], "missing --model_name_or_path"),
-    "no such file": (["--model", "/nowhere/config.json"], "no such file or folder"),
+BAD = {  # the words, and what the line has to name
+    "no model": ([], "--model_name_or_path"),
+    "no such file": (["--model", "/nowhere/config.json"], "/nowhere/config.json"),
     "not a config": (["--model", "EMPTY"], "config.json"),
-    "too long": (["--model", "x" * 300], "the name is too long"),
-    "GPU too long": (["--gpu", "x" * 300], "give a shorter one"),
-    "GPU": (["--gpu", "H10"], "did you mean H100?"),
-    "older GPU": (["--gpu", "V100"], "--gpu V100: known are A100-40"),
-    "GPU file": (["--gpu", "none.json"], "no such file"),
-    "no GPUs": (["--gpus", "0"], "--gpus is 0: must be at least 1"),
-    "half a node": (["--gpus", "12"], "must be whole nodes; use 8"),
+    "too long": (["--model", "x" * 300], "--model_name_or_path"),
+    "GPU too long": (["--gpu", "x" * 300], "--gpu"),
+    "GPU": (["--gpu", "H10"], "H100"),
+    "older GPU": (["--gpu", "V100"], "A100-40"),
+    "GPU file": (["--gpu", "none.json"], "none.json"),
+    "no GPUs": (["--gpus", "0"], "--gpus"),
+    "half a node": (["--gpus", "12"], "use 8"),
     "slices": (["--slices", "many"], "hd_pissa.slices"),
-    "slices and GPUs": (["--slices", "3"], "one must be a multiple of the other"),
+    "slices and GPUs": (["--slices", "3"], "slices"),
     "accumulation": (["--slices", "8", "--gpus", "2", "--gradient_accumulation_steps", "6"], "use 8"),
     "master": (["--master_format", "bf16"], "hd_pissa.master.format"),
     "train's": (["--learning_rate", "2e-5"], "--learning_rate"),
     "no such trainer": (["--trainer", "ppo"], "--trainer"),
     "reference with hpZ": (["--trainer", "dpo", "--ds_config", "zero3_hpz"], "--precompute_ref_log_probs"),
-    "the launcher's": (["--num_accelerators", "8"], "--num_accelerators; use --gpus"),
-    "misspelt": (["--gpu_count", "8"], "unknown argument --gpu_count"),
-    "too many slices": (["--gpus", "16"], "k_proj is 192 x 576 and has 192 singular vectors, 16 slices"),
-    "ds_config": (["--ds_config", "none.json"], "cannot be read"),
+    "the launcher's": (["--num_accelerators", "8"], "--gpus"),
+    "misspelt": (["--gpu_count", "8"], "--gpu_count"),
+    "too many slices": (["--gpus", "16"], "192"),
+    "ds_config": (["--ds_config", "none.json"], "none.json"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", BAD)
 def test_bad_input(capsys, folder, tmp_path, mistake):
     """One line that says what to change, and exit code 2."""
-    words, message = BAD[mistake]
+    words, named = BAD[mistake]
     (tmp_path / "config.json").write_text("{}")
     words = [str(tmp_path) if word == "EMPTY" else word for word in words]
     if "--model" not in words and mistake != "no model":
         words = ["--model", str(folder / "SmolLM2-135M.json"), *words]
     code, out, err = call(capsys, *words)
     assert (code, out) == (2, "")
-    assert message in err
+    assert named in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
@@ -205,5 +205,5 @@ def test_gpu_names():
         assert plan_hardware.read_gpu(name) is GPUS["H100"]
     assert plan_hardware.read_gpu("4090") is GPUS["RTX-4090"]
     assert plan_hardware.read_gpu("a100-40gb") is GPUS["A100-40"]
-    with pytest.raises(ConfigError, match="known are A100-40"):
+    with pytest.raises(ConfigError, match="A100-40"):
         plan_hardware.read_gpu("abacus")
