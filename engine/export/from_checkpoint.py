@@ -250,11 +250,11 @@ def _pair(reader: CheckpointReader, t: TargetSpec) -> Pair:
     plan = SlicePlan(reader.manifest.slices, 1, 0)
     rows, cols = (t.cols, t.rows) if t.transposed else (t.rows, t.cols)
 
-    def slice_of(index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (A, B), (sum_A, sum_B) = reader.factors(index, t.name), reader.delta_sum(index, t.name)
         return A, sum_A, B, sum_B
 
-    return Pair(LoraWeight((t.name,), rows, cols, 2 * t.r * plan.slices, t.scale, t.transposed), plan, slice_of)
+    return Pair(LoraWeight((t.name,), rows, cols, 2 * t.r * plan.slices, t.scale, t.transposed), plan, factors)
 
 
 def _measure(reader: CheckpointReader, base: CheckedBase, weights: Sequence[LoraWeight], pairs: FilePairs) -> Measured:

@@ -152,10 +152,10 @@ def pairs_of(model: nn.Module, store: FactorStore) -> Iterator[Pair]:
         modules = tuple(names[id(m)] for m in t.modules)
         rows, cols = (t.cols, t.rows) if t.transposed else (t.rows, t.cols)
         weight = LoraWeight(modules, rows, cols, 2 * t.r * store.plan.slices, t.scale, t.transposed)
-        yield Pair(weight, store.plan, functools.partial(_slice, store, t, sums))
+        yield Pair(weight, store.plan, functools.partial(_factors, store, t, sums))
 
 
-def _slice(store: FactorStore, target: Target, sums: list, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _factors(store: FactorStore, target: Target, sums: list, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (A, B), (sum_A, sum_B) = store.own_factors(target, index), sums[index][target.name]
     return A, sum_A, B, sum_B
 

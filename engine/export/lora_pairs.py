@@ -29,25 +29,25 @@ class Pair:
     """One weight's pair, as the ranks have it.
 
     Attributes:
-        slice: index of an own slice → (A, ΣΔA: R × I; B, ΣΔB: O × R), fp32, as the model stores the matrix.
+        factors: index of an own slice → (A, ΣΔA: R × I; B, ΣΔB: O × R), fp32, as the model stores the matrix.
     """
 
     weight: LoraWeight
     plan: SlicePlan
-    slice: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
+    factors: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
     def rows_A(self, index: int) -> Tensor:
         """lora_A's rows of an own slice, 2·R × I."""
-        A, sum_A, B, sum_B = self.slice(index)
+        A, sum_A, B, sum_B = self.factors(index)
         return torch.cat([B.t(), -sum_B.t()]) if self.weight.transposed else torch.cat([A, -sum_A])
 
     def columns_B(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of lora_B's columns of all own slices, C × 2·R per slice."""
         parts = []
         for index in range(self.plan.slices_per_rank):
-            A, sum_A, B, sum_B = self.slice(index)
+            A, sum_A, B, sum_B = self.factors(index)
             B, sum_B = (A.t(), sum_A.t()) if self.weight.transposed else (B, sum_B)
-            parts += [-sum_B[first:last], B[first:last]]
+            parts += [-sum_B[first:last], B[first:last].clone()]  # a view would keep the whole of a file's
         return torch.cat(parts, 1)
 
     # --- to a file

@@ -1,4 +1,4 @@
-"""What an export says of itself: on the screen, and in `hdpissa_export.json` beside what it wrote."""
+"""The report of an export, as it is printed and as `hdpissa_export.json` has it."""
 
 from __future__ import annotations
 

@@ -327,6 +327,16 @@ def test_a_run_that_kept_no_checkpoint(tmp_path, capsys):
         (tmp_path / "model").mkdir(exist_ok=True)
 
 
+def test_an_export_replaces_one_of_the_other_format(copy):
+    """Weights beside an adapter's configuration would be loaded as its base."""
+    weights = {"hf": {hf_folder.SINGLE}, "peft": {lora_format.CONFIG, lora_format.WEIGHTS}}
+    for format, other in (("hf", "peft"), ("peft", "hf"), ("hf", "peft")):
+        assert run_export(copy / "full", copy / "kept", "--format", format) == 0
+        names = {path.name for path in (copy / "kept").iterdir()}
+        assert names >= weights[format]
+        assert not names & weights[other]
+
+
 def test_a_full_disk_leaves_the_earlier_export(copy, capsys, monkeypatch):
     assert run_export(copy / "full", copy / "kept", "--format", "hf") == 0
     before = {p.name: p.read_bytes() for p in (copy / "kept").iterdir()}
