@@ -21,7 +21,7 @@ class RankFailedError(RuntimeError):
     """Work failed on one rank or several; raised on all of them. The message is one line: "rank 1: …"."""
 
 
-def gather(value: T, group: Any = None) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, in rank order. The value is pickled."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -44,7 +44,7 @@ def from_rank0(work: Callable[[], T]) -> T:
     return value
 
 
-def together(work: Callable[[], T], group: Any = None) -> T:
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """This rank's result of `work`, which must not communicate, once it has succeeded on every rank.
 
     Raises:
@@ -57,21 +57,21 @@ def together(work: Callable[[], T], group: Any = None) -> T:
     return value
 
 
-def first(problem: str | None, group: Any = None) -> str | None:
+def first(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """The problem of the lowest rank that has one, on all ranks; None where no rank has one."""
     if all_ranks(problem is None, group):
         return None
     return next(text for text in gather(problem, group) if text is not None)
 
 
-def all_ranks(condition: bool, group: Any = None) -> bool:
+def all_ranks(condition: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether a condition holds on every rank; one all-reduce of one number."""
     flag = torch.tensor([int(condition)], device=_device(group))
     dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return bool(flag.item())
 
 
-def any_rank(condition: bool, group: Any = None) -> bool:
+def any_rank(condition: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether a condition holds on at least one rank; one all-reduce of one number."""
     return not all_ranks(not condition, group)
 
@@ -83,7 +83,7 @@ def _attempt(work: Callable[[], T]) -> tuple[Any, str | None]:
         return None, one_line(error)
 
 
-def _device(group: Any) -> torch.device:
+def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where tensors of the group's collectives have to lie."""
     if "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())

@@ -100,7 +100,7 @@ SUM_BLOCK = 1024
 
 # `input_precision` of tl.dot for fp32 operands: three bf16 parts each, six products. Accurate to fp32 on matrix
 # units of every target, where "tf32x3" (the same cost on NVIDIA) is NVIDIA's alone and "ieee" leaves them idle.
-# The interpreter multiplies in fp32 whatever it is told, and does not know the name.
+# The interpreter multiplies in fp32 in any case, and does not know the name.
 FP32_DOT = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 

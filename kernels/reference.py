@@ -130,7 +130,7 @@ def slice_adam_(
         Δ = lr · (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)      t = step, counted from 1
 
     No weight decay (method.md, step 3). All tensors flat and of one dtype. Δ comes in `dtype`: bf16 where that
-    is what travels, grad's own when not told.
+    is what travels; default grad's own.
 
     Example: zero moments, g = 4, step 1, lr 0.1, ε 0 → Δ = 0.1.
     """

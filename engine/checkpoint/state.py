@@ -16,6 +16,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _weights(store: FactorStore) -> Iterator[Part]:
         if owned.numel:
             assert target.shard is not None
             key = range_key(target.name, owned.start, owned.stop)
-            yield Part(key, (owned.numel,), torch.float32, _reader(target.shard.read, 0, owned.numel))
+            yield Part(key, (owned.numel,), torch.float32, partial(target.shard.read, 0, owned.numel))
 
 
 def _modules(modules: ModulesToSave, plan: SlicePlan) -> Iterator[Part]:
@@ -138,11 +139,7 @@ def _factors(store: FactorStore, index: int) -> Iterator[Part]:
 
 
 def _fixed(key: str, values: Tensor) -> Part:
-    return Part(key, tuple(values.shape), values.dtype, _reader(lambda: values))
-
-
-def _reader(function: Any, *args: Any) -> Any:
-    return lambda: function(*args)
+    return Part(key, tuple(values.shape), values.dtype, lambda: values)
 
 
 def make_manifest(

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
@@ -109,7 +109,7 @@ class Saver:
         self.rank, self.world_size = rank, world_size
         self.home: Path | None = None  # checkpoint whose constant files can be linked
         self._records: dict[str, FileRecord] = {}  # of the constant files there
-        self._group: Any = None
+        self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         # Constant tensors are read in the thread; on training's own stream they would wait for it, and it for them.
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None

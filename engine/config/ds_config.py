@@ -244,7 +244,7 @@ def fill_auto(ds: dict[str, Any], args: TrainValues, differ: Sequence[str] = ())
     """Fills "auto" and absent values from the command line: (the config, the values both agree on).
 
     A concrete value in the JSON wins over a default of ours. If `train_batch_size` is concrete and
-    nobody fixed the accumulation, the accumulation follows from it. Sizes that depend on the model stay
+    neither source fixes the accumulation, the accumulation follows from it. Sizes that depend on the model stay
     "auto" while `hidden_size` is unknown (DeepSpeed then takes its defaults). `differ`: further
     disagreements of JSON and command line that the caller has found, reported with the rest.
 

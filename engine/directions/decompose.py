@@ -10,7 +10,7 @@ the workspace of `svd`, and one matrix's slices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from . import svd
 from .slice_cache import SliceCache
 
 logger = logging.getLogger(__name__)
+_Slices = tuple[Tensor, Tensor, float]  # own A and B of a target, flat, and the residual
 
 # How far cached slices may be from the weights: what was reached when they were computed, but at least the rounding of
 # a float32 product with W (3e-7 measured at 576 × 1536), times the slack between one random z and the worst triplet.
@@ -100,10 +101,10 @@ class _Own:
 
 
 def _fill(
-    store: FactorStore, exchange: FactorExchange, own: Any, progress: Callable[[str, int, int], None]
+    store: FactorStore, exchange: FactorExchange, own: Iterator[_Slices], progress: Callable[[str, int, int], None]
 ) -> InitReport:
     """Hands own slices, flat (A, B, residual) per target in order, to the store bucket by bucket."""
-    report, own, done = InitReport(), iter(own), 0
+    report, done = InitReport(), 0
     for bucket in store.buckets:
         into = _Own(bucket)
         for target, A_SRI, B_SOR in into.parts:
@@ -240,7 +241,7 @@ class _Pipeline:
         self.waves = [list(targets[i : i + width]) for i in range(0, len(targets), width)]
         self.width = width
 
-    def run(self) -> Any:
+    def run(self) -> Iterator[_Slices]:
         """Yields (A, B, residual) of the own slices, target by target; every rank must draw all of them."""
         leaving: list[_Leaving] = []
         arriving = self._gather(0)
@@ -310,7 +311,7 @@ class _Pipeline:
             leaving.append(_Leaving(target, received, mine, residual if mine else 0.0, work))
         return leaving
 
-    def _received(self, leaving: _Leaving) -> tuple[Tensor, Tensor, float]:
+    def _received(self, leaving: _Leaving) -> _Slices:
         leaving.work.wait()
         A, B = leaving.received.split(
             [self.plan.slices_per_rank * leaving.target.r * n for n in (leaving.target.cols, leaving.target.rows)]

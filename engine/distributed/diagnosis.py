@@ -39,7 +39,7 @@ def places(some: Iterable[Place]) -> str:
     return " and ".join(texts[:8]) + (f" and {len(texts) - 8} more hosts" if len(texts) > 8 else "")
 
 
-def stands_still(answers: Mapping[P, Answer], limit_s: float, slow_s: float) -> bool:
+def no_progress(answers: Mapping[P, Answer], limit_s: float, slow_s: float) -> bool:
     """Whether no rank that answers has made progress for so long.
 
     Args:

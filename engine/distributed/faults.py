@@ -7,11 +7,11 @@ A rank or step may be `*`. The action happens at the nth passage (from 1, defaul
     KILL TERM STOP   the signal of that name, to this process
     RAISE            RuntimeError
     ENOSPC EIO       OSError with that number
-    SLEEP            stands still for an hour, as a hung process does, other threads alive
+    SLEEP            sleeps for an hour, as a hung process does, other threads alive
     GIL              the same, but holds the interpreter, so that no thread of the process runs
     NAN INF FLIP     for the caller: `fault` returns the action's name, and the caller corrupts its own data `corrupt_`
 
-Steps are what `at_step` was last told: optimizer steps from 1, and 0 before the first. Faults are read once, at import.
+Steps are those of the last `at_step`: optimizer steps from 1, and 0 before the first. Faults are read once, at import.
 
 The points of a run, in order; "step.…" are beats of `heartbeat`, too, and every rank passes them:
 

@@ -75,5 +75,5 @@ class Watcher(threading.Thread):
         if heartbeat.idle_s() < self._limit:
             return "exited" if self._ranks.next_rank_exited() else ""
         answers = self._ranks.query_all()
-        still = len(answers) > 1 and diagnosis.stands_still(answers, self._limit, self._slow)
+        still = len(answers) > 1 and diagnosis.no_progress(answers, self._limit, self._slow)
         return "still" if still else ""
