@@ -145,7 +145,7 @@ def test_a_small_checkpoint_cannot_follow_other_steps(tmp_path):
     config = settings(2, delta={"second_order": False})
     run_ranks(2, train_on, config, stop=1, save_at=(1,), save_dir=str(tmp_path), kind="small")
     message = run_ranks(2, refuse, config, start_from=str(tmp_path), load_later=True)
-    assert "small checkpoint" in message[0]
+    assert "small" in message[0]
     assert message[0] == message[1]
 
 
@@ -177,12 +177,13 @@ def test_a_checkpoint_of_another_base_is_refused(plain, model, what):
 
 def test_one_embedding_that_differs_is_another_base(plain):
     told = run_ranks(2, refuse, settings(2), start_from=str(plain[0]), spoil="model.embed_tokens.weight")
-    assert "the base model is another one: 1 of 21 weights differ (first: model.embed_tokens.weight)" in told[0]
+    assert "1 of 21" in told[0]
+    assert "model.embed_tokens.weight" in told[0]
 
 
 def test_gradients_under_way_cannot_be_saved(tmp_path):
     told = run_ranks(1, resume_here, settings(1), save_dir=str(tmp_path))
-    assert "save right after a step" in told[0]
+    assert "save_checkpoint" in told[0]
 
 
 # --- folders ---------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_inside_a_launcher_it_is_one_of_its_processes():
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
     assert train_launcher.command(NEEDED, environment)[-len(NEEDED) - 1 :] == [str(train_launcher.TRAIN), *NEEDED]
     assert "deepspeed" not in " ".join(train_launcher.command(NEEDED, environment)[: -len(NEEDED)])
-    with pytest.raises(ConfigError, match="--num_accelerators: this process has a launcher already"):
+    with pytest.raises(ConfigError, match="--num_accelerators"):
         train_launcher.command(["--num_accelerators", "2", *NEEDED], environment)
 
 
@@ -124,9 +124,9 @@ def test_each_trainer_has_its_command(kind, monkeypatch):
 
 
 def test_two_launchers_are_refused():
-    with pytest.raises(ConfigError, match="--include and --nnodes are of two launchers"):
+    with pytest.raises(ConfigError, match="--include and --nnodes"):
         train_launcher.command(["--nnodes", "2", "--include", "a:0", *NEEDED], {})
-    with pytest.raises(ConfigError, match="--hostfile has no value"):
+    with pytest.raises(ConfigError, match="hostfile"):
         train_launcher.command([*NEEDED, "--hostfile"], {})
 
 

@@ -97,4 +97,4 @@ def test_script_refuses_empty_files(tmp_path):
     command = [sys.executable, SCRIPT, "--output_dir", tmp_path, "--train", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "at least 1" in done.stderr
+    assert "--train" in done.stderr

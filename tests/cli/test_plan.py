@@ -315,7 +315,7 @@ def test_second_copy_that_does_not_fit(models):
     run = with_hpz(make_run(models("Llama-3-70B"), gpus=16, rows=1, checkpointing=True), 2)
     assert not plan_advice.fits(run)
     assert plan_advice.cheapest_change(run, file="my.json") == "zero_optimization.zero_hpz_partition_size 1 in my.json"
-    with pytest.raises(ConfigError, match="zero_hpz_partition_size is 3 with 16 ranks"):
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size"):
         assert with_hpz(run, 3).plan
 
 

