@@ -162,16 +162,20 @@ class FilePairs:
     def read(self, weight: LoraWeight, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Components [begin, end) of (lora_A, lora_B), fp32; collective."""
         shapes, device = ((end - begin, weight.cols), (weight.rows, end - begin)), self.world.device
-        A, B = (torch.zeros(shape, device=device) for shape in shapes)
-        if self.world.rank == 0 and self.problem is None:
-            try:
-                A, B = (t.to(device, torch.float32).contiguous() for t in self._components(weight, begin, end))
-            except Exception as error:
-                self.problem = error
+        found = self._attempt(weight, begin, end) if self.world.rank == 0 and self.problem is None else None
+        A, B = found or (torch.zeros(shape, device=device) for shape in shapes)
         if self.world.size > 1:
             dist.broadcast(A, 0)
             dist.broadcast(B, 0)
         return A, B
+
+    def _attempt(self, weight: LoraWeight, begin: int, end: int) -> tuple[Tensor, ...] | None:
+        try:
+            pair = self._components(weight, begin, end)
+            return tuple(t.to(self.world.device, torch.float32).contiguous() for t in pair)
+        except Exception as error:
+            self.problem = error
+            return None
 
     def _components(self, weight: LoraWeight, begin: int, end: int) -> tuple[Tensor, Tensor]:
         self._file = self._file or open_tensors(self.path)
